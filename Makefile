@@ -1,0 +1,56 @@
+# Every target sets up what it needs, in .venv, and again only when what it is made of has
+# changed. PYTHON names the interpreter that .venv is made with.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Two makes in this folder take turns at setting up.
+TURN := flock Makefile
+# Twice quiet: errors only.
+PIP := $(TURN) $(BIN)/pip --quiet --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint build proto venv clean
+
+help:  ## what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
+
+demo: .venv/built  ## a server and a job of its own, live: the quickest look
+	@sh scripts/demo.sh
+
+test: lint  ## every check and every test
+	$(BIN)/pytest
+
+lint: .venv/built .venv/tools  ## the checks that run nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint jobworker
+	gcc -fsyntax-only -Wall -Wextra -Werror jobinit.c
+
+build: .venv/built  ## the extension and jobinit, in place
+
+proto: .venv/tools  ## jobworker/pb, from proto/job_worker.proto
+	$(BIN)/python scripts/generate_pb.py jobworker/pb
+
+venv: .venv/built .venv/tools  ## .venv with jobworker and every tool
+
+clean:  ## remove all that was made
+	rm -rf .venv build dist *.egg-info jobworker/_bin jobworker/*.so
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/made: scripts/venv.sh
+	@$(TURN) sh scripts/venv.sh $(PYTHON)
+	@touch $@
+
+.venv/built: .venv/made pyproject.toml setup.py jobinit.c jobworker/_fastio.pyx
+	@echo "Building jobworker"
+	@$(PIP) install --group build
+	@$(PIP) install --no-build-isolation --editable .
+	@touch $@
+
+.venv/tools: .venv/made pyproject.toml
+	@echo "Installing the tools that check and test"
+	@$(PIP) install --group dev
+	@touch $@
