@@ -1,0 +1,279 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Cause(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CAUSE_UNSPECIFIED: _ClassVar[Cause]
+    EXITED: _ClassVar[Cause]
+    SIGNALLED: _ClassVar[Cause]
+    OUT_OF_MEMORY: _ClassVar[Cause]
+    TIMED_OUT: _ClassVar[Cause]
+    LOG_LIMIT: _ClassVar[Cause]
+    START_FAILED: _ClassVar[Cause]
+    LOST: _ClassVar[Cause]
+    STOPPED: _ClassVar[Cause]
+
+class Stream(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ALL: _ClassVar[Stream]
+    STDOUT: _ClassVar[Stream]
+    STDERR: _ClassVar[Stream]
+CAUSE_UNSPECIFIED: Cause
+EXITED: Cause
+SIGNALLED: Cause
+OUT_OF_MEMORY: Cause
+TIMED_OUT: Cause
+LOG_LIMIT: Cause
+START_FAILED: Cause
+LOST: Cause
+STOPPED: Cause
+ALL: Stream
+STDOUT: Stream
+STDERR: Stream
+
+class EmptyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CreateJobReq(_message.Message):
+    __slots__ = ("command", "args", "maxCPU", "maxMemory", "maxIOBPS", "environment", "working_directory", "name", "merge_output")
+    class EnvironmentEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    COMMAND_FIELD_NUMBER: _ClassVar[int]
+    ARGS_FIELD_NUMBER: _ClassVar[int]
+    MAXCPU_FIELD_NUMBER: _ClassVar[int]
+    MAXMEMORY_FIELD_NUMBER: _ClassVar[int]
+    MAXIOBPS_FIELD_NUMBER: _ClassVar[int]
+    ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
+    WORKING_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MERGE_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    command: str
+    args: _containers.RepeatedScalarFieldContainer[str]
+    maxCPU: int
+    maxMemory: int
+    maxIOBPS: int
+    environment: _containers.ScalarMap[str, str]
+    working_directory: str
+    name: str
+    merge_output: bool
+    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., name: _Optional[str] = ..., merge_output: _Optional[bool] = ...) -> None: ...
+
+class GetJobReq(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class StopJobReq(_message.Message):
+    __slots__ = ("id", "grace_milliseconds", "signal")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    GRACE_MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    grace_milliseconds: int
+    signal: int
+    def __init__(self, id: _Optional[str] = ..., grace_milliseconds: _Optional[int] = ..., signal: _Optional[int] = ...) -> None: ...
+
+class StopJobRes(_message.Message):
+    __slots__ = ("id", "status", "endTime", "exitCode")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    ENDTIME_FIELD_NUMBER: _ClassVar[int]
+    EXITCODE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    status: str
+    endTime: str
+    exitCode: int
+    def __init__(self, id: _Optional[str] = ..., status: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ...) -> None: ...
+
+class Job(_message.Message):
+    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain")
+    class EnvironmentEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    ID_FIELD_NUMBER: _ClassVar[int]
+    COMMAND_FIELD_NUMBER: _ClassVar[int]
+    ARGS_FIELD_NUMBER: _ClassVar[int]
+    MAXCPU_FIELD_NUMBER: _ClassVar[int]
+    MAXMEMORY_FIELD_NUMBER: _ClassVar[int]
+    MAXIOBPS_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    STARTTIME_FIELD_NUMBER: _ClassVar[int]
+    ENDTIME_FIELD_NUMBER: _ClassVar[int]
+    EXITCODE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    FAILED_STEP_FIELD_NUMBER: _ClassVar[int]
+    FAILED_ERRNO_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    CREATED_TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    END_TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    ACCOUNTING_FIELD_NUMBER: _ClassVar[int]
+    STDOUT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STDERR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WORKING_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
+    MERGE_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    CLEANUP_UNCERTAIN_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    command: str
+    args: _containers.RepeatedScalarFieldContainer[str]
+    maxCPU: int
+    maxMemory: int
+    maxIOBPS: int
+    status: str
+    startTime: str
+    endTime: str
+    exitCode: int
+    name: str
+    cause: Cause
+    signal: int
+    failed_step: str
+    failed_errno: int
+    detail: str
+    created_time_ns: int
+    start_time_ns: int
+    end_time_ns: int
+    accounting: Accounting
+    stdout_bytes: int
+    stderr_bytes: int
+    working_directory: str
+    environment: _containers.ScalarMap[str, str]
+    merge_output: bool
+    cleanup_uncertain: bool
+    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ...) -> None: ...
+
+class Accounting(_message.Message):
+    __slots__ = ("cpu_user_us", "cpu_system_us", "memory_peak_bytes", "io_read_bytes", "io_written_bytes", "oom_kills")
+    CPU_USER_US_FIELD_NUMBER: _ClassVar[int]
+    CPU_SYSTEM_US_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IO_READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IO_WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OOM_KILLS_FIELD_NUMBER: _ClassVar[int]
+    cpu_user_us: int
+    cpu_system_us: int
+    memory_peak_bytes: int
+    io_read_bytes: int
+    io_written_bytes: int
+    oom_kills: int
+    def __init__(self, cpu_user_us: _Optional[int] = ..., cpu_system_us: _Optional[int] = ..., memory_peak_bytes: _Optional[int] = ..., io_read_bytes: _Optional[int] = ..., io_written_bytes: _Optional[int] = ..., oom_kills: _Optional[int] = ...) -> None: ...
+
+class Jobs(_message.Message):
+    __slots__ = ("jobs",)
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    jobs: _containers.RepeatedCompositeFieldContainer[Job]
+    def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ...) -> None: ...
+
+class GetJobsStreamReq(_message.Message):
+    __slots__ = ("id", "from_offset", "no_follow", "stream")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    FROM_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NO_FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    STREAM_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    from_offset: int
+    no_follow: bool
+    stream: Stream
+    def __init__(self, id: _Optional[str] = ..., from_offset: _Optional[int] = ..., no_follow: _Optional[bool] = ..., stream: _Optional[_Union[Stream, str]] = ...) -> None: ...
+
+class DataChunk(_message.Message):
+    __slots__ = ("payload", "offset", "next_offset", "runs", "lost_bytes", "ending")
+    class Run(_message.Message):
+        __slots__ = ("stream", "length", "time_ns")
+        STREAM_FIELD_NUMBER: _ClassVar[int]
+        LENGTH_FIELD_NUMBER: _ClassVar[int]
+        TIME_NS_FIELD_NUMBER: _ClassVar[int]
+        stream: Stream
+        length: int
+        time_ns: int
+        def __init__(self, stream: _Optional[_Union[Stream, str]] = ..., length: _Optional[int] = ..., time_ns: _Optional[int] = ...) -> None: ...
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    NEXT_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    LOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENDING_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    offset: int
+    next_offset: int
+    runs: _containers.RepeatedCompositeFieldContainer[DataChunk.Run]
+    lost_bytes: int
+    ending: Job
+    def __init__(self, payload: _Optional[bytes] = ..., offset: _Optional[int] = ..., next_offset: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[DataChunk.Run, _Mapping]]] = ..., lost_bytes: _Optional[int] = ..., ending: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
+
+class ListJobsReq(_message.Message):
+    __slots__ = ("page_size", "page_token", "statuses", "name")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    statuses: _containers.RepeatedScalarFieldContainer[str]
+    name: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., statuses: _Optional[_Iterable[str]] = ..., name: _Optional[str] = ...) -> None: ...
+
+class ListJobsRes(_message.Message):
+    __slots__ = ("jobs", "next_page_token")
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    jobs: _containers.RepeatedCompositeFieldContainer[Job]
+    next_page_token: str
+    def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class ServerInfo(_message.Message):
+    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    STATE_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    CGROUP_FIELD_NUMBER: _ClassVar[int]
+    CONTROLLERS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_CPU_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_IOBPS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_JOBS_FIELD_NUMBER: _ClassVar[int]
+    MAXIMUM_JOBS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    start_time_ns: int
+    identity: str
+    role: str
+    state_directory: str
+    cgroup: str
+    controllers: _containers.RepeatedCompositeFieldContainer[Controller]
+    default_cpu: int
+    default_memory: int
+    default_iobps: int
+    running_jobs: int
+    maximum_jobs: int
+    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ...) -> None: ...
+
+class Controller(_message.Message):
+    __slots__ = ("name", "available", "problem")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    available: bool
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., available: _Optional[bool] = ..., problem: _Optional[str] = ...) -> None: ...
