@@ -1,0 +1,1415 @@
+/* jobinit - the parent of all jobs.
+ *
+ * A server asks it, over a unix socket, to start commands. For each it forks; the child joins
+ * the job's cgroup, lets go of all that is not the job's, and execs. jobinit stays: it
+ * outlives the server, keeps the read ends of the jobs' pipes open (so that a job whose server
+ * is away waits on a full pipe, and gets no SIGPIPE), and keeps each ending until a server has
+ * acknowledged it. Once it holds no job and no server is connected, it ends by itself.
+ *
+ *   jobinit --serve                       file descriptor 3 is the listening socket
+ *   jobinit [--cgroup DIR] -- CMD ARG...  runs one job by hand, and ends as that does
+ *
+ * One thread, and nothing that blocks. It forks and does not vfork: one slow exec or one hung
+ * filesystem must hold up nobody else, and from so small a process fork is as fast.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <malloc.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* The same on every architecture, and newer than the headers of the systems that wheels are
+ * built on. */
+enum { CALL_PIDFD_SEND_SIGNAL = 424, CALL_PIDFD_OPEN = 434, CALL_CLOSE_RANGE = 436 };
+enum { SIGNAL_PROCESS_GROUP = 4 }; /* of pidfd_send_signal, since Linux 6.9 */
+enum { FORKED_NO_EXEC = 0x40 };    /* PF_FORKNOEXEC of include/linux/sched.h */
+
+/* ==== The protocol, which engine/jobinit.py mirrors ====
+ *
+ * Messages of a header and a body, in host byte order. A packet from the server holds one, a
+ * packet to it as many as fit, with the descriptors of all of them in order.
+ *
+ * All but ASK_START is frozen: every later version understands it, so that a newer server can
+ * take over the jobs of an older jobinit. A later version may lengthen a body; what a reader
+ * does not know at its end, it ignores. */
+
+enum { PROTOCOL_MAGIC = 0x54494e4a, PROTOCOL_VERSION = 1 };
+
+enum {
+	ASK_START = 1,       /* struct start and its strings: here, or in a memfd */
+	ASK_SIGNAL = 2,      /* struct to_signal */
+	ASK_ACKNOWLEDGE = 3, /* the ending is recorded: forget the job */
+	ASK_LIST = 4,        /* tell of all jobs that are held, then TELL_LISTED */
+};
+
+enum {
+	TELL_HELLO = 101,    /* struct hello, first of all */
+	TELL_STARTING = 102, /* only in a list: how the start ends is not known yet */
+	TELL_STARTED = 103,  /* struct started, and the descriptors that it names */
+	TELL_FAILED = 104,   /* struct failed: the command never ran */
+	TELL_EXITED = 105,   /* struct exited */
+	TELL_LISTED = 106,
+	TELL_REFUSED = 107,  /* struct refused: to a message that makes no sense */
+};
+
+struct header { uint16_t type, descriptors; uint32_t size; uint64_t job; };
+struct hello { uint32_t magic, version; int32_t pid, unused; };
+struct start { uint32_t flags, arguments, variables, unused; };
+struct to_signal { int32_t number, unused; };
+struct started { int32_t pid; uint32_t having; uint64_t started_ns; };
+struct failed { uint32_t step; int32_t error, wait_status, unused; uint64_t ended_ns; };
+struct exited {
+	int32_t wait_status, unused;
+	uint64_t ended_ns, user_us, system_us, max_rss_kib;
+};
+struct refused { uint32_t type; int32_t error; };
+
+enum { MERGE_OUTPUT = 1, KNOWN_FLAGS = MERGE_OUTPUT };  /* start.flags */
+enum { HAS_PIDFD = 1, HAS_STDOUT = 2, HAS_STDERR = 4 }; /* started.having, in this order */
+
+/* Of becoming a job. In `struct failed` STEP_EXEC without an error says that the child was
+ * killed before it came to its exec; the wait status says by what. */
+enum step {
+	STEP_FORK = 1, STEP_DESCRIPTORS, STEP_CGROUP, STEP_SESSION, STEP_OPEN_FILES_LIMIT,
+	STEP_OOM_SCORE, STEP_DIRECTORY, STEP_EXEC,
+};
+
+enum {
+	LONGEST_INLINE_START = 64 << 10, /* seqpacket messages end near 200 KB */
+	LONGEST_START = 1 << 20,         /* in a memfd; the server allows half of that */
+	PACKET_BYTES = 16 << 10,
+	PACKET_DESCRIPTORS = 253,        /* SCM_MAX_FD; with one more the kernel says EINVAL */
+	LONGEST_OF_ONE_JOB = 2 * sizeof(struct header) + sizeof(struct started)
+			     + sizeof(struct exited),
+	DESCRIPTORS_OF_ONE_JOB = 3,
+};
+
+enum {
+	FIRST_CONNECTION_MS = 10 * 1000,
+	RETRY_MS = 20,
+	OWN_DESCRIPTORS = 128, /* kept from jobs: for accept, /proc, and a packet's pidfds */
+	OWN_FAILURE = 125,     /* exit code by hand, as of env(1) and its like */
+};
+
+/* ==== State ==== */
+
+enum state {
+	STARTING,  /* forked; whether it execs is not known */
+	DOOMED,    /* it will never exec: to be told once it is reaped, so that nothing is left */
+	RUNNING,   /* the exec is proved */
+	EXITED,    /* reaped, until acknowledged */
+	UNSTARTED, /* the same for one that never ran */
+};
+
+enum { OWES_STARTING = 1, OWES_STARTED = 2, OWES_ENDING = 4 };
+
+struct job {
+	struct job *next_by_id, *next_by_pid, *next_owing;
+	uint64_t id;
+	uint64_t started_ns, ended_ns, user_us, system_us, max_rss_kib;
+	pid_t pid;
+	int stdout_fd, stderr_fd; /* dups of what the server reads from */
+	int status_fd;            /* while STARTING */
+	int group_fd;             /* pidfd of a reaped leader whose group lives on */
+	int wait_status, error;
+	uint8_t state, step;
+	uint8_t owes;             /* what the server is yet to be told */
+	bool is_owing;            /* in that queue */
+	bool is_followed;         /* the connected server knows it: started or listed it */
+	bool is_ending_told;      /* to the connected server */
+	bool is_reaped;
+	bool has_cgroup;
+};
+
+enum { BUCKETS = 4096 };
+
+static struct job *jobs_by_id[BUCKETS], *jobs_by_pid[BUCKETS];
+static unsigned job_count;
+
+static struct job *first_owing, **last_owing = &first_owing;
+static bool owes_hello, owes_listed, owes_refusal;
+static struct refused refusal;
+static uint64_t refused_job;
+
+static int epoll_fd, signal_fd, listener_fd = 3, server_fd = -1;
+static uint32_t server_interest;
+static bool was_connected, must_retry;
+
+static struct rlimit original_open_files;
+static int descriptor_ceiling;
+
+/* What an epoll event is about; anything else is the address of a starting job. */
+enum { LISTENER_EVENT = 1, SERVER_EVENT, SIGNAL_EVENT };
+
+/* ==== Small things ==== */
+
+/* The log may be a pipe that nobody reads: better a line less than a jobinit that waits. */
+static void __attribute__((format(printf, 1, 2))) say(const char *format, ...)
+{
+	struct pollfd log = {.fd = STDERR_FILENO, .events = POLLOUT};
+	char line[512] = "jobinit: ";
+	size_t used = strlen(line);
+	va_list arguments;
+
+	va_start(arguments, format);
+	vsnprintf(line + used, sizeof line - used - 1, format, arguments);
+	va_end(arguments);
+	strcat(line, "\n");
+	if (poll(&log, 1, 0) == 1 && write(STDERR_FILENO, line, strlen(line)) < 0)
+		return;
+}
+
+static _Noreturn void die(const char *what)
+{
+	say("%s: %s", what, strerror(errno));
+	exit(OWN_FAILURE);
+}
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
+static int open_pidfd(pid_t pid)
+{
+	return syscall(CALL_PIDFD_OPEN, pid, 0);
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_REALTIME, &now);
+	return now.tv_sec * 1000000000ull + now.tv_nsec;
+}
+
+static uint64_t microseconds(struct timeval time)
+{
+	return time.tv_sec * 1000000ull + time.tv_usec;
+}
+
+static bool watch(int operation, int fd, uint32_t events, uint64_t about)
+{
+	struct epoll_event event = {.events = events, .data.u64 = about};
+
+	return epoll_ctl(epoll_fd, operation, fd, &event) == 0;
+}
+
+/* Explicitly, before the close: a child that has not closed its copy yet would keep the
+ * registration alive. */
+static void unwatch_and_close(int *fd)
+{
+	watch(EPOLL_CTL_DEL, *fd, 0, 0);
+	close_fd(fd);
+}
+
+/* ==== The tables of jobs ==== */
+
+static struct job **id_bucket(uint64_t id)
+{
+	return &jobs_by_id[id % BUCKETS];
+}
+
+static struct job **pid_bucket(pid_t pid)
+{
+	return &jobs_by_pid[(unsigned)pid % BUCKETS];
+}
+
+static struct job *find_by_id(uint64_t id)
+{
+	struct job *job = *id_bucket(id);
+
+	while (job && job->id != id)
+		job = job->next_by_id;
+	return job;
+}
+
+static struct job *find_by_pid(pid_t pid)
+{
+	struct job *job = *pid_bucket(pid);
+
+	while (job && job->pid != pid)
+		job = job->next_by_pid;
+	return job;
+}
+
+static void for_each_job(void (*visit)(struct job *))
+{
+	struct job *job;
+	unsigned i;
+
+	for (i = 0; i < BUCKETS; i++)
+		for (job = jobs_by_id[i]; job; job = job->next_by_id)
+			visit(job);
+}
+
+static struct job *add_job(uint64_t id)
+{
+	struct job *job = calloc(1, sizeof *job);
+
+	if (!job)
+		return NULL;
+	job->id = id;
+	job->stdout_fd = job->stderr_fd = job->status_fd = job->group_fd = -1;
+	job->is_reaped = true; /* until there is a process */
+	job->is_followed = true;
+	job->next_by_id = *id_bucket(id);
+	*id_bucket(id) = job;
+	job_count++;
+	return job;
+}
+
+static void set_pid(struct job *job, pid_t pid)
+{
+	job->pid = pid;
+	job->is_reaped = false;
+	job->next_by_pid = *pid_bucket(pid);
+	*pid_bucket(pid) = job;
+}
+
+/* The number may be another process's from now on. */
+static void release_pid(struct job *job)
+{
+	struct job **place = pid_bucket(job->pid);
+
+	while (*place != job)
+		place = &(*place)->next_by_pid;
+	*place = job->next_by_pid;
+	job->is_reaped = true;
+}
+
+static void leave_queue(struct job *job)
+{
+	struct job **place = &first_owing;
+
+	if (!job->is_owing)
+		return;
+	while (*place != job)
+		place = &(*place)->next_owing;
+	*place = job->next_owing;
+	if (last_owing == &job->next_owing)
+		last_owing = place;
+	job->is_owing = false;
+	job->owes = 0;
+}
+
+static void close_output(struct job *job)
+{
+	close_fd(&job->stdout_fd);
+	close_fd(&job->stderr_fd);
+}
+
+static void remove_job(struct job *job)
+{
+	struct job **place = id_bucket(job->id);
+
+	while (*place != job)
+		place = &(*place)->next_by_id;
+	*place = job->next_by_id;
+	leave_queue(job);
+	close_output(job);
+	close_fd(&job->group_fd);
+	free(job);
+	job_count--;
+}
+
+/* ==== What a job is asked to be ==== */
+
+struct request {
+	const char *executable, *directory, *cgroup; /* cgroup: empty for none */
+	char **arguments, **environment;             /* both end with NULL */
+	bool merge_output;
+	void *memory; /* of both arrays; the strings stay where they came in */
+};
+
+/* Reads the body of an ASK_START, and trusts nothing in it: each string ends inside, and
+ * there are exactly as many as announced. Returns 0 or an errno. */
+static int parse_start(char *data, size_t size, struct request *request)
+{
+	struct start start;
+	char *place = data + sizeof start, *end = data + size;
+	char **strings;
+	size_t count, i;
+
+	if (size <= sizeof start || data[size - 1] != '\0')
+		return EBADMSG;
+	memcpy(&start, data, sizeof start);
+	if (start.flags & ~KNOWN_FLAGS)
+		return EOPNOTSUPP;
+	if (start.arguments < 1 || start.arguments > size || start.variables > size)
+		return EBADMSG;
+	count = 3 + (size_t)start.arguments + start.variables;
+	strings = calloc(count + 2, sizeof *strings); /* a NULL behind each of the two lists */
+	if (!strings)
+		return ENOMEM;
+	for (i = 0; i < count && place < end; i++) {
+		strings[i < 3 + start.arguments ? i : i + 1] = place;
+		place += strlen(place) + 1;
+	}
+	if (i < count || place != end) {
+		free(strings);
+		return EBADMSG;
+	}
+	*request = (struct request){
+		.executable = strings[0],
+		.directory = strings[1],
+		.cgroup = strings[2],
+		.arguments = strings + 3,
+		.environment = strings + 3 + start.arguments + 1,
+		.merge_output = start.flags & MERGE_OUTPUT,
+		.memory = strings,
+	};
+	return 0;
+}
+
+/* ==== Becoming a job: in the forked child ==== */
+
+/* The child's ends. input -1: /dev/null. */
+struct ends { int input, output, errors, status; };
+
+struct step_failure { uint32_t step; int32_t error; };
+
+enum { REPORT_FD = 3 };
+
+static _Noreturn void fail_step(int report_fd, enum step step)
+{
+	struct step_failure failure = {step, errno};
+	/* A pipe takes so little at once. Were it to fail, the end would still be seen as one
+	 * before the exec. */
+	ssize_t written = write(report_fd, &failure, sizeof failure);
+
+	(void)written;
+	_exit(OWN_FAILURE);
+}
+
+static void must(bool done, enum step step)
+{
+	if (!done)
+		fail_step(REPORT_FD, step);
+}
+
+static bool write_file(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC), error = 0;
+
+	if (fd < 0)
+		return false;
+	if (write(fd, text, strlen(text)) < 0)
+		error = errno;
+	close(fd);
+	errno = error;
+	return !error;
+}
+
+/* 0 to 2 become the job's, 3 the pipe to report on, and all else is closed for good: a child
+ * that hangs below must not hold other jobs' pipes, or the server's connection. */
+static void take_descriptors(const struct ends *ends)
+{
+	int input = ends->input < 0 ? open("/dev/null", O_RDONLY | O_CLOEXEC) : ends->input;
+
+	/* dup2 also takes away O_CLOEXEC, except from a descriptor that is in its place. */
+	if (input < 0 || dup2(input, STDIN_FILENO) < 0
+	    || dup2(ends->output, STDOUT_FILENO) < 0 || dup2(ends->errors, STDERR_FILENO) < 0)
+		fail_step(ends->status, STEP_DESCRIPTORS);
+	if (ends->status != REPORT_FD && dup3(ends->status, REPORT_FD, O_CLOEXEC) < 0)
+		fail_step(ends->status, STEP_DESCRIPTORS);
+	must(syscall(CALL_CLOSE_RANGE, REPORT_FD + 1, ~0u, 0) == 0, STEP_DESCRIPTORS);
+}
+
+static bool join_cgroup(const char *directory)
+{
+	char path[4096];
+
+	if (!*directory)
+		return true;
+	if (snprintf(path, sizeof path, "%s/cgroup.procs", directory) >= (int)sizeof path) {
+		errno = ENAMETOOLONG;
+		return false;
+	}
+	return write_file(path, "0"); /* whoever writes it */
+}
+
+static void reset_signals(void)
+{
+	/* The kernel's struct, all of it zero: SIG_DFL. glibc's sigaction refuses the two signals
+	 * that it uses itself, and those may have been inherited as ignored too. */
+	static const unsigned long by_default[8];
+	sigset_t none;
+	int number;
+
+	for (number = 1; number < NSIG; number++)
+		syscall(SYS_rt_sigaction, number, by_default, NULL, NSIG / 8);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+static bool reset_oom_score(void)
+{
+	bool done;
+
+	/* The file belongs to root while the process is not dumpable. Nobody gains by that
+	 * moment: no descriptor of jobinit's is left here. */
+	prctl(PR_SET_DUMPABLE, 1);
+	done = write_file("/proc/self/oom_score_adj", "0");
+	prctl(PR_SET_DUMPABLE, 0);
+	/* Raising is free to all. Lowering one that was inherited is not: such a job stays a
+	 * likelier victim than it need be, which harms nobody else. */
+	return done || errno == EACCES;
+}
+
+/* The steps, in an order that matters. Where one fails, its number and errno travel back. */
+static _Noreturn void become_job(const struct request *request, const struct ends *ends)
+{
+	/* Before anything that may hang. */
+	take_descriptors(ends);
+	/* Early, so that what follows is charged to the job, and killed with it. */
+	must(join_cgroup(request->cgroup), STEP_CGROUP);
+	/* So that one signal reaches all of it, and that of no terminal does. */
+	must(setsid() >= 0, STEP_SESSION);
+	/* What is ignored would stay so through the exec: jobinit ignores SIGPIPE. */
+	reset_signals();
+	umask(022);
+	must(setrlimit(RLIMIT_NOFILE, &original_open_files) == 0, STEP_OPEN_FILES_LIMIT);
+	must(reset_oom_score(), STEP_OOM_SCORE);
+	/* Last, as with the rights and the view of the job. Both may hang, for long. */
+	must(chdir(request->directory) == 0, STEP_DIRECTORY);
+	execve(request->executable, request->arguments, request->environment);
+	fail_step(REPORT_FD, STEP_EXEC);
+}
+
+/* ==== The proof of the exec ====
+ *
+ * The status pipe brings the step that failed, or ends. It ends at the exec; but also when the
+ * child is killed before, and only /proc can tell these apart, until the child is reaped. */
+
+enum proof { NOT_YET, PROVED, DISPROVED };
+
+/* Returns 1 or 0, or -1 where /proc does not tell. */
+static int has_execed(pid_t pid)
+{
+	char path[32], text[1024], *place;
+	unsigned flags;
+	ssize_t size;
+	int fd;
+
+	snprintf(path, sizeof path, "/proc/%d/stat", pid);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	size = read(fd, text, sizeof text - 1);
+	close(fd);
+	text[size > 0 ? size : 0] = '\0';
+	place = strrchr(text, ')'); /* the name before it may hold anything */
+	/* proc_pid_stat(5): state ppid pgrp session tty_nr tpgid flags */
+	if (!place || sscanf(place + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) != 1) {
+		errno = EBADMSG;
+		return -1;
+	}
+	return !(flags & FORKED_NO_EXEC);
+}
+
+static enum proof prove_exec(int status_fd, pid_t pid, struct step_failure *failure)
+{
+	ssize_t size = read(status_fd, failure, sizeof *failure);
+	int answer;
+
+	if (size < 0 && (errno == EAGAIN || errno == EINTR))
+		return NOT_YET;
+	if (size == sizeof *failure)
+		return DISPROVED;
+	answer = has_execed(pid);
+	if (answer > 0)
+		return PROVED;
+	*failure = (struct step_failure){STEP_EXEC, answer < 0 ? errno : 0};
+	if (answer < 0)
+		kill(pid, SIGKILL); /* what cannot be proved to run must not run */
+	return DISPROVED;
+}
+
+/* ==== What the server is owed ====
+ *
+ * A full socket neither blocks jobinit nor loses a message: what is owed is noted in the job,
+ * and made into messages when there is room. */
+
+static void owe(struct job *job, unsigned what)
+{
+	if (!job->is_followed)
+		return;
+	job->owes |= what;
+	if (job->is_owing)
+		return;
+	job->is_owing = true;
+	job->next_owing = NULL;
+	*last_owing = job;
+	last_owing = &job->next_owing;
+}
+
+/* One at a time: as long as it is owed, nothing is read from the server. */
+static void refuse(unsigned type, uint64_t id, int error)
+{
+	say("refused message %u for job %llu: %s", type, (unsigned long long)id, strerror(error));
+	refusal = (struct refused){type, error};
+	refused_job = id;
+	owes_refusal = true;
+}
+
+/* ==== Starting ==== */
+
+struct pipes { int output[2], errors[2], status[2]; };
+
+static void close_pipes(struct pipes *pipes)
+{
+	int *fds = (int *)pipes;
+	size_t i;
+
+	for (i = 0; i < sizeof *pipes / sizeof *fds; i++)
+		close_fd(&fds[i]);
+}
+
+/* Only the read end does not block: a job that finds its stdout non-blocking loses output. */
+static bool make_pipe(int ends[2])
+{
+	if (pipe2(ends, O_CLOEXEC) < 0)
+		return false;
+	/* The lowest free numbers are given out: these say how many are in use. */
+	if (ends[0] >= descriptor_ceiling || ends[1] >= descriptor_ceiling) {
+		errno = EMFILE;
+		return false;
+	}
+	return fcntl(ends[0], F_SETFL, O_NONBLOCK) == 0;
+}
+
+static bool make_pipes(struct pipes *pipes, bool merge_output)
+{
+	*pipes = (struct pipes){{-1, -1}, {-1, -1}, {-1, -1}};
+	return make_pipe(pipes->output) && (merge_output || make_pipe(pipes->errors))
+	       && make_pipe(pipes->status);
+}
+
+static void end_unstarted(struct job *job)
+{
+	job->state = UNSTARTED;
+	job->ended_ns = now_ns();
+	close_output(job);
+	owe(job, OWES_ENDING);
+}
+
+static void fail_start(struct job *job, enum step step, int error)
+{
+	job->step = step;
+	job->error = error;
+	end_unstarted(job);
+}
+
+static void start_job(struct job *job, const struct request *request)
+{
+	struct pipes pipes;
+	struct ends theirs;
+	pid_t pid = -1;
+
+	if (make_pipes(&pipes, request->merge_output)
+	    && watch(EPOLL_CTL_ADD, pipes.status[0], EPOLLIN, (uintptr_t)job))
+		pid = fork();
+	if (pid < 0) {
+		int error = errno;
+
+		close_pipes(&pipes);
+		fail_start(job, STEP_FORK, error);
+		return;
+	}
+	theirs = (struct ends){
+		-1, pipes.output[1], pipes.errors[1] < 0 ? pipes.output[1] : pipes.errors[1],
+		pipes.status[1],
+	};
+	if (pid == 0)
+		become_job(request, &theirs);
+	job->state = STARTING;
+	job->step = STEP_EXEC; /* where nothing else is reported */
+	job->has_cgroup = *request->cgroup;
+	job->stdout_fd = pipes.output[0];
+	job->stderr_fd = pipes.errors[0];
+	job->status_fd = pipes.status[0];
+	/* Before the next fork, as the pipes' ends depend on it. */
+	close_fd(&pipes.output[1]);
+	close_fd(&pipes.errors[1]);
+	close_fd(&pipes.status[1]);
+	set_pid(job, pid);
+}
+
+static void resolve_start(struct job *job)
+{
+	struct step_failure failure;
+	enum proof proof = prove_exec(job->status_fd, job->pid, &failure);
+
+	if (proof == NOT_YET)
+		return;
+	unwatch_and_close(&job->status_fd);
+	job->owes &= ~OWES_STARTING;
+	if (proof == PROVED) {
+		job->state = RUNNING;
+		job->started_ns = now_ns();
+		owe(job, OWES_STARTED);
+	} else {
+		job->state = DOOMED;
+		job->step = failure.step;
+		job->error = failure.error;
+	}
+}
+
+/* ==== Ending ==== */
+
+/* To the group of a main process that is reaped: its number may be another's by now, but a
+ * pidfd still means the same group. Returns false where nobody is left in it. */
+static bool signal_orphans(struct job *job, int number)
+{
+	if (job->group_fd < 0)
+		return false;
+	if (syscall(CALL_PIDFD_SEND_SIGNAL, job->group_fd, number, NULL, SIGNAL_PROCESS_GROUP) == 0)
+		return true;
+	if (errno != EINVAL)
+		return errno == EPERM;
+	/* Before Linux 6.9. A group keeps its number from being given to a process, so where no
+	 * process has it, the group is still ours, or gone. */
+	return kill(job->pid, 0) < 0 && errno == ESRCH && kill(-job->pid, number) == 0;
+}
+
+static void signal_job(struct job *job, int number)
+{
+	if (job->is_reaped)
+		signal_orphans(job, number);
+	else if (kill(-job->pid, number) < 0 && errno == ESRCH)
+		kill(job->pid, number); /* forked, and not yet a group of its own */
+}
+
+static void end_job(struct job *job, int wait_status, const struct rusage *usage)
+{
+	release_pid(job);
+	job->wait_status = wait_status;
+	if (job->state != RUNNING) {
+		end_unstarted(job);
+		return;
+	}
+	job->state = EXITED;
+	job->ended_ns = now_ns();
+	job->user_us = microseconds(usage->ru_utime);
+	job->system_us = microseconds(usage->ru_stime);
+	job->max_rss_kib = usage->ru_maxrss;
+	if (!signal_orphans(job, 0))
+		close_fd(&job->group_fd);
+	owe(job, OWES_ENDING);
+}
+
+/* A zombie: a job's main process, or an orphan of a job, which came to us as sub-reaper. */
+static void reap(pid_t pid)
+{
+	struct job *job = find_by_pid(pid);
+	struct rusage usage;
+	int wait_status;
+
+	/* SIGCHLD may come before the end of the status pipe is seen, and /proc forgets the
+	 * process with the reap: so first the start, then the end. */
+	if (job && job->state == STARTING)
+		resolve_start(job);
+	/* Where there is a cgroup, that is killed. */
+	if (job && job->state == RUNNING && !job->has_cgroup)
+		job->group_fd = open_pidfd(pid);
+	if (wait4(pid, &wait_status, 0, &usage) == pid && job)
+		end_job(job, wait_status, &usage);
+}
+
+static void reap_all(void)
+{
+	struct signalfd_siginfo taken;
+	siginfo_t dead;
+
+	/* Signals of one kind are merged: one may stand for many. */
+	while (read(signal_fd, &taken, sizeof taken) > 0)
+		;
+	for (;;) {
+		dead.si_pid = 0;
+		if (waitid(P_ALL, 0, &dead, WEXITED | WNOHANG | WNOWAIT) < 0 || !dead.si_pid)
+			return;
+		reap(dead.si_pid);
+	}
+}
+
+/* ==== To the server ==== */
+
+struct packet {
+	size_t size, descriptor_count, pidfd_count;
+	unsigned job_count; /* that many of the queue are in it */
+	bool has_listed;
+	int descriptors[PACKET_DESCRIPTORS], pidfds[PACKET_DESCRIPTORS];
+	char bytes[PACKET_BYTES];
+};
+
+static bool has_room(const struct packet *packet)
+{
+	return packet->size + LONGEST_OF_ONE_JOB <= PACKET_BYTES
+	       && packet->descriptor_count + DESCRIPTORS_OF_ONE_JOB <= PACKET_DESCRIPTORS;
+}
+
+static void append(struct packet *packet, unsigned type, unsigned descriptors, uint64_t id,
+		   const void *body, size_t size)
+{
+	struct header header = {type, descriptors, size, id};
+
+	memcpy(packet->bytes + packet->size, &header, sizeof header);
+	packet->size += sizeof header;
+	if (size)
+		memcpy(packet->bytes + packet->size, body, size);
+	packet->size += size;
+}
+
+/* Returns false where there is no room for a pidfd for now. */
+static bool append_started(struct packet *packet, const struct job *job)
+{
+	struct started body = {job->pid, HAS_STDOUT, job->started_ns};
+	size_t before = packet->descriptor_count;
+	/* Until it is reaped, the number is certainly its own. */
+	int pidfd = job->is_reaped ? -1 : open_pidfd(job->pid);
+
+	if (pidfd < 0 && !job->is_reaped && (errno == EMFILE || errno == ENFILE || errno == ENOMEM))
+		return false;
+	if (pidfd >= 0) {
+		packet->pidfds[packet->pidfd_count++] = pidfd;
+		packet->descriptors[packet->descriptor_count++] = pidfd;
+		body.having |= HAS_PIDFD;
+	}
+	packet->descriptors[packet->descriptor_count++] = job->stdout_fd;
+	if (job->stderr_fd >= 0) {
+		packet->descriptors[packet->descriptor_count++] = job->stderr_fd;
+		body.having |= HAS_STDERR;
+	}
+	append(packet, TELL_STARTED, packet->descriptor_count - before, job->id, &body, sizeof body);
+	return true;
+}
+
+static void append_ending(struct packet *packet, const struct job *job)
+{
+	struct failed failed = {job->step, job->error, job->wait_status, 0, job->ended_ns};
+	struct exited exited = {
+		.wait_status = job->wait_status,
+		.ended_ns = job->ended_ns,
+		.user_us = job->user_us,
+		.system_us = job->system_us,
+		.max_rss_kib = job->max_rss_kib,
+	};
+
+	if (job->state == UNSTARTED)
+		append(packet, TELL_FAILED, 0, job->id, &failed, sizeof failed);
+	else
+		append(packet, TELL_EXITED, 0, job->id, &exited, sizeof exited);
+}
+
+static bool append_job(struct packet *packet, const struct job *job)
+{
+	if (job->owes & OWES_STARTED && !append_started(packet, job))
+		return false;
+	if (job->owes & OWES_STARTING)
+		append(packet, TELL_STARTING, 0, job->id, NULL, 0);
+	if (job->owes & OWES_ENDING)
+		append_ending(packet, job);
+	return true;
+}
+
+static void fill(struct packet *packet)
+{
+	struct hello hello = {PROTOCOL_MAGIC, PROTOCOL_VERSION, getpid(), 0};
+	struct job *job;
+
+	memset(packet, 0, offsetof(struct packet, descriptors));
+	if (owes_hello)
+		append(packet, TELL_HELLO, 0, 0, &hello, sizeof hello);
+	if (owes_refusal)
+		append(packet, TELL_REFUSED, 0, refused_job, &refusal, sizeof refusal);
+	for (job = first_owing; job && has_room(packet); job = job->next_owing) {
+		if (!append_job(packet, job))
+			return;
+		packet->job_count++;
+	}
+	if (!job && owes_listed && has_room(packet)) {
+		append(packet, TELL_LISTED, 0, 0, NULL, 0);
+		packet->has_listed = true;
+	}
+}
+
+/* Returns 0 or an errno. */
+static int send_packet(struct packet *packet)
+{
+	static union {
+		char room[CMSG_SPACE(PACKET_DESCRIPTORS * sizeof(int))];
+		struct cmsghdr align;
+	} control;
+	size_t size = packet->descriptor_count * sizeof(int);
+	struct iovec part = {packet->bytes, packet->size};
+	struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+
+	if (size) {
+		control.align.cmsg_level = SOL_SOCKET;
+		control.align.cmsg_type = SCM_RIGHTS;
+		control.align.cmsg_len = CMSG_LEN(size);
+		memcpy(CMSG_DATA(&control.align), packet->descriptors, size);
+		message.msg_control = control.room;
+		message.msg_controllen = CMSG_SPACE(size);
+	}
+	return sendmsg(server_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 ? errno : 0;
+}
+
+static void close_pidfds(struct packet *packet)
+{
+	while (packet->pidfd_count)
+		close_fd(&packet->pidfds[--packet->pidfd_count]);
+}
+
+static void settle(struct packet *packet)
+{
+	owes_hello = owes_refusal = false;
+	if (packet->has_listed)
+		owes_listed = false;
+	while (packet->job_count--) {
+		if (first_owing->owes & OWES_ENDING)
+			first_owing->is_ending_told = true;
+		leave_queue(first_owing);
+	}
+}
+
+/* What the server socket is to be watched for afterwards. It is not read as long as something
+ * is owed: so there is a bound to what can be owed, and to what the server can have open. */
+static uint32_t send_all_owed(void)
+{
+	static struct packet packet;
+	int error;
+
+	while (owes_hello || owes_refusal || owes_listed || first_owing) {
+		fill(&packet);
+		error = packet.size ? send_packet(&packet) : EMFILE;
+		close_pidfds(&packet);
+		switch (error) {
+		case EAGAIN:
+			return EPOLLOUT;
+		case EMFILE:       /* for a pidfd */
+		case ETOOMANYREFS: /* too many descriptors are on their way to the server */
+		case ENOBUFS:
+		case ENOMEM:
+			must_retry = true; /* as no event tells when there is room again */
+			return 0;
+		default: /* sent; or the server is gone, as the next read will find */
+			settle(&packet);
+		}
+	}
+	return EPOLLIN;
+}
+
+static void send_owed(void)
+{
+	uint32_t interest;
+
+	must_retry = false;
+	if (server_fd < 0)
+		return;
+	interest = send_all_owed();
+	if (interest != server_interest)
+		watch(EPOLL_CTL_MOD, server_fd, interest, SERVER_EVENT);
+	server_interest = interest;
+}
+
+/* ==== From the server ==== */
+
+/* The caller frees. NULL with errno. The copy is ours alone: what is in a memfd could change
+ * between a check and its use. */
+static char *load_start(const char *body, size_t *size, int memfd)
+{
+	struct stat info;
+	char *data;
+
+	if (memfd >= 0) {
+		if (fstat(memfd, &info) < 0)
+			return NULL;
+		if (!S_ISREG(info.st_mode) || info.st_size > LONGEST_START) {
+			errno = EMSGSIZE;
+			return NULL;
+		}
+		*size = info.st_size;
+	}
+	data = malloc(*size + 1);
+	if (!data)
+		return NULL;
+	if (memfd < 0) {
+		memcpy(data, body, *size);
+	} else if (pread(memfd, data, *size, 0) != (ssize_t)*size) {
+		free(data);
+		errno = EBADMSG;
+		return NULL;
+	}
+	return data;
+}
+
+static void start_anew(uint64_t id, const char *body, size_t size, int memfd)
+{
+	struct request request;
+	struct job *job;
+	char *data = load_start(body, &size, memfd);
+	int error = data ? parse_start(data, size, &request) : errno;
+
+	if (error) {
+		refuse(ASK_START, id, error);
+		free(data);
+		return;
+	}
+	job = add_job(id);
+	if (job)
+		start_job(job, &request);
+	else
+		refuse(ASK_START, id, ENOMEM);
+	free(request.memory);
+	free(data);
+}
+
+/* Asked again, by a server that did not hear the answer: never started twice. */
+static void start_again(struct job *job)
+{
+	job->is_followed = true;
+	if (job->state == RUNNING || job->state == EXITED)
+		owe(job, OWES_STARTED);
+	if (job->state == UNSTARTED || (job->state == EXITED && !job->is_ending_told))
+		owe(job, OWES_ENDING);
+}
+
+static void handle_acknowledge(uint64_t id, struct job *job)
+{
+	if (job && (job->state == EXITED || job->state == UNSTARTED))
+		remove_job(job);
+	else if (job)
+		refuse(ASK_ACKNOWLEDGE, id, EBUSY);
+}
+
+static void handle_signal(uint64_t id, struct job *job, const char *body)
+{
+	struct to_signal asked;
+
+	memcpy(&asked, body, sizeof asked);
+	if (asked.number < 1 || asked.number >= NSIG)
+		refuse(ASK_SIGNAL, id, EINVAL);
+	else if (job)
+		signal_job(job, asked.number);
+}
+
+static void list_job(struct job *job)
+{
+	job->is_followed = true;
+	if (job->state == STARTING || job->state == DOOMED)
+		owe(job, OWES_STARTING);
+	if (job->state == RUNNING || job->state == EXITED)
+		owe(job, OWES_STARTED);
+	if (job->state == EXITED || job->state == UNSTARTED)
+		owe(job, OWES_ENDING);
+}
+
+static void handle_list(void)
+{
+	for_each_job(list_job);
+	owes_listed = true;
+}
+
+/* Returns 0 or an errno, with as much of the header as there is. */
+static int parse_message(const char *packet, size_t size, struct header *header)
+{
+	*header = (struct header){0};
+	memcpy(header, packet, size < sizeof *header ? size : sizeof *header);
+	if (size < sizeof *header || header->size != size - sizeof *header)
+		return EBADMSG;
+	switch (header->type) {
+	case ASK_START: /* which is looked at where all of it is there */
+	case ASK_ACKNOWLEDGE:
+	case ASK_LIST:
+		return 0;
+	case ASK_SIGNAL:
+		return header->size < sizeof(struct to_signal) ? EBADMSG : 0;
+	default:
+		return EOPNOTSUPP;
+	}
+}
+
+static void handle_message(const char *packet, size_t size, int memfd)
+{
+	const char *body = packet + sizeof(struct header);
+	struct header header;
+	struct job *job;
+	int error = parse_message(packet, size, &header);
+
+	if (error) {
+		refuse(header.type, header.job, error);
+		return;
+	}
+	job = find_by_id(header.job);
+	switch (header.type) {
+	case ASK_START:
+		if (job)
+			start_again(job);
+		else
+			start_anew(header.job, body, header.size, memfd);
+		break;
+	case ASK_SIGNAL:
+		handle_signal(header.job, job, body);
+		break;
+	case ASK_ACKNOWLEDGE:
+		handle_acknowledge(header.job, job);
+		break;
+	case ASK_LIST:
+		handle_list();
+		break;
+	}
+}
+
+/* The one that a start may bring, or -1; what comes beyond it is closed. */
+static int take_descriptor(struct msghdr *message)
+{
+	struct cmsghdr *part;
+	int kept = -1, fd;
+	size_t i, count;
+
+	for (part = CMSG_FIRSTHDR(message); part; part = CMSG_NXTHDR(message, part)) {
+		if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS)
+			continue;
+		count = (part->cmsg_len - CMSG_LEN(0)) / sizeof fd;
+		for (i = 0; i < count; i++) {
+			memcpy(&fd, CMSG_DATA(part) + i * sizeof fd, sizeof fd);
+			if (kept < 0)
+				kept = fd;
+			else
+				close(fd);
+		}
+	}
+	return kept;
+}
+
+static void unfollow(struct job *job)
+{
+	leave_queue(job);
+	job->is_followed = job->is_ending_told = false;
+}
+
+static void lose_server(void)
+{
+	for_each_job(unfollow);
+	owes_hello = owes_listed = owes_refusal = false;
+	unwatch_and_close(&server_fd);
+	watch(EPOLL_CTL_ADD, listener_fd, EPOLLIN, LISTENER_EVENT);
+}
+
+static void receive_message(void)
+{
+	static char packet[sizeof(struct header) + LONGEST_INLINE_START];
+	union {
+		char room[CMSG_SPACE(4 * sizeof(int))];
+		struct cmsghdr align;
+	} control;
+	struct iovec part = {packet, sizeof packet};
+	struct msghdr message = {
+		.msg_iov = &part,
+		.msg_iovlen = 1,
+		.msg_control = control.room,
+		.msg_controllen = sizeof control.room,
+	};
+	ssize_t size = recvmsg(server_fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	int memfd;
+
+	/* ECONNRESET comes once, and before what the server has said last (it ended without
+	 * reading all from us). */
+	if (size < 0 && (errno == EAGAIN || errno == EINTR || errno == ECONNRESET))
+		return;
+	if (size <= 0) {
+		lose_server();
+		return;
+	}
+	memfd = take_descriptor(&message);
+	if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
+		struct header header;
+
+		parse_message(packet, size, &header);
+		refuse(header.type, header.job, EMSGSIZE);
+	} else {
+		handle_message(packet, size, memfd);
+	}
+	close_fd(&memfd);
+}
+
+static void handle_server(uint32_t events)
+{
+	if (server_fd < 0)
+		return;
+	if (server_interest == EPOLLIN)
+		receive_message();
+	else if (events & (EPOLLHUP | EPOLLERR))
+		lose_server(); /* gone, and owed what can never be sent */
+}
+
+/* A server of the same user, or root's. One at a time, so that no job has two masters: the
+ * next one waits in the backlog. */
+static void accept_server(void)
+{
+	struct ucred peer;
+	socklen_t size = sizeof peer;
+	int fd = accept4(listener_fd, NULL, NULL, SOCK_CLOEXEC);
+
+	if (fd < 0)
+		return;
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0
+	    || (peer.uid != geteuid() && peer.uid != 0)) {
+		say("refused a connection of user %d", (int)peer.uid);
+		close(fd);
+		return;
+	}
+	watch(EPOLL_CTL_DEL, listener_fd, 0, 0);
+	server_fd = fd;
+	server_interest = EPOLLIN;
+	watch(EPOLL_CTL_ADD, server_fd, server_interest, SERVER_EVENT);
+	was_connected = true;
+	owes_hello = true;
+}
+
+/* ==== Serving ==== */
+
+static void take_own_descriptors(void)
+{
+	int fd = open("/dev/null", O_RDWR);
+
+	if (fd < 0 || dup2(fd, STDIN_FILENO) < 0 || dup2(fd, STDOUT_FILENO) < 0)
+		die("/dev/null");
+	/* Whatever the server's own parent left open. stderr stays, for the log. */
+	if (syscall(CALL_CLOSE_RANGE, listener_fd + 1, ~0u, 0) < 0)
+		die("close_range, which Linux has since 5.9");
+	if (fcntl(listener_fd, F_SETFD, FD_CLOEXEC) < 0
+	    || fcntl(listener_fd, F_SETFL, O_NONBLOCK) < 0)
+		die("file descriptor 3 is no listening socket");
+}
+
+static void raise_open_files_limit(void)
+{
+	struct rlimit limit;
+	rlim_t own;
+
+	getrlimit(RLIMIT_NOFILE, &original_open_files);
+	limit = original_open_files;
+	limit.rlim_cur = limit.rlim_max;
+	setrlimit(RLIMIT_NOFILE, &limit);
+	getrlimit(RLIMIT_NOFILE, &limit);
+	if (limit.rlim_cur > INT32_MAX)
+		limit.rlim_cur = INT32_MAX;
+	own = limit.rlim_cur / 4 < OWN_DESCRIPTORS ? limit.rlim_cur / 4 : OWN_DESCRIPTORS;
+	descriptor_ceiling = limit.rlim_cur - own;
+}
+
+static void take_own_signals(void)
+{
+	sigset_t signals;
+
+	sigfillset(&signals);
+	sigprocmask(SIG_UNBLOCK, &signals, NULL);
+	sigemptyset(&signals);
+	sigaddset(&signals, SIGCHLD);
+	sigprocmask(SIG_BLOCK, &signals, NULL);
+	/* With SIGCHLD ignored, as a parent may have left it, the kernel would keep no zombie:
+	 * endings would be lost. */
+	signal(SIGCHLD, SIG_DFL);
+	signal(SIGPIPE, SIG_IGN); /* the log's reader may go */
+	/* Of a terminal, to whom it may concern: the jobs say how long jobinit is needed. */
+	signal(SIGHUP, SIG_IGN);
+	signal(SIGINT, SIG_IGN);
+	signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
+	if (signal_fd < 0)
+		die("signalfd");
+}
+
+static void protect_oneself(void)
+{
+	/* Allowed to root only. When memory is short, one process knows how all jobs end. */
+	write_file("/proc/self/oom_score_adj", "-900");
+	/* No job may trace it, or read its memory. Each gets its own leave back at its exec.
+	 * Last, as it makes root the owner of the files in /proc/self. */
+	prctl(PR_SET_DUMPABLE, 0);
+}
+
+static void watch_events(void)
+{
+	epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (epoll_fd < 0 || !watch(EPOLL_CTL_ADD, signal_fd, EPOLLIN, SIGNAL_EVENT)
+	    || !watch(EPOLL_CTL_ADD, listener_fd, EPOLLIN, LISTENER_EVENT))
+		die("epoll");
+}
+
+static void handle_event(const struct epoll_event *event)
+{
+	switch (event->data.u64) {
+	case LISTENER_EVENT:
+		accept_server();
+		break;
+	case SERVER_EVENT:
+		handle_server(event->events);
+		break;
+	case SIGNAL_EVENT:
+		reap_all();
+		break;
+	default:
+		resolve_start((struct job *)(uintptr_t)event->data.u64);
+	}
+}
+
+static int patience_ms(void)
+{
+	if (must_retry)
+		return RETRY_MS;
+	if (job_count || server_fd >= 0)
+		return -1;
+	/* 0: another server may wait already. */
+	return was_connected ? 0 : FIRST_CONNECTION_MS;
+}
+
+static void handle_events(void)
+{
+	struct epoll_event event;
+	int count;
+
+	/* One at a time: what is done for one may close what the next is about. */
+	while ((count = epoll_wait(epoll_fd, &event, 1, patience_ms())) != 0 || must_retry) {
+		if (count > 0)
+			handle_event(&event);
+		send_owed();
+	}
+}
+
+static int serve(void)
+{
+	/* Fixed, as it would else grow with the largest start, and memory be kept for ever. */
+	mallopt(M_MMAP_THRESHOLD, 64 << 10);
+	take_own_descriptors();
+	raise_open_files_limit();
+	take_own_signals();
+	/* What jobs leave behind is reaped here, even where no init does that. */
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	if (chdir("/") < 0)
+		die("/");
+	protect_oneself();
+	watch_events();
+	handle_events();
+	return 0;
+}
+
+/* ==== By hand ==== */
+
+static const char *find_command(const char *name)
+{
+	static char path[4096];
+	const char *folder = getenv("PATH");
+	size_t length;
+
+	if (strchr(name, '/') || !folder)
+		return name;
+	for (;; folder += length + 1) {
+		length = strcspn(folder, ":");
+		snprintf(path, sizeof path, "%.*s/%s", (int)length, folder, name);
+		if (length && access(path, X_OK) == 0)
+			return path;
+		if (!folder[length])
+			return name;
+	}
+}
+
+/* Until it has ended, passing on what a terminal or a supervisor sends. Returns its status. */
+static int wait_by_hand(pid_t pid, const sigset_t *signals)
+{
+	int status, number;
+
+	while (waitpid(pid, &status, WNOHANG) == 0)
+		if (sigwait(signals, &number) == 0 && number != SIGCHLD)
+			kill(-pid, number);
+	return status;
+}
+
+static int report_by_hand(int status_fd, pid_t pid, const char *command)
+{
+	struct step_failure failure;
+
+	if (prove_exec(status_fd, pid, &failure) == PROVED)
+		return 0;
+	if (failure.error == 0)
+		say("%s: killed before its exec", command);
+	else
+		say("%s: step %u: %s", command, failure.step, strerror(failure.error));
+	return failure.step == STEP_EXEC && failure.error == ENOENT ? 127 : 126;
+}
+
+static int run_by_hand(const char *cgroup, char **arguments)
+{
+	struct request request = {
+		.executable = find_command(arguments[0]),
+		.directory = ".",
+		.cgroup = cgroup,
+		.arguments = arguments,
+		.environment = environ,
+	};
+	struct ends theirs = {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO, -1};
+	int status_pipe[2], failed, status;
+	sigset_t signals;
+	pid_t pid;
+
+	sigemptyset(&signals);
+	sigaddset(&signals, SIGCHLD);
+	sigaddset(&signals, SIGHUP);
+	sigaddset(&signals, SIGINT);
+	sigaddset(&signals, SIGTERM);
+	sigprocmask(SIG_BLOCK, &signals, NULL);
+	signal(SIGCHLD, SIG_DFL);
+	getrlimit(RLIMIT_NOFILE, &original_open_files);
+	if (pipe2(status_pipe, O_CLOEXEC) < 0 || (pid = fork()) < 0)
+		die("fork");
+	theirs.status = status_pipe[1];
+	if (pid == 0)
+		become_job(&request, &theirs);
+	close(status_pipe[1]);
+	failed = report_by_hand(status_pipe[0], pid, arguments[0]);
+	status = wait_by_hand(pid, &signals);
+	if (failed)
+		return failed;
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+static int show_usage(void)
+{
+	fputs("usage: jobinit [--cgroup DIR] -- COMMAND [ARGUMENT...]\n"
+	      "       jobinit --serve    (file descriptor 3: a listening seqpacket socket)\n",
+	      stderr);
+	return OWN_FAILURE;
+}
+
+int main(int argc, char **argv)
+{
+	if (argc == 2 && !strcmp(argv[1], "--serve"))
+		return serve();
+	if (argc > 2 && !strcmp(argv[1], "--"))
+		return run_by_hand("", argv + 2);
+	if (argc > 4 && !strcmp(argv[1], "--cgroup") && !strcmp(argv[3], "--"))
+		return run_by_hand(argv[2], argv + 4);
+	return show_usage();
+}

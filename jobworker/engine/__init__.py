@@ -1,0 +1,1 @@
+"""What runs jobs on this machine: the manager decides, its neighbours do."""

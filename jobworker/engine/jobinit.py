@@ -1,0 +1,515 @@
+"""The server's end of the socket to jobinit, the parent of all jobs (jobinit.c).
+
+A packet to jobinit holds one message, a packet from it as many as fit, with the descriptors
+of all of them in order. The formats below mirror the structs of jobinit.c.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import enum
+import logging
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobworker.errors import JobinitError, StartFailedError, StartupError, StateFolderError
+
+log = logging.getLogger(__name__)
+
+MAGIC = 0x54494E4A
+CONNECT_SECONDS = 10.0
+LISTENER_FD = 3
+
+# Longer than this a start goes by way of a memfd: seqpacket messages end near 200 KB.
+LONGEST_INLINE_START_BYTES = 64 << 10
+PACKET_BYTES = 16 << 10
+PACKET_DESCRIPTORS = 253
+
+
+class Ask(enum.IntEnum):
+    """Messages to jobinit."""
+
+    START = 1
+    SIGNAL = 2
+    ACKNOWLEDGE = 3
+    LIST = 4
+
+
+class Tell(enum.IntEnum):
+    """Messages from jobinit."""
+
+    HELLO = 101
+    STARTING = 102
+    STARTED = 103
+    FAILED = 104
+    EXITED = 105
+    LISTED = 106
+    REFUSED = 107
+
+
+HEADER = struct.Struct("=HHIQ")  # type, number of descriptors, size of the body, job id
+START_BODY = struct.Struct("=IIII")  # flags, arguments, variables, -; then the strings
+SIGNAL_BODY = struct.Struct("=ii")  # number, -
+# A later jobinit may append to these: what is behind them is ignored.
+HELLO_BODY = struct.Struct("=IIi4x")  # magic, version, pid
+STARTED_BODY = struct.Struct("=iIQ")  # pid, which descriptors, started_ns
+FAILED_BODY = struct.Struct("=Iii4xQ")  # step, errno, wait status, ended_ns
+EXITED_BODY = struct.Struct("=i4xQQQQ")  # wait status, ended_ns, user µs, system µs, RSS in KiB
+REFUSED_BODY = struct.Struct("=Ii")  # type of the message, errno
+
+MERGE_OUTPUT = 1
+HAS_PIDFD, HAS_STDOUT, HAS_STDERR = 1, 2, 4
+
+STEPS = {
+    1: "fork",
+    2: "descriptors",
+    3: "cgroup",
+    4: "session",
+    5: "open files limit",
+    6: "oom score",
+    7: "working directory",
+    8: "exec",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StartRequest:
+    """What jobinit is to start."""
+
+    job_id: int
+    executable: str  # a path
+    argv: tuple[str, ...]  # with argv[0]
+    environment: Mapping[str, str]  # complete
+    working_directory: str
+    cgroup: str | None  # the directory of the job's cgroup; None: without one
+    merge_output: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The exec of a job is proved. The descriptors belong to whoever gets this."""
+
+    job_id: int
+    pid: int
+    pidfd: int  # -1: the main process has ended already, or the kernel has no pidfds
+    stdout_fd: int  # does not block, as stderr_fd
+    stderr_fd: int  # -1: merged into stdout
+    started_ns: int
+
+    def close(self) -> None:
+        _close_all(fd for fd in (self.pidfd, self.stdout_fd, self.stderr_fd) if fd >= 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The main process of a job has ended. The usage is that of it and of those children
+    that it has waited for."""
+
+    job_id: int
+    wait_status: int  # as of wait(2)
+    ended_ns: int
+    cpu_user_us: int
+    cpu_system_us: int
+    max_rss_bytes: int  # of the largest of the processes
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The command of a job never ran, and nothing of it is left."""
+
+    job_id: int
+    step: str
+    error_number: int
+    killed_by: int  # the signal that came before the exec; 0: the step failed
+    ended_ns: int
+
+    def error(self) -> StartFailedError:
+        return StartFailedError(self.step, self.error_number, self.killed_by)
+
+
+@dataclass(slots=True)
+class Held:
+    """A job that jobinit holds: it is starting (`started` and `ending` are None, and `start`
+    with the same request gets to know how that ends), it runs, or it has ended."""
+
+    job_id: int
+    started: Started | None = None
+    ending: Exited | Failed | None = None
+
+
+def listen(path: Path) -> socket.socket:
+    """The socket that jobinit is to accept servers on, with mode 0600. A connection waits in
+    its backlog until jobinit comes. Raises StateFolderError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        path.unlink(missing_ok=True)
+        # The file inherits the socket's mode (unix_bind in net/unix/af_unix.c), so there is
+        # no moment in which others may connect.
+        os.fchmod(listener.fileno(), 0o600)
+        listener.bind(os.fspath(path))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        raise StateFolderError(
+            f"{path}: no socket can be made there: {error.strerror or error}; "
+            "use a state folder that is writable and has a short path"
+        ) from error
+    return listener
+
+
+def spawn(binary: Path, listener: socket.socket) -> int:
+    """Starts jobinit, in a session of its own so that it outlives this process and its
+    terminal. Belongs before the import of grpc. Returns the pid. Raises StartupError."""
+    try:
+        return os.posix_spawn(
+            binary,
+            ["jobinit", "--serve"],
+            {},
+            file_actions=[(os.POSIX_SPAWN_DUP2, listener.fileno(), LISTENER_FD)],
+            setsid=True,
+        )
+    except OSError as error:
+        raise StartupError(
+            f"{binary} cannot be started: {error.strerror}; install jobworker again"
+        ) from error
+
+
+class Jobinit:
+    """A connection to jobinit, on the running event loop."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        on_exit: Callable[[Exited], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        """Use `connect`."""
+        self.pid = 0
+        self.version = 0
+        self._socket = connection
+        self._on_exit = on_exit
+        self._on_lost = on_lost
+        self._loop = asyncio.get_running_loop()
+        self._greeted = self._loop.create_future()
+        self._starting: dict[int, asyncio.Future[Started]] = {}
+        self._adopting: asyncio.Future[list[Held]] | None = None
+        self._held: dict[int, Held] = {}  # what came so far, while adopting
+        self._unsent: deque[tuple[bytes, int]] = deque()  # packet, and memfd or -1
+        self._loop.add_reader(connection.fileno(), self._receive)
+
+    @classmethod
+    async def connect(
+        cls, path: Path, on_exit: Callable[[Exited], None], on_lost: Callable[[], None]
+    ) -> Jobinit:
+        """on_exit: is called once for each job of `start` or `adopt` that ends; not before
+        the task that awaits its `start` has run on.
+        on_lost: is called once, when jobinit has gone without a `close`.
+
+        Raises JobinitError where nobody listens or answers.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.setblocking(False)
+        try:
+            connection.connect(os.fspath(path))
+        except OSError as error:
+            connection.close()
+            raise JobinitError(f"no jobinit at {path}: {error.strerror or error}") from error
+        jobinit = cls(connection, on_exit, on_lost)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await jobinit._greeted
+        except TimeoutError as error:
+            raise JobinitError(f"jobinit at {path} does not answer") from error
+        finally:
+            if jobinit.pid == 0:
+                await jobinit.close()
+        return jobinit
+
+    async def start(self, request: StartRequest) -> Started:
+        """Returns once the exec is proved. To ask again for a job that was started before
+        gives fresh descriptors, and starts nothing.
+
+        Raises StartFailedError where a step of it failed: that ending too is to be
+        acknowledged. Raises JobinitError where jobinit is gone or refuses. Cancelling does
+        not stop the job.
+        """
+        self._require_connection()
+        future: asyncio.Future[Started] = self._loop.create_future()
+        self._starting[request.job_id] = future
+        body = _encode_start(request)
+        if len(body) <= LONGEST_INLINE_START_BYTES:
+            self._send(Ask.START, request.job_id, body)
+        else:
+            self._send(Ask.START, request.job_id, memfd=_memfd_with(body))
+        return await future
+
+    async def signal(self, job_id: int, number: int) -> None:
+        """To the main process of a job and its process group; to what is left of the group
+        where the process has ended and there is no cgroup. Nothing tells whether it arrived."""
+        self._send(Ask.SIGNAL, job_id, SIGNAL_BODY.pack(number, 0))
+
+    def acknowledge(self, job_id: int) -> None:
+        """The ending is recorded: jobinit forgets the job, and closes its pipe ends."""
+        self._send(Ask.ACKNOWLEDGE, job_id)
+
+    async def adopt(self) -> list[Held]:
+        """All jobs that jobinit holds. To be called by a server that has just connected,
+        before it starts any; jobinit tells nothing of older jobs without it."""
+        self._require_connection()
+        self._adopting = self._loop.create_future()
+        self._send(Ask.LIST, 0)
+        return await self._adopting
+
+    async def close(self) -> None:
+        """jobinit goes on for as long as it holds a job."""
+        self._disconnect(JobinitError("the connection to jobinit is closed"))
+
+    def _require_connection(self) -> None:
+        if self._socket.fileno() < 0:
+            raise JobinitError("jobinit is gone")
+
+    # Sending
+
+    def _send(self, kind: Ask, job_id: int, body: bytes = b"", memfd: int = -1) -> None:
+        """Nothing is sent once the connection is gone: `on_lost` has told of that."""
+        if self._socket.fileno() < 0:
+            return
+        header = HEADER.pack(kind, 0 if memfd < 0 else 1, len(body), job_id)
+        self._unsent.append((header + body, memfd))
+        if len(self._unsent) == 1 and not self._send_unsent():
+            self._loop.add_writer(self._socket.fileno(), self._on_writable)
+
+    def _on_writable(self) -> None:
+        if self._send_unsent() and self._socket.fileno() >= 0:
+            self._loop.remove_writer(self._socket.fileno())
+
+    def _send_unsent(self) -> bool:
+        """False: the socket is full."""
+        while self._unsent:
+            packet, memfd = self._unsent[0]
+            try:
+                _send_packet(self._socket, packet, memfd)
+            except BlockingIOError:
+                return False
+            except (BrokenPipeError, ConnectionResetError):
+                # The reader finds that out too, after what jobinit has said last.
+                self._drop_unsent()
+            except OSError as error:
+                self._lose(f"cannot send to jobinit: {error.strerror}")
+            else:
+                self._unsent.popleft()
+                if memfd >= 0:
+                    os.close(memfd)
+        return True
+
+    def _drop_unsent(self) -> None:
+        _close_all(memfd for _, memfd in self._unsent if memfd >= 0)
+        self._unsent.clear()
+
+    # Receiving
+
+    def _receive(self) -> None:
+        try:
+            packet, descriptors, flags = _receive_packet(self._socket)
+        except (BlockingIOError, ConnectionResetError):
+            # A reset comes once, and before what jobinit has said last (it ended without
+            # reading all from us).
+            return
+        except OSError as error:
+            self._lose(f"cannot receive from jobinit: {error.strerror}")
+            return
+        if not packet:
+            self._lose("jobinit is gone")
+        elif flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            _close_all(descriptors)
+            self._lose("a message of jobinit was cut off: this process has no descriptor left")
+        else:
+            self._take_packet(packet, descriptors)
+
+    def _take_packet(self, packet: bytes, descriptors: list[int]) -> None:
+        try:
+            for kind, count, job_id, body in _split(packet):
+                if kind == Tell.STARTED:
+                    self._take_started(_decode_started(job_id, body, count, descriptors))
+                    continue
+                _close_all(descriptors[:count])
+                del descriptors[:count]
+                self._take(kind, job_id, body)
+        except (struct.error, ValueError) as error:
+            self._lose(f"jobinit broke its protocol: {error}")
+        finally:
+            _close_all(descriptors)
+
+    def _take(self, kind: int, job_id: int, body: bytes) -> None:
+        if kind == Tell.EXITED:
+            self._take_exited(_decode_exited(job_id, body))
+        elif kind == Tell.FAILED:
+            self._take_failed(_decode_failed(job_id, body))
+        elif kind == Tell.HELLO:
+            self._take_hello(body)
+        elif kind == Tell.STARTING and self._adopting:
+            self._held[job_id] = Held(job_id)
+        elif kind == Tell.LISTED:
+            self._take_listed()
+        elif kind == Tell.REFUSED:
+            self._take_refused(job_id, body)
+        # Anything else is of a later jobinit, for servers that know it.
+
+    def _take_hello(self, body: bytes) -> None:
+        magic, self.version, pid = HELLO_BODY.unpack_from(body)
+        if magic != MAGIC:
+            raise ValueError(f"magic number {magic:#x}")
+        self.pid = pid
+        if not self._greeted.done():
+            self._greeted.set_result(None)
+
+    def _take_started(self, started: Started) -> None:
+        future = self._starting.pop(started.job_id, None)
+        if future and not future.done():
+            future.set_result(started)
+        elif self._adopting:
+            self._held[started.job_id] = Held(started.job_id, started)
+        else:
+            started.close()  # nobody waits for it: `start` gets it again
+
+    def _take_exited(self, exited: Exited) -> None:
+        if self._adopting and exited.job_id in self._held:
+            self._held[exited.job_id].ending = exited
+        else:
+            # Not at once: whoever awaits its `start` is to run first.
+            self._loop.call_soon(self._on_exit, exited)
+
+    def _take_failed(self, failed: Failed) -> None:
+        future = self._starting.pop(failed.job_id, None)
+        if future and not future.done():
+            future.set_exception(failed.error())
+        elif self._adopting:
+            self._held[failed.job_id] = Held(failed.job_id, ending=failed)
+
+    def _take_listed(self) -> None:
+        if self._adopting and not self._adopting.done():
+            self._adopting.set_result(list(self._held.values()))
+            self._held = {}
+        self._drop_held()
+
+    def _drop_held(self) -> None:
+        """Nobody has got it."""
+        self._adopting = None
+        for held in self._held.values():
+            if held.started:
+                held.started.close()
+        self._held.clear()
+
+    def _take_refused(self, job_id: int, body: bytes) -> None:
+        kind, number = REFUSED_BODY.unpack_from(body)
+        message = f"jobinit refused message {kind} for job {job_id}: {os.strerror(number)}"
+        log.error(message)
+        future = self._starting.pop(job_id, None) if kind == Ask.START else None
+        if future and not future.done():
+            future.set_exception(JobinitError(message))
+
+    # The end
+
+    def _lose(self, problem: str) -> None:
+        was_connected = self._greeted.done()
+        self._disconnect(JobinitError(problem))
+        if was_connected:
+            # After the last of on_exit.
+            self._loop.call_soon(self._on_lost)
+
+    def _disconnect(self, error: JobinitError) -> None:
+        if self._socket.fileno() < 0:
+            return
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
+        self._socket.close()
+        self._drop_unsent()
+        waiting: list[asyncio.Future[Any] | None]
+        waiting = [self._greeted, self._adopting, *self._starting.values()]
+        for future in waiting:
+            if future and not future.done():
+                future.set_exception(error)
+        self._starting.clear()
+        self._drop_held()
+
+
+def _encode_start(request: StartRequest) -> bytes:
+    variables = [f"{name}={value}" for name, value in request.environment.items()]
+    strings = [request.executable, request.working_directory, request.cgroup or ""]
+    strings += [*request.argv, *variables]
+    flags = MERGE_OUTPUT if request.merge_output else 0
+    head = START_BODY.pack(flags, len(request.argv), len(variables), 0)
+    return head + os.fsencode("\0".join(strings)) + b"\0"
+
+
+def _memfd_with(data: bytes) -> int:
+    memfd = os.memfd_create("start", os.MFD_CLOEXEC)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(memfd, view) :]
+    return memfd
+
+
+def _send_packet(connection: socket.socket, packet: bytes, memfd: int) -> None:
+    if memfd < 0:
+        connection.send(packet)
+    else:
+        socket.send_fds(connection, [packet], [memfd])
+
+
+def _receive_packet(connection: socket.socket) -> tuple[bytes, list[int], int]:
+    """(packet, descriptors, flags); an empty packet is the end."""
+    packet, ancillary, flags, _ = connection.recvmsg(
+        PACKET_BYTES, socket.CMSG_SPACE(PACKET_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC
+    )
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(data[: len(data) // 4 * 4])
+    return packet, list(descriptors), flags
+
+
+def _split(packet: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """(type, number of descriptors, job id, body) of each message."""
+    place = 0
+    while place < len(packet):
+        kind, count, size, job_id = HEADER.unpack_from(packet, place)
+        place += HEADER.size
+        if place + size > len(packet):
+            raise ValueError(f"message {kind} is cut off")
+        yield kind, count, job_id, packet[place : place + size]
+        place += size
+
+
+def _decode_started(job_id: int, body: bytes, count: int, descriptors: list[int]) -> Started:
+    """Takes its descriptors out of the list, unless it raises."""
+    pid, having, started_ns = STARTED_BODY.unpack_from(body)
+    if not count == having.bit_count() <= len(descriptors):
+        raise ValueError(f"descriptors {having:#x} are {len(descriptors)}")
+    pidfd, stdout_fd, stderr_fd = (
+        descriptors.pop(0) if having & bit else -1 for bit in (HAS_PIDFD, HAS_STDOUT, HAS_STDERR)
+    )
+    return Started(job_id, pid, pidfd, stdout_fd, stderr_fd, started_ns)
+
+
+def _decode_exited(job_id: int, body: bytes) -> Exited:
+    wait_status, ended_ns, user_us, system_us, rss_kib = EXITED_BODY.unpack_from(body)
+    return Exited(job_id, wait_status, ended_ns, user_us, system_us, rss_kib << 10)
+
+
+def _decode_failed(job_id: int, body: bytes) -> Failed:
+    step, number, wait_status, ended_ns = FAILED_BODY.unpack_from(body)
+    killed_by = 0 if number else wait_status & 0x7F
+    return Failed(job_id, STEPS.get(step, f"step {step}"), number, killed_by, ended_ns)
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,1326 @@
+"""jobinit: real processes, over its real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import re
+import resource
+import select
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import jobworker
+from jobworker.engine import jobinit
+from jobworker.engine.jobinit import Ask, Exited, Failed, Held, Jobinit, Started, StartRequest, Tell
+from jobworker.errors import JobinitError, StartFailedError, StartupError, StateFolderError
+
+SOURCE = Path(__file__).parents[2] / "jobinit.c"
+DEADLINE_SECONDS = 30
+PIPE_BYTES = 64 << 10
+# Of a jobinit without jobs: stdio, listener, connection, epoll, signals.
+IDLE_DESCRIPTORS = 7
+
+sees_descriptors = pytest.mark.skipif(
+    os.geteuid() != 0, reason="jobinit shows its descriptors to root only"
+)
+
+Scenario = Callable[["Server"], Awaitable[None]]
+
+
+# What the tests run on
+
+
+@pytest.fixture(scope="session")
+def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one that was built, or else one built here."""
+    built = Path(jobworker.__file__).parent / "_bin" / "jobinit"
+    if built.exists():
+        return built
+    path = tmp_path_factory.mktemp("bin") / "jobinit"
+    warnings = ("-Wall", "-Wextra", "-Werror")
+    subprocess.run(
+        ["gcc", "-std=gnu17", "-O2", "-static", *warnings, SOURCE, "-o", path], check=True
+    )
+    return path
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A cgroup of the test's own; gone with all in it afterwards."""
+    base = _cgroup2_mount()
+    path = base / f"jobinit-test-{os.getpid()}"
+    try:
+        path.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made in {base}: {error.strerror}")
+    yield path
+    (path / "cgroup.kill").write_text("1")
+    _wait_until(lambda: "populated 0" in (path / "cgroup.events").read_text())
+    path.rmdir()
+
+
+def _cgroup2_mount() -> Path:
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount_point, kind, *_ = line.split()
+        if kind == "cgroup2":
+            return Path(mount_point)
+    pytest.skip("no cgroup v2 is mounted")
+
+
+class Server:
+    """What a server has: a jobinit that it spawned, and a connection to it."""
+
+    def __init__(self, path: Path, pid: int) -> None:
+        self.path = path
+        self.pid = pid
+        self.lost = asyncio.Event()
+        self.exit_count: defaultdict[int, int] = defaultdict(int)
+        self._ids = itertools.count(1)
+        self._exits: dict[int, asyncio.Future[Exited]] = {}
+        self._connections: list[Jobinit] = []
+        self._started: list[Started] = []
+
+    @property
+    def jobinit(self) -> Jobinit:
+        return self._connections[-1]
+
+    async def connect(self) -> None:
+        connection = await Jobinit.connect(self.path, self._on_exit, self.lost.set)
+        self._connections.append(connection)
+
+    async def reconnect(self) -> dict[int, Held]:
+        """As a new server does: with nothing of what the one before it had."""
+        await self.disconnect()
+        await self.connect()
+        return await self.adopt()
+
+    async def disconnect(self) -> None:
+        await self.jobinit.close()
+        while self._started:
+            self._started.pop().close()
+
+    async def adopt(self) -> dict[int, Held]:
+        held = {held.job_id: held for held in await self.jobinit.adopt()}
+        self._started += [held.started for held in held.values() if held.started]
+        return held
+
+    def request(self, *argv: str, **fields: object) -> StartRequest:
+        defaults: dict[str, object] = {
+            "job_id": next(self._ids) if "job_id" not in fields else 0,
+            "executable": argv[0],
+            "argv": argv,
+            "environment": {"PATH": os.environ["PATH"]},
+            "working_directory": "/",
+            "cgroup": None,
+            "merge_output": False,
+        }
+        return StartRequest(**(defaults | fields))  # type: ignore[arg-type]
+
+    async def start(self, *argv: str, **fields: object) -> Started:
+        return await self.ask(self.request(*argv, **fields))
+
+    async def ask(self, request: StartRequest) -> Started:
+        started = await self.jobinit.start(request)
+        self._started.append(started)
+        return started
+
+    async def shell(self, script: str, **fields: object) -> Started:
+        return await self.start("/bin/sh", "-c", script, **fields)
+
+    def release(self, started: Started) -> None:
+        self._started.remove(started)
+        started.close()
+
+    async def run(self, *argv: str, **fields: object) -> tuple[bytes, bytes, Exited]:
+        """A command to its end: what it wrote, and how it ended."""
+        started = await self.start(*argv, **fields)
+        output, errors = await asyncio.gather(
+            *(asyncio.to_thread(_read_all, fd) for fd in (started.stdout_fd, started.stderr_fd))
+        )
+        exited = await self.wait_exit(started.job_id)
+        self.jobinit.acknowledge(started.job_id)
+        return output, errors, exited
+
+    async def output(self, *argv: str, **fields: object) -> str:
+        output, errors, exited = await self.run(*argv, **fields)
+        assert (errors, exited.wait_status) == (b"", 0)
+        return os.fsdecode(output)
+
+    async def wait_exit(self, job_id: int) -> Exited:
+        return await self._exit_of(job_id)
+
+    async def clean_up(self) -> None:
+        """Ends and forgets all jobs; jobinit then has nothing to stay for."""
+        for held in (await self.adopt()).values():
+            if held.ending is None:
+                await self.jobinit.signal(held.job_id, signal.SIGKILL)
+                await self.wait_exit(held.job_id)
+                await self.jobinit.signal(held.job_id, signal.SIGKILL)
+            self.jobinit.acknowledge(held.job_id)
+        await self.disconnect()
+
+    def _on_exit(self, exited: Exited) -> None:
+        self.exit_count[exited.job_id] += 1
+        future = self._exit_of(exited.job_id)
+        if not future.done():
+            future.set_result(exited)
+
+    def _exit_of(self, job_id: int) -> asyncio.Future[Exited]:
+        return self._exits.setdefault(job_id, asyncio.get_running_loop().create_future())
+
+
+class Launcher:
+    """Spawns jobinits, and sees to it that each has ended when the test has."""
+
+    def __init__(self, binary: Path, folder: Path) -> None:
+        self.binary = binary
+        self.path = folder / "jobinit.sock"
+        self.running: list[int] = []
+
+    def spawn(self, binary: Path | None = None) -> int:
+        with jobinit.listen(self.path) as listener:
+            self.running.append(jobinit.spawn(binary or self.binary, listener))
+        return self.running[-1]
+
+    def wait_end(self, pid: int) -> int:
+        """The exit code."""
+        statuses: list[int] = []
+
+        def has_ended() -> bool:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            statuses.append(status)
+            return ended == pid
+
+        _wait_until(has_ended)
+        self.running.remove(pid)
+        return os.waitstatus_to_exitcode(statuses[-1])
+
+    def run(self, scenario: Scenario, binary: Path | None = None) -> None:
+        """jobinit ends by itself after the scenario, with all its jobs ended."""
+        pid = self.spawn(binary)
+
+        async def main() -> None:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                server = Server(self.path, pid)
+                await server.connect()
+                try:
+                    await scenario(server)
+                    if not server.lost.is_set():
+                        await server.clean_up()
+                finally:
+                    await server.disconnect()
+
+        asyncio.run(main())
+        if pid in self.running:
+            assert self.wait_end(pid) == 0
+
+    def kill(self) -> None:
+        for pid in self.running:
+            children = _children(pid)
+            os.kill(pid, signal.SIGKILL)
+            for child in children:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+@pytest.fixture
+def launcher(binary: Path, tmp_path: Path) -> Iterator[Launcher]:
+    launcher = Launcher(binary, tmp_path)
+    yield launcher
+    launcher.kill()
+
+
+def _read_all(fd: int) -> bytes:
+    """To the end of a pipe that does not block; nothing from -1."""
+    data = b""
+    while fd >= 0:
+        select.select([fd], [], [], DEADLINE_SECONDS)
+        piece = os.read(fd, 1 << 20)
+        if not piece:
+            break
+        data += piece
+    return data
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    """For what no event tells."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.002)
+
+
+def _children(pid: int) -> list[int]:
+    """Zombies among them."""
+    try:
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+    except FileNotFoundError:
+        return []
+
+
+async def _wait_gone(pid: int) -> None:
+    await asyncio.to_thread(_wait_until, lambda: not Path(f"/proc/{pid}").exists())
+
+
+def _descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+async def _wait_descriptors(pid: int, count: int) -> None:
+    """What jobinit has sent it may not have closed yet."""
+    await asyncio.to_thread(_wait_until, lambda: _descriptors(pid) == count)
+
+
+def _unread_bytes(fd: int) -> int:
+    answer = fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4)
+    return int.from_bytes(answer, sys.byteorder)
+
+
+# Starts that fail
+
+
+@pytest.mark.parametrize(
+    ("executable", "number"),
+    [
+        ("/no/such/program", errno.ENOENT),
+        ("/etc/passwd", errno.EACCES),
+        ("/etc", errno.EACCES),
+        ("garbage", errno.ENOEXEC),
+    ],
+)
+def test_a_failed_exec_tells_its_errno(
+    launcher: Launcher, tmp_path: Path, executable: str, number: int
+) -> None:
+    garbage = tmp_path / "garbage"
+    garbage.write_text("no program")
+    garbage.chmod(0o755)
+
+    async def scenario(server: Server) -> None:
+        with pytest.raises(StartFailedError) as caught:
+            await server.start(str(tmp_path / executable))
+        assert (caught.value.step, caught.value.error_number) == ("exec", number)
+        assert caught.value.killed_by == 0
+        assert _children(server.pid) == []
+
+    launcher.run(scenario)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "/etc/passwd", ""])
+def test_a_failed_working_directory_tells_its_errno(launcher: Launcher, path: str) -> None:
+    async def scenario(server: Server) -> None:
+        with pytest.raises(StartFailedError) as caught:
+            await server.start("/bin/true", working_directory=path)
+        expected = errno.ENOTDIR if Path(path).is_file() else errno.ENOENT
+        assert (caught.value.step, caught.value.error_number) == ("working directory", expected)
+
+    launcher.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [("/no/such/cgroup", errno.ENOENT), ("/" + "x" * 5000, errno.ENAMETOOLONG)],
+)
+def test_a_failed_cgroup_tells_its_errno(launcher: Launcher, path: str, number: int) -> None:
+    async def scenario(server: Server) -> None:
+        with pytest.raises(StartFailedError) as caught:
+            await server.start("/bin/true", cgroup=path)
+        assert (caught.value.step, caught.value.error_number) == ("cgroup", number)
+
+    launcher.run(scenario)
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_killed_before_the_exec_is_told_apart(
+    launcher: Launcher, cgroup: Path, attempt: int
+) -> None:
+    """A child that joins a frozen cgroup comes no further. Nobody waits with it."""
+
+    async def scenario(server: Server) -> None:
+        (cgroup / "cgroup.freeze").write_text("1")
+        stuck = asyncio.create_task(server.start("/bin/true", job_id=100, cgroup=str(cgroup)))
+        await asyncio.to_thread(_wait_until, lambda: (cgroup / "cgroup.procs").read_text() != "")
+        assert await server.output("/bin/echo", "others start meanwhile")
+        assert not stuck.done()
+        if attempt % 2:
+            (cgroup / "cgroup.kill").write_text("1")
+        else:
+            await server.jobinit.signal(100, signal.SIGKILL)
+        with pytest.raises(StartFailedError) as caught:
+            await stuck
+        assert (caught.value.step, caught.value.error_number) == ("exec", 0)
+        assert caught.value.killed_by == signal.SIGKILL
+        server.jobinit.acknowledge(100)
+        assert await server.adopt() == {}
+
+    launcher.run(scenario)
+
+
+def test_where_no_descriptor_is_left_one_start_fails(launcher: Launcher, tmp_path: Path) -> None:
+    limited = tmp_path / "limited"
+    limited.write_text(f"#!/bin/sh\nulimit -n 40\nexec {launcher.binary} --serve\n")
+    limited.chmod(0o755)
+
+    async def scenario(server: Server) -> None:
+        running: list[Started] = []
+        with pytest.raises(StartFailedError) as caught:  # noqa: PT012
+            while len(running) < 40:
+                running.append(await server.start("/bin/sleep", "1000"))
+        assert (caught.value.step, caught.value.error_number) == ("fork", errno.EMFILE)
+        assert 8 <= len(running) <= 12  # a quarter of the 40 is kept for jobinit itself
+        held = await server.reconnect()
+        assert {started.job_id for started in running} < set(held)
+        await server.jobinit.signal(running[0].job_id, signal.SIGKILL)
+        await server.wait_exit(running[0].job_id)
+        server.jobinit.acknowledge(running[0].job_id)
+        await server.start("/bin/sleep", "1000")
+
+    launcher.run(scenario, limited)
+
+
+# What a job finds
+
+
+def test_a_job_has_its_argv_and_working_directory(launcher: Launcher, tmp_path: Path) -> None:
+    async def scenario(server: Server) -> None:
+        argv = ("zeroth", "-c", 'pwd; printf "%s|" "$0" "$@"', "", "a b", "ä", "\udcff", "-x")
+        output = await server.output(*argv, executable="/bin/sh", working_directory=str(tmp_path))
+        assert output == f"{tmp_path}\n|a b|ä|\udcff|-x|"
+
+    launcher.run(scenario)
+
+
+@pytest.mark.parametrize("environment", [{}, {"A": "1", "EMPTY": "", "B": "x=y\nz \udcfe ü"}])
+def test_a_job_has_exactly_its_environment(launcher: Launcher, environment: dict[str, str]) -> None:
+    async def scenario(server: Server) -> None:
+        output = await server.output("/usr/bin/env", "-0", environment=environment)
+        assert output == "".join(f"{name}={value}\0" for name, value in environment.items())
+
+    launcher.run(scenario)
+
+
+def test_a_job_has_default_signals_and_no_mask(launcher: Launcher) -> None:
+    """Python ignores SIGPIPE, and this test what it can; jobinit blocks SIGCHLD."""
+    ignored = [signal.SIGUSR1, signal.SIGINT, signal.SIGRTMAX]
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in ignored]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+
+    async def scenario(server: Server) -> None:
+        status = await server.output("/bin/cat", "/proc/self/status")
+        for field in ("SigBlk", "SigIgn", "SigPnd", "ShdPnd"):
+            assert f"{field}:\t0000000000000000\n" in status
+
+    try:
+        launcher.run(scenario)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def test_a_job_has_no_descriptor_but_its_own(launcher: Launcher, tmp_path: Path) -> None:
+    """Not one that the server passed on to all its children either."""
+    inherited = os.open(tmp_path, os.O_RDONLY)
+    os.set_inheritable(inherited, True)
+
+    async def scenario(server: Server) -> None:
+        await server.start("/bin/sleep", "1000")
+        output = await server.output("/bin/ls", "/proc/self/fd")
+        assert output.split() == ["0", "1", "2", "3"]  # 3 is what ls lists
+
+    try:
+        launcher.run(scenario)
+    finally:
+        os.close(inherited)
+
+
+@sees_descriptors
+def test_a_child_that_hangs_holds_nothing_of_jobinit(launcher: Launcher, cgroup: Path) -> None:
+    async def scenario(server: Server) -> None:
+        await server.start("/bin/sleep", "1000")
+        (cgroup / "cgroup.freeze").write_text("1")
+        stuck = asyncio.create_task(server.start("/bin/true", cgroup=str(cgroup)))
+        await asyncio.to_thread(_wait_until, lambda: (cgroup / "cgroup.procs").read_text() != "")
+        pid = int((cgroup / "cgroup.procs").read_text())
+        # stdin, stdout, stderr, the status pipe, and the cgroup's file that it is writing.
+        assert _descriptors(pid) <= 5
+        (cgroup / "cgroup.freeze").write_text("0")
+        await stuck
+
+    launcher.run(scenario)
+
+
+def test_a_job_reads_nothing_from_stdin(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        assert await server.output("/bin/readlink", "/proc/self/fd/0") == "/dev/null\n"
+        assert await server.output("/bin/cat") == ""
+
+    launcher.run(scenario)
+
+
+def test_a_job_leads_its_own_session_and_group(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        started = await server.start("/bin/cat", "/proc/self/stat")
+        output = await asyncio.to_thread(_read_all, started.stdout_fd)
+        _, _, fields = output.partition(b") ")
+        _, parent, group, session, *_ = fields.split()
+        assert int(group) == int(session) == started.pid
+        assert int(parent) == server.pid
+
+    launcher.run(scenario)
+
+
+def test_a_job_has_the_usual_umask(launcher: Launcher) -> None:
+    before = os.umask(0o077)
+
+    async def scenario(server: Server) -> None:
+        assert await server.output("/bin/sh", "-c", "umask") == "0022\n"
+
+    try:
+        launcher.run(scenario)
+    finally:
+        os.umask(before)
+
+
+def test_a_job_has_the_original_limit_of_open_files(launcher: Launcher) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (777, before[1]))
+
+    async def scenario(server: Server) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        output = await server.output("/bin/sh", "-c", "ulimit -Sn; ulimit -Hn")
+        assert output == f"777\n{before[1]}\n"
+        assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (before[1], before[1])
+
+    try:
+        launcher.run(scenario)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_job_has_the_usual_oom_score(launcher: Launcher, tmp_path: Path) -> None:
+    """Not the one that jobinit inherited, nor the low one that root can give to itself."""
+    likely = tmp_path / "likely"
+    likely.write_text(
+        f"#!/bin/sh\necho 300 > /proc/self/oom_score_adj\nexec {launcher.binary} --serve\n"
+    )
+    likely.chmod(0o755)
+
+    async def scenario(server: Server) -> None:
+        assert await server.output("/bin/cat", "/proc/self/oom_score_adj") == "0\n"
+        own = Path(f"/proc/{server.pid}/oom_score_adj").read_text()
+        assert own == ("-900\n" if _has_capability(CAP_SYS_RESOURCE) else "300\n")
+
+    launcher.run(scenario, likely)
+
+
+CAP_SYS_RESOURCE = 24
+
+
+def _has_capability(number: int) -> bool:
+    effective = re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())
+    return bool(effective and int(effective[1], 16) >> number & 1)
+
+
+def test_a_job_is_born_in_its_cgroup(launcher: Launcher, cgroup: Path) -> None:
+    async def scenario(server: Server) -> None:
+        output = await server.output("/bin/cat", "/proc/self/cgroup", cgroup=str(cgroup))
+        assert f"0::/{cgroup.name}" in output.splitlines()
+
+    launcher.run(scenario)
+
+
+@pytest.mark.parametrize("argument_bytes", [300 << 10, 500 << 10])
+def test_long_arguments_travel_in_a_memfd(launcher: Launcher, argument_bytes: int) -> None:
+    async def scenario(server: Server) -> None:
+        piece = 100 << 10
+        arguments = [str(n) * piece for n in range(argument_bytes // piece)]
+        environment = {"LONG": "x" * (argument_bytes % piece)}
+        script = 'printf "%s" "$@" "$LONG"'
+        argv = ("/bin/sh", "-c", script, "sh", *arguments)
+        output = await server.output(*argv, environment=environment)
+        assert output == "".join(arguments) + environment["LONG"]
+
+    launcher.run(scenario)
+
+
+# Output and endings
+
+
+def test_merged_output_is_one_pipe_in_exact_order(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        script = "i=0; while [ $i -lt 500 ]; do echo o$i; echo e$i >&2; i=$((i+1)); done"
+        started = await server.shell(script, merge_output=True)
+        assert started.stderr_fd == -1
+        output = await asyncio.to_thread(_read_all, started.stdout_fd)
+        assert output.decode().split() == [f"{s}{i}" for i in range(500) for s in "oe"]
+
+    launcher.run(scenario)
+
+
+def test_only_the_read_ends_do_not_block(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        started = await server.shell("sleep 1000")
+        for ours, theirs in ((started.stdout_fd, 1), (started.stderr_fd, 2)):
+            assert not os.get_blocking(ours)
+            assert not os.get_inheritable(ours)
+            info = Path(f"/proc/{started.pid}/fdinfo/{theirs}").read_text()
+            flags = re.search(r"flags:\s*([0-7]+)", info)
+            assert flags and not int(flags[1], 8) & os.O_NONBLOCK
+
+    launcher.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("exit 0", 0),
+        ("exit 3", 3),
+        ("exit 255", 255),
+        ("kill -TERM $$", -signal.SIGTERM),
+        ("kill -KILL $$", -signal.SIGKILL),
+        ("ulimit -c 0; kill -ABRT $$", -signal.SIGABRT),
+    ],
+)
+def test_an_ending_has_the_true_wait_status(launcher: Launcher, script: str, code: int) -> None:
+    async def scenario(server: Server) -> None:
+        before_ns = time.time_ns()
+        started = await server.shell(script)
+        exited = await server.wait_exit(started.job_id)
+        assert os.waitstatus_to_exitcode(exited.wait_status) == code
+        assert before_ns <= started.started_ns <= exited.ended_ns <= time.time_ns()
+
+    launcher.run(scenario)
+
+
+def test_an_ending_has_the_usage(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        work = "import time; x = b'x' * (64 << 20)\nwhile time.process_time() < 0.3: pass"
+        started = await server.start(sys.executable, "-c", work)
+        exited = await server.wait_exit(started.job_id)
+        assert 300_000 <= exited.cpu_user_us + exited.cpu_system_us < 5_000_000
+        assert 64 << 20 <= exited.max_rss_bytes < 256 << 20
+
+    launcher.run(scenario)
+
+
+def test_a_job_ends_when_its_main_process_does(launcher: Launcher) -> None:
+    """Whatever it leaves behind, on its pipes too; and that is reaped like all else."""
+
+    async def scenario(server: Server) -> None:
+        started = await server.shell("sleep 1000 & echo $!")
+        await server.wait_exit(started.job_id)
+        orphan = int(os.read(started.stdout_fd, 100))
+        assert _children(server.pid) == [orphan]
+        os.kill(orphan, signal.SIGKILL)
+        await asyncio.to_thread(_wait_until, lambda: _children(server.pid) == [])
+
+    launcher.run(scenario)
+
+
+# Signals
+
+
+def test_a_signal_reaches_the_whole_group(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        trap = "trap 'echo got it; exit 5' USR1; echo ready; while :; do sleep 0.01; done"
+        started = await server.shell(f"({trap}) & {trap}")
+        ready = b""
+        while ready.count(b"ready") < 2:
+            select.select([started.stdout_fd], [], [], DEADLINE_SECONDS)
+            ready += os.read(started.stdout_fd, 100)
+        await server.jobinit.signal(started.job_id, signal.SIGUSR1)
+        output = await asyncio.to_thread(_read_all, started.stdout_fd)
+        assert output == b"got it\n" * 2
+        exited = await server.wait_exit(started.job_id)
+        assert os.waitstatus_to_exitcode(exited.wait_status) == 5
+
+    launcher.run(scenario)
+
+
+def test_without_a_cgroup_what_is_left_of_the_group_gets_the_signal(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        started = await server.shell("sleep 1000 & sleep 1000 & exit 0")
+        await server.wait_exit(started.job_id)
+        assert len(_children(server.pid)) == 2
+        await server.jobinit.signal(started.job_id, signal.SIGKILL)
+        await asyncio.to_thread(_wait_until, lambda: _children(server.pid) == [])
+        await server.jobinit.signal(started.job_id, signal.SIGKILL)  # to nobody
+        server.jobinit.acknowledge(started.job_id)
+        assert await server.adopt() == {}
+
+    launcher.run(scenario)
+
+
+def test_a_signal_to_no_job_or_of_no_number_harms_nobody(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        started = await server.start("/bin/sleep", "1000")
+        await server.jobinit.signal(999, signal.SIGKILL)
+        for number in (-1, 0, 65, 1 << 30):
+            await server.jobinit.signal(started.job_id, number)
+        held = await server.adopt()
+        assert held[started.job_id].ending is None
+
+    launcher.run(scenario)
+
+
+# A server that goes, and one that comes
+
+
+def test_a_new_server_gets_all_that_jobinit_holds(launcher: Launcher, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+
+    async def scenario(server: Server) -> None:
+        running = await server.shell("echo before; read x < /dev/zero", merge_output=True)
+        ended = await server.shell(
+            f"while [ ! -e {go} ]; do sleep 0.01; done; echo bye; echo oh >&2; exit 7"
+        )
+        with pytest.raises(StartFailedError):
+            await server.start("/no/such/program")
+        gone = await server.shell("exit 0")
+        await server.wait_exit(gone.job_id)
+        server.jobinit.acknowledge(gone.job_id)
+        await server.disconnect()
+        go.touch()
+        await _wait_gone(ended.pid)
+
+        await server.connect()
+        held = await server.adopt()
+
+        assert set(held) == {running.job_id, ended.job_id, ended.job_id + 1}
+        again = held[running.job_id].started
+        assert again and held[running.job_id].ending is None
+        assert (again.pid, again.started_ns) == (running.pid, running.started_ns)
+        assert os.read(again.stdout_fd, 100) == b"before\n"
+        signal.pidfd_send_signal(again.pidfd, signal.SIGKILL)
+        assert (await server.wait_exit(running.job_id)).wait_status == signal.SIGKILL
+
+        over, ending = held[ended.job_id].started, held[ended.job_id].ending
+        assert over and over.pidfd == -1
+        assert _read_all(over.stdout_fd) == b"bye\n" and _read_all(over.stderr_fd) == b"oh\n"
+        assert isinstance(ending, Exited)
+        assert os.waitstatus_to_exitcode(ending.wait_status) == 7
+        assert over.started_ns < ending.ended_ns < time.time_ns()
+
+        failed = held[ended.job_id + 1]
+        assert failed.started is None and isinstance(failed.ending, Failed)
+        assert (failed.ending.step, failed.ending.error_number) == ("exec", errno.ENOENT)
+
+    launcher.run(scenario)
+
+
+def test_a_start_that_hangs_delays_no_new_server(launcher: Launcher, cgroup: Path) -> None:
+    async def scenario(server: Server) -> None:
+        (cgroup / "cgroup.freeze").write_text("1")
+        request = server.request("/bin/sh", "-c", "exit 4", cgroup=str(cgroup))
+        stuck = asyncio.create_task(server.start("", **_fields(request)))
+        await asyncio.to_thread(_wait_until, lambda: (cgroup / "cgroup.procs").read_text() != "")
+        held = await server.reconnect()
+        with pytest.raises(JobinitError):
+            await stuck
+        assert held == {request.job_id: Held(request.job_id)}
+
+        answer = asyncio.create_task(server.ask(request))
+        (cgroup / "cgroup.freeze").write_text("0")
+        assert (await answer).job_id == request.job_id
+        assert os.waitstatus_to_exitcode((await server.wait_exit(request.job_id)).wait_status) == 4
+        assert server.exit_count == {request.job_id: 1}
+
+    launcher.run(scenario)
+
+
+def _fields(request: StartRequest) -> dict[str, object]:
+    return {name: getattr(request, name) for name in StartRequest.__slots__ if name != "argv"} | {
+        "argv": request.argv
+    }
+
+
+def test_a_new_server_hears_of_older_jobs_only_when_it_asks(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        started = await server.start("/bin/sleep", "1000")
+        await server.disconnect()
+        await server.connect()
+        await server.jobinit.signal(started.job_id, signal.SIGKILL)
+        await _wait_gone(started.pid)
+        assert await server.output("/bin/echo", "later") == "later\n"
+        assert started.job_id not in server.exit_count
+        held = await server.adopt()
+        assert isinstance(held[started.job_id].ending, Exited)
+
+    launcher.run(scenario)
+
+
+def test_a_job_waits_for_its_server_on_a_full_pipe(launcher: Launcher) -> None:
+    """It gets no SIGPIPE, and not a byte is lost."""
+
+    async def scenario(server: Server) -> None:
+        total = 4 * PIPE_BYTES
+        script = f"import os\nfor i in range({total // 8}): os.write(1, b'%07d ' % i)"
+        started = await server.start(sys.executable, "-c", script)
+        held = await server.reconnect()
+        ours = held[started.job_id].started
+        assert ours
+        await server.jobinit.close()
+        await asyncio.to_thread(_wait_until, lambda: _unread_bytes(ours.stdout_fd) == PIPE_BYTES)
+        await server.connect()
+        held = await server.adopt()
+        assert held[started.job_id].ending is None
+        output = await asyncio.to_thread(_read_all, ours.stdout_fd)
+        assert output == b"".join(b"%07d " % i for i in range(total // 8))
+        assert (await server.wait_exit(started.job_id)).wait_status == 0
+
+    launcher.run(scenario)
+
+
+def test_to_ask_again_for_a_job_starts_nothing(launcher: Launcher, tmp_path: Path) -> None:
+    async def scenario(server: Server) -> None:
+        script = f"echo once >> {tmp_path}/count; echo ready; sleep 1000"
+        request = server.request("/bin/sh", "-c", script)
+        first = await server.ask(request)
+        second = await server.ask(request)
+        assert (second.pid, second.started_ns) == (first.pid, first.started_ns)
+        assert len({first.pidfd, first.stdout_fd, second.pidfd, second.stdout_fd}) == 4
+        assert os.path.sameopenfile(first.stdout_fd, second.stdout_fd)
+        select.select([first.stdout_fd], [], [], DEADLINE_SECONDS)
+        await server.jobinit.signal(request.job_id, signal.SIGKILL)
+        await server.wait_exit(request.job_id)
+        third = await server.ask(request)
+        assert (third.pid, third.pidfd) == (first.pid, -1)
+        assert await server.adopt()
+        assert server.exit_count == {request.job_id: 1}
+        assert (tmp_path / "count").read_text() == "once\n"
+
+    launcher.run(scenario)
+
+
+def test_to_ask_again_for_a_failed_start_gives_the_same_answer(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        request = server.request("/no/such/program")
+        for _ in range(2):
+            with pytest.raises(StartFailedError):
+                await server.ask(request)
+        server.jobinit.acknowledge(request.job_id)
+        assert await server.adopt() == {}
+
+    launcher.run(scenario)
+
+
+def test_what_runs_cannot_be_acknowledged(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        started = await server.start("/bin/sleep", "1000")
+        server.jobinit.acknowledge(started.job_id)
+        server.jobinit.acknowledge(999)
+        assert set(await server.adopt()) == {started.job_id}
+
+    launcher.run(scenario)
+
+
+@sees_descriptors
+def test_an_acknowledged_job_leaves_nothing(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        started = await server.start("/bin/sh", "-c", "exec sleep 1000", "x" * (100 << 10))
+        await _wait_descriptors(server.pid, IDLE_DESCRIPTORS + 2)
+        merged = await server.start("/bin/sleep", "1000", merge_output=True)
+        await _wait_descriptors(server.pid, IDLE_DESCRIPTORS + 3)
+        for job_id in (started.job_id, merged.job_id):
+            await server.jobinit.signal(job_id, signal.SIGKILL)
+            await server.wait_exit(job_id)
+        await _wait_descriptors(server.pid, IDLE_DESCRIPTORS + 3)
+        for job_id in (started.job_id, merged.job_id):
+            server.jobinit.acknowledge(job_id)
+        assert await server.adopt() == {}
+        await _wait_descriptors(server.pid, IDLE_DESCRIPTORS)
+
+    launcher.run(scenario)
+
+
+@sees_descriptors
+def test_500_jobs_leave_no_descriptor_and_no_zombie(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        gate = asyncio.Semaphore(16)
+
+        async def one(number: int) -> None:
+            async with gate:
+                started = await server.shell(f"true & exit {number % 7}")
+                exited = await server.wait_exit(started.job_id)
+                assert os.waitstatus_to_exitcode(exited.wait_status) == number % 7
+                server.jobinit.acknowledge(started.job_id)
+                server.release(started)
+
+        await asyncio.gather(*(one(number) for number in range(500)))
+        assert await server.adopt() == {}
+        await asyncio.to_thread(_wait_until, lambda: _children(server.pid) == [])
+        await _wait_descriptors(server.pid, IDLE_DESCRIPTORS)
+
+    launcher.run(scenario)
+
+
+def test_200_jobs_are_handed_over_in_batches(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        # One merged, so that three each do not make a batch of 252 but could of 254.
+        jobs = [await server.start("/bin/sleep", "1000", merge_output=n == 0) for n in range(200)]
+        held = await server.reconnect()
+        assert {job_id: of.started.pid for job_id, of in held.items() if of.started} == {
+            job.job_id: job.pid for job in jobs
+        }
+        pidfds = [of.started.pidfd for of in held.values() if of.started]
+        assert len(set(pidfds)) == 200
+        for pidfd in pidfds:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for job in jobs:
+            await server.wait_exit(job.job_id)
+
+    launcher.run(scenario)
+
+
+# Its own beginning and end
+
+
+def test_it_ends_when_no_server_ever_comes(launcher: Launcher) -> None:
+    pid = launcher.spawn()
+    assert launcher.wait_end(pid) == 0
+
+
+def test_it_stays_while_it_holds_an_ending(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        started = await server.start("/bin/sleep", "1000")
+        await server.disconnect()
+        os.kill(started.pid, signal.SIGKILL)
+        await _wait_gone(started.pid)
+        await server.connect()
+        held = await server.adopt()
+        assert isinstance(held[started.job_id].ending, Exited)
+
+    launcher.run(scenario)
+
+
+def test_a_server_that_waits_already_is_served_before_it_ends(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        next_server = asyncio.create_task(
+            Jobinit.connect(launcher.path, lambda _: None, lambda: None)
+        )
+        await asyncio.sleep(0)  # it is in the backlog
+        assert not next_server.done()
+        await server.disconnect()
+        await (await next_server).close()
+        server.lost.set()
+
+    launcher.run(scenario)
+
+
+def test_the_socket_is_for_its_user_only(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with jobinit.listen(tmp_path / "socket"):
+            mode = (tmp_path / "socket").stat().st_mode
+    finally:
+        os.umask(before)
+    assert stat.S_ISSOCK(mode) and stat.S_IMODE(mode) == 0o600
+
+
+@pytest.mark.parametrize("name", ["no/folder", "x" * 200])
+def test_a_socket_that_cannot_be_made_is_a_start_up_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StateFolderError, match=name):
+        jobinit.listen(tmp_path / name)
+
+
+def test_a_missing_binary_is_a_start_up_error(tmp_path: Path) -> None:
+    with (
+        jobinit.listen(tmp_path / "socket") as listener,
+        pytest.raises(StartupError, match="missing"),
+    ):
+        jobinit.spawn(tmp_path / "missing", listener)
+
+
+def test_connecting_to_nobody_raises(tmp_path: Path) -> None:
+    async def main() -> None:
+        with pytest.raises(JobinitError):
+            await Jobinit.connect(tmp_path / "socket", lambda _: None, lambda: None)
+
+    with jobinit.listen(tmp_path / "socket"):
+        pass
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to be somebody else")
+def test_another_user_is_sent_away(launcher: Launcher) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        launcher.path = Path(folder) / "socket"
+
+        async def scenario(server: Server) -> None:
+            os.chmod(launcher.path, 0o666)
+            program = (
+                "import os, socket, sys\n"
+                "os.setuid(65534)\n"
+                "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+                "s.connect(sys.argv[1])\n"
+                "print('connected', flush=True)\n"
+                "print(s.recv(100))"
+            )
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", program, str(launcher.path)), stdout=subprocess.PIPE
+            )
+            assert process.stdout
+            started = await server.start("/bin/sleep", "1000")
+            assert await process.stdout.readline() == b"connected\n"
+            await server.disconnect()
+            assert await process.stdout.readline() == b"b''\n"
+            await process.wait()
+            await server.connect()
+            assert set(await server.adopt()) == {started.job_id}
+
+        launcher.run(scenario)
+
+
+# When it dies
+
+
+def test_when_it_dies_the_server_is_told_once(launcher: Launcher, cgroup: Path) -> None:
+    lost = []
+
+    async def scenario(server: Server) -> None:
+        jobinit_ = await Jobinit.connect(launcher.path, lambda _: None, lambda: lost.append(1))
+        request = server.request("/bin/true", cgroup=str(cgroup))
+        (cgroup / "cgroup.freeze").write_text("1")
+        pending = asyncio.create_task(jobinit_.start(request))
+        await asyncio.to_thread(_wait_until, lambda: (cgroup / "cgroup.procs").read_text() != "")
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(JobinitError):
+            await pending
+        with pytest.raises(JobinitError):
+            await jobinit_.start(request)
+        with pytest.raises(JobinitError):
+            await jobinit_.adopt()
+        await jobinit_.signal(1, signal.SIGTERM)
+        jobinit_.acknowledge(1)
+        await jobinit_.close()
+
+    pid = launcher.spawn()
+
+    async def main() -> None:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await scenario(Server(launcher.path, pid))
+
+    asyncio.run(main())
+    assert lost == [1]
+    assert launcher.wait_end(pid) == -signal.SIGKILL
+
+
+def test_a_server_without_descriptors_loses_the_connection_and_no_job(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        open_before = set(os.listdir("/proc/self/fd"))
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, before[1]))
+        try:
+            with pytest.raises(JobinitError, match="descriptor"):
+                await server.start("/bin/sleep", "1000", job_id=1)
+            await server.lost.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert set(os.listdir("/proc/self/fd")) < open_before
+        server.lost.clear()
+        await server.connect()
+        held = await server.adopt()
+        assert held[1].started
+
+    launcher.run(scenario)
+
+
+# Congestion
+
+
+def test_nothing_is_lost_when_jobinit_reads_late(launcher: Launcher) -> None:
+    """Its socket is full: what is to be sent waits in the server, and nobody is blocked."""
+
+    async def scenario(server: Server) -> None:
+        started = await server.shell("trap : USR1; while :; do sleep 0.01; done")
+        os.kill(server.pid, signal.SIGSTOP)
+        for _ in range(2000):
+            await server.jobinit.signal(started.job_id, signal.SIGUSR1)
+        starts = [asyncio.create_task(server.shell(f"exit {n % 5}")) for n in range(50)]
+        await asyncio.sleep(0)
+        assert len(server.jobinit._unsent) > 100
+        os.kill(server.pid, signal.SIGCONT)
+        for number, job in enumerate(await asyncio.gather(*starts)):
+            exited = await server.wait_exit(job.job_id)
+            assert os.waitstatus_to_exitcode(exited.wait_status) == number % 5
+        assert not server.jobinit._unsent
+
+    launcher.run(scenario)
+
+
+def test_nothing_is_lost_when_the_server_reads_late(launcher: Launcher) -> None:
+    """Its socket is full: jobinit goes on reaping, and tells all when there is room."""
+    count = 600
+    pid = launcher.spawn()
+    with _raw_connection(launcher.path) as connection:
+        sent = 0
+        while sent < count:
+            # Without reading: until jobinit, for want of room, does not read either.
+            _, writable, _ = select.select([], [connection], [], 2)
+            if not writable:
+                break
+            sent += 1
+            connection.send(_packet(Ask.START, sent, _start_body("/bin/true")))
+        assert 100 < sent < count
+        _wait_until(lambda: _children(pid) == [])
+
+        told: list[tuple[int, int]] = []
+        while len(told) < 2 * sent:
+            told += [(kind, job_id) for kind, job_id, _ in _receive(connection)]
+        expected = [(kind, n + 1) for n in range(sent) for kind in (Tell.STARTED, Tell.EXITED)]
+        assert sorted(told) == sorted(expected)
+        assert all(
+            told.index((Tell.STARTED, n + 1)) < told.index((Tell.EXITED, n + 1))
+            for n in range(sent)
+        )
+        for number in range(sent):
+            connection.send(_packet(Ask.ACKNOWLEDGE, number + 1))
+    assert launcher.wait_end(pid) == 0
+
+
+# What makes no sense
+
+
+@contextlib.contextmanager
+def _raw_connection(path: Path) -> Iterator[socket.socket]:
+    """After its hello."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(DEADLINE_SECONDS)
+        connection.connect(os.fspath(path))
+        [(kind, _, body)] = _receive(connection)
+        assert kind == Tell.HELLO
+        assert struct.unpack("=IIii", body)[:2] == (0x54494E4A, 1)
+        yield connection
+
+
+def _packet(kind: int, job_id: int, body: bytes = b"", descriptors: int = 0) -> bytes:
+    return struct.pack("=HHIQ", kind, descriptors, len(body), job_id) + body
+
+
+def _start_body(*argv: str, flags: int = 0, arguments: int = -1, variables: int = 0) -> bytes:
+    strings = [argv[0], "/", "", *argv]
+    head = struct.pack("=IIII", flags, len(argv) if arguments < 0 else arguments, variables, 0)
+    return head + "".join(string + "\0" for string in strings).encode()
+
+
+def _receive(connection: socket.socket) -> list[tuple[int, int, bytes]]:
+    """(type, job id, body) of each message in a packet."""
+    packet, descriptors, flags, _ = socket.recv_fds(connection, 16 << 10, 253)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    assert packet and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
+    return [(kind, job_id, body) for kind, _, job_id, body in jobinit._split(packet)]
+
+
+def _refusal(connection: socket.socket) -> tuple[int, int, int]:
+    """(type, job id, errno) of what was refused."""
+    [(kind, job_id, body)] = _receive(connection)
+    assert kind == Tell.REFUSED
+    refused, number = struct.unpack("=Ii", body)
+    return refused, job_id, number
+
+
+SENSELESS = {
+    "short": (b"x", (ord("x"), 0, errno.EBADMSG)),
+    "no body": (_packet(Ask.START, 7), (Ask.START, 7, errno.EBADMSG)),
+    "unknown": (_packet(99, 7), (99, 7, errno.EOPNOTSUPP)),
+    "of jobinit": (_packet(Tell.EXITED, 7), (Tell.EXITED, 7, errno.EOPNOTSUPP)),
+    "longer than it says": (_packet(Ask.LIST, 7) + b"x", (Ask.LIST, 7, errno.EBADMSG)),
+    "shorter": (_packet(Ask.SIGNAL, 7, bytes(8))[:-1], (Ask.SIGNAL, 7, errno.EBADMSG)),
+    "half a signal": (_packet(Ask.SIGNAL, 7, bytes(4)), (Ask.SIGNAL, 7, errno.EBADMSG)),
+    "no signal": (_packet(Ask.SIGNAL, 7, bytes(8)), (Ask.SIGNAL, 7, errno.EINVAL)),
+    "too long": (_packet(Ask.START, 7, bytes(65 << 10)), (Ask.START, 7, errno.EMSGSIZE)),
+    "not ended": (
+        _packet(Ask.START, 7, _start_body("/bin/true")[:-1]),
+        (Ask.START, 7, errno.EBADMSG),
+    ),
+    "no argv": (
+        _packet(Ask.START, 7, _start_body("/bin/true", arguments=0)),
+        (Ask.START, 7, errno.EBADMSG),
+    ),
+    "more strings": (
+        _packet(Ask.START, 7, _start_body("/bin/true") + b"x\0"),
+        (Ask.START, 7, errno.EBADMSG),
+    ),
+    "fewer strings": (
+        _packet(Ask.START, 7, _start_body("/bin/true", variables=1)),
+        (Ask.START, 7, errno.EBADMSG),
+    ),
+    "countless strings": (
+        _packet(Ask.START, 7, _start_body("/bin/true", arguments=2**32 - 1, variables=2**32 - 1)),
+        (Ask.START, 7, errno.EBADMSG),
+    ),
+    "a flag of later": (
+        _packet(Ask.START, 7, _start_body("/bin/true", flags=2)),
+        (Ask.START, 7, errno.EOPNOTSUPP),
+    ),
+}
+
+
+def test_what_makes_no_sense_is_refused_and_harms_nobody(launcher: Launcher) -> None:
+    pid = launcher.spawn()
+    with _raw_connection(launcher.path) as connection:
+        for packet, refusal in SENSELESS.values():
+            connection.send(packet)
+            assert _refusal(connection) == refusal
+        connection.send(_packet(Ask.LIST, 0))
+        assert _receive(connection) == [(Tell.LISTED, 0, b"")]
+    assert launcher.wait_end(pid) == 0
+
+
+@sees_descriptors
+@pytest.mark.parametrize("kind", ["directory", "empty", "huge", "senseless", "two"])
+def test_a_senseless_memfd_is_refused(launcher: Launcher, tmp_path: Path, kind: str) -> None:
+    pid = launcher.spawn()
+    descriptors = {
+        "directory": lambda: [os.open(tmp_path, os.O_RDONLY)],
+        "empty": lambda: [_memfd(b"")],
+        "huge": lambda: [_memfd(bytes((1 << 20) + 1))],
+        "senseless": lambda: [_memfd(b"x" * 1000)],
+        "two": lambda: [_memfd(b""), _memfd(_start_body("/bin/true"))],
+    }[kind]()
+    with _raw_connection(launcher.path) as connection:
+        packet = _packet(Ask.START, 7, descriptors=1)
+        socket.send_fds(connection, [packet], descriptors)
+        number = errno.EMSGSIZE if kind in {"directory", "huge"} else errno.EBADMSG
+        assert _refusal(connection) == (Ask.START, 7, number)
+        _wait_until(lambda: _descriptors(pid) == IDLE_DESCRIPTORS)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    assert launcher.wait_end(pid) == 0
+
+
+def _memfd(data: bytes) -> int:
+    memfd = os.memfd_create("test")
+    os.write(memfd, data)
+    return memfd
+
+
+# Starts whose strings name no program: random ones might.
+START_BODIES = st.builds(
+    lambda flags, arguments, variables, strings: (
+        struct.pack("=IIII", flags, arguments, variables, 0) + strings
+    ),
+    st.integers(0, 3),
+    st.integers(0, 5) | st.integers(0, 2**32 - 1),
+    st.integers(0, 5) | st.integers(0, 2**32 - 1),
+    st.lists(st.sampled_from([b"\0", b"/no", b"x\0"])).map(b"".join),
+)
+PACKETS = (
+    st.binary(min_size=1, max_size=200)
+    | st.builds(_packet, st.integers(0, 200), st.integers(0, 3), st.binary(max_size=50))
+    | st.builds(_packet, st.just(Ask.START), st.integers(0, 3), START_BODIES)
+)
+
+
+def test_no_packet_harms_it(launcher: Launcher) -> None:
+    pid = launcher.spawn()
+    with _raw_connection(launcher.path) as connection:
+
+        @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @given(st.lists(PACKETS, max_size=5))
+        def send(packets: list[bytes]) -> None:
+            for packet in packets:
+                connection.send(packet)
+            connection.send(_packet(Ask.LIST, 0))
+            while not any(kind == Tell.LISTED for kind, _, _ in _receive(connection)):
+                pass
+
+        send()
+        _wait_until(lambda: _children(pid) == [])
+        for job_id in range(4):
+            connection.send(_packet(Ask.ACKNOWLEDGE, job_id))
+    assert launcher.running == [pid]
+    os.kill(pid, 0)
+
+
+def test_both_ends_have_the_same_names_and_numbers() -> None:
+    source = SOURCE.read_text()
+    numbers = {name: int(number) for name, number in re.findall(r"(\w+) = (\d+),", source)}
+    expected = {f"ASK_{ask.name}": ask.value for ask in Ask}
+    expected |= {f"TELL_{tell.name}": tell.value for tell in Tell}
+    assert {name: numbers.get(name) for name in expected} == expected
+    steps = re.search(r"enum step \{(.*?)\}", source, re.DOTALL)
+    assert steps
+    assert len(re.findall(r"STEP_\w+", steps[1])) == len(jobinit.STEPS)
+
+
+# By hand
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--", "true"], 0),
+        (["--", "/bin/sh", "-c", "exit 3"], 3),
+        (["--", "sh", "-c", "kill -9 $$"], 137),
+        (["--", "/etc/passwd"], 126),
+        (["--cgroup", "/no/such", "--", "true"], 126),
+        (["--", "no-such-command"], 127),
+        (["--", "/no/such/command"], 127),
+        ([], 125),
+        (["true"], 125),
+        (["--cgroup", "/no/such"], 125),
+    ],
+)
+def test_by_hand_it_ends_as_the_job_does(binary: Path, arguments: list[str], code: int) -> None:
+    process = subprocess.run([binary, *arguments], capture_output=True, check=False)
+    assert process.returncode == code
+    assert (process.stderr != b"") == (code in {125, 126, 127})
+
+
+def test_by_hand_a_job_has_the_terminal_s_descriptors(binary: Path, tmp_path: Path) -> None:
+    script = "pwd; cat; echo $GREETING >&2"
+    process = subprocess.run(
+        [binary, "--", "sh", "-c", script],
+        input=b"input",
+        env={"PATH": os.environ["PATH"], "GREETING": "hello"},
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    assert process.stdout == f"{tmp_path}\ninput".encode()
+    assert process.stderr == b"hello\n"
+
+
+def test_by_hand_a_job_runs_in_the_cgroup(binary: Path, cgroup: Path) -> None:
+    process = subprocess.run(
+        [binary, "--cgroup", cgroup, "--", "cat", "/proc/self/cgroup"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"0::/{cgroup.name}" in process.stdout.splitlines()
+
+
+def test_by_hand_a_job_gets_the_signals(binary: Path) -> None:
+    script = "trap 'exit 9' TERM; echo ready; while :; do sleep 0.01; done"
+    with subprocess.Popen([binary, "--", "sh", "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        process.terminate()
+        assert process.wait(DEADLINE_SECONDS) == 9
