@@ -1,0 +1,112 @@
+"""The native core: bytes, descriptors, and the layout of a DataChunk. See _fastio.pyx.
+
+No call here blocks on a disk or a lock for longer than a memory copy takes, except
+`read_message` (reads from disk; give it to a thread) and `Pump.close` (joins its threads).
+"""
+
+from typing import Final
+
+STDOUT: Final = 1
+STDERR: Final = 2
+
+# The bits of `Pump.news`.
+ARRIVED: Final = 1
+FINISHED: Final = 2
+TROUBLE: Final = 4
+
+SEGMENT_BYTES: Final = 67108864
+
+class Pump:
+    """The native threads that drain all jobs' pipes to disk."""
+
+    def __init__(
+        self, directory: int, ring_budget: int, segment_bytes: int = SEGMENT_BYTES
+    ) -> None:
+        """directory: an open directory descriptor that stays the caller's, for the files
+        `<job>.<first offset>.log` and `.idx`; must outlive the pump.
+        ring_budget: bytes of memory for the hot tails of all logs together.
+        segment_bytes: the size of a full segment; the same for the life of a directory.
+        """
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while `news` has something to say."""
+
+    def news(self) -> list[tuple[Log, int]]:
+        """The logs to which something happened since the last call, with bits that say what:
+
+        ARRIVED: bytes came, and `Log.wait_from` had asked for it.
+        FINISHED: both pipes are closed and all their bytes are on disk. Comes once.
+        TROUBLE: `Log.error` has changed.
+        """
+
+    def close(self) -> None:
+        """Stops the threads, and closes the pipes of logs that are not finished."""
+
+class Log:
+    """One job's output, from the moment its pipes are ours until all of it is on disk.
+
+    Offsets count the bytes of both streams together, in the order in which they came.
+    """
+
+    def __init__(self, pump: Pump, job: int, stdout: int, stderr: int) -> None:
+        """Takes the non-blocking read ends of the job's pipes, and owns them from here on;
+        stderr is -1 where one pipe carries both."""
+
+    @property
+    def job(self) -> int: ...
+    @property
+    def end(self) -> int:
+        """The bytes on disk so far: one more than the offset of the last."""
+
+    @property
+    def stream_bytes(self) -> tuple[int, int]:
+        """How many of them are stdout's, and how many stderr's."""
+
+    @property
+    def finished(self) -> bool:
+        """Both pipes are closed: no byte will be added. A job may close them long before it
+        ends."""
+
+    @property
+    def error(self) -> int:
+        """The errno with which the disk refuses the job's bytes, which then wait in its
+        pipes, and are tried again; 0 while all is well."""
+
+    def drain(self) -> None:
+        """To be called once nothing of the job is left to write: takes what its pipes hold at
+        this moment, so that a process that is not the job's cannot prolong it, and closes
+        them. FINISHED follows, unless it came before."""
+
+    def add_reader(self) -> None:
+        """Keeps the newest bytes in memory while there are readers. Pair with
+        `remove_reader`."""
+
+    def remove_reader(self) -> None: ...
+    def wait_from(self, offset: int) -> bool:
+        """True: nothing is there at `offset`, and ARRIVED or FINISHED will say when.
+        False: there is, or never will be; do not wait."""
+
+    def message(
+        self, offset: int, max_bytes: int, stream: int = 0
+    ) -> tuple[bytes | None, int] | None:
+        """A finished DataChunk that starts at `offset`, from memory, and where the next one
+        starts. None: it is not in memory, use `read_message`. (None, offset): there is
+        nothing yet. (None, more): what is in between is all of the other stream.
+
+        max_bytes: of payload. stream: STDOUT, STDERR, or 0 for both.
+        """
+
+def read_message(
+    directory: int,
+    job: int,
+    end: int,
+    offset: int,
+    max_bytes: int,
+    stream: int = 0,
+    segment_bytes: int = SEGMENT_BYTES,
+) -> tuple[bytes | None, int]:
+    """The same from disk, also for a job that ended long ago. Blocks, without the GIL.
+
+    end: of the log, from `Log.end` or the job's record.
+    Raises OSError where a file is missing, or shorter than `end` says.
+    """

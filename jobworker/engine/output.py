@@ -1,0 +1,288 @@
+"""Jobs' output: the logs that native threads fill, and the readers that follow them.
+
+A reader is a cursor and not a queue: it knows an offset, and asks for the message there.
+History on disk and the live tail in memory are one loop, so nothing can fall in between,
+and a slow reader holds up nobody and misses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from jobworker import _fastio
+from jobworker._fastio import Log
+from jobworker.errors import ShuttingDownError, StateFolderError
+
+logger = logging.getLogger(__name__)
+
+# A reader starts with small messages and gets larger ones while they are taken fast: so
+# what gRPC holds for a thousand readers that read nothing stays small.
+FIRST_MESSAGE_BYTES = 32 << 10
+LARGEST_MESSAGE_BYTES = 1 << 20
+FAST_WRITE_SECONDS = 0.05
+SLOW_WRITE_SECONDS = 0.5
+# Handed to gRPC and not yet written, of all readers: beyond it none gets larger messages.
+UNWRITTEN_BUDGET_BYTES = 32 << 20
+
+HISTORY_THREADS = 2
+
+INDEX_HEADER_BYTES = 16
+RUN = struct.Struct("=QQ")
+STREAM_SHIFT = 56
+
+
+class Output:
+    """The logs of all jobs, in one folder."""
+
+    def __init__(self, folder: Path, ring_budget_bytes: int) -> None:
+        """Belongs to the running event loop. Raises StateFolderError where the folder cannot
+        hold logs."""
+        self.unwritten_bytes = 0
+        self.is_closing = False
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[int, list[asyncio.Future[None]]] = {}
+        self._directory = _open_folder(folder)
+        self._threads = ThreadPoolExecutor(HISTORY_THREADS, thread_name_prefix="history")
+        self._pump = _fastio.Pump(self._directory, ring_budget_bytes)
+        self._loop.add_reader(self._pump.fileno(), self._take_news)
+
+    def open_log(self, job_id: int, stdout_fd: int, stderr_fd: int) -> Log:
+        """Takes over the read ends of a job's pipes; stderr_fd is -1 for a merged one."""
+        return Log(self._pump, job_id, stdout_fd, stderr_fd)
+
+    async def wait_finished(self, log: Log) -> None:
+        """Returns once both pipes are closed and all their bytes are on disk."""
+        while not log.finished:
+            await self._news_of(log)
+
+    def recover_sizes(self, job_id: int) -> tuple[int, int]:
+        """The bytes of stdout and of stderr that are on disk, by the index; blocking.
+
+        For a job whose server died: the index is written before the bytes it describes, so
+        the segments' sizes say how far it holds.
+        """
+        sizes = [0, 0, 0]
+        for first in sorted(_segments_of(self._directory, job_id)):
+            for stream, length in _runs_of(self._directory, job_id, first):
+                sizes[stream] += length
+        return sizes[_fastio.STDOUT], sizes[_fastio.STDERR]
+
+    def interrupt_readers(self) -> None:
+        """All readers that have caught up, now and from now on, end with ShuttingDownError."""
+        self.is_closing = True
+        for job_id in list(self._waiting):
+            _resolve(self._waiting.pop(job_id))
+
+    async def close(self) -> None:
+        """Stops the threads; pipes of jobs that still run are closed."""
+        self._loop.remove_reader(self._pump.fileno())
+        await asyncio.to_thread(self._pump.close)
+        self._threads.shutdown()
+        os.close(self._directory)
+        for futures in self._waiting.values():
+            _resolve(futures)
+
+    async def message_from_disk(
+        self, job_id: int, end: int, offset: int, max_bytes: int, stream: int
+    ) -> tuple[bytes | None, int]:
+        """`_fastio.read_message` in a thread: a slow disk delays nobody else."""
+        return await self._loop.run_in_executor(
+            self._threads,
+            _fastio.read_message,
+            self._directory,
+            job_id,
+            end,
+            offset,
+            max_bytes,
+            stream,
+        )
+
+    async def wait_from(self, log: Log, offset: int) -> bool:
+        """False once there will never be a byte at `offset`; True when it is worth a look."""
+        if log.wait_from(offset):
+            await self._news_of(log)
+        return not log.finished or offset < log.end
+
+    async def _news_of(self, log: Log) -> None:
+        future = self._loop.create_future()
+        self._waiting.setdefault(log.job, []).append(future)
+        await future
+
+    def _take_news(self) -> None:
+        for log, bits in self._pump.news():
+            _resolve(self._waiting.pop(log.job, ()))
+            if bits & _fastio.TROUBLE:
+                _report_trouble(log)
+
+
+class Reader:
+    """One reader of one job's output, at one place in it."""
+
+    def __init__(
+        self,
+        output: Output,
+        job_id: int,
+        log: Log | None,
+        end: int,
+        offset: int = 0,
+        stream: int = 0,
+        follow: bool = True,
+    ) -> None:
+        """log: of a job that has not ended; None: the job has ended, and wrote `end` bytes.
+        stream: _fastio.STDOUT, STDERR, or 0 for both.
+        follow: False ends at what is there now.
+        """
+        self.offset = offset
+        self._output = output
+        self._job_id = job_id
+        self._log = log
+        self._end = log.end if log else end
+        self._stream = stream
+        self._follow = follow and log is not None
+        self._max_bytes = FIRST_MESSAGE_BYTES
+        self._handed_bytes = 0
+        self._handed_at = 0.0
+        if log:
+            log.add_reader()
+
+    async def next(self) -> bytes | None:
+        """The next finished DataChunk; None when there are no more.
+
+        Asking for the next says that the one before has been written. Raises
+        ShuttingDownError where it would have to wait and the server is about to end.
+        """
+        self._take_back()
+        while True:
+            message = await self._advance()
+            if message is not None:
+                self._hand_out(message)
+                return message
+            if self.offset < self._end:
+                continue  # that was all of the other stream
+            if self._log is None or not self._follow:
+                return None
+            if self._output.is_closing and not self._log.finished:
+                raise ShuttingDownError
+            if not await self._output.wait_from(self._log, self.offset):
+                return None
+
+    def close(self) -> None:
+        self._take_back()
+        if self._log:
+            self._log.remove_reader()
+            self._log = None
+
+    async def _advance(self) -> bytes | None:
+        """Steps to the end of the next message; None where that has no byte for us."""
+        found = None
+        if self._log and self._follow:
+            self._end = self._log.end
+            found = self._log.message(self.offset, self._max_bytes, self._stream)
+        if found is None:
+            found = await self._output.message_from_disk(
+                self._job_id, self._end, self.offset, self._max_bytes, self._stream
+            )
+        message, self.offset = found
+        return message
+
+    def _hand_out(self, message: bytes) -> None:
+        self._handed_bytes = len(message)
+        self._handed_at = time.monotonic()
+        self._output.unwritten_bytes += len(message)
+
+    def _take_back(self) -> None:
+        if not self._handed_bytes:
+            return
+        took = time.monotonic() - self._handed_at
+        self._output.unwritten_bytes -= self._handed_bytes
+        was_full = self._handed_bytes >= self._max_bytes
+        self._handed_bytes = 0
+        if took > SLOW_WRITE_SECONDS:
+            self._max_bytes = FIRST_MESSAGE_BYTES
+        elif was_full and took < FAST_WRITE_SECONDS and self._may_grow():
+            self._max_bytes *= 2
+
+    def _may_grow(self) -> bool:
+        return (
+            self._max_bytes < LARGEST_MESSAGE_BYTES
+            and self._output.unwritten_bytes < UNWRITTEN_BUDGET_BYTES
+        )
+
+
+def _resolve(futures: list[asyncio.Future[None]] | tuple[()]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+
+
+def _report_trouble(log: Log) -> None:
+    if log.error:
+        reason = os.strerror(log.error)
+        logger.error("job %d waits, as its output cannot be written: %s", log.job, reason)
+    else:
+        logger.warning("job %d goes on: its output can be written again", log.job)
+
+
+def _open_folder(folder: Path) -> int:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _try_splice(folder, directory)
+    except BaseException:
+        os.close(directory)
+        raise
+    return directory
+
+
+def _try_splice(folder: Path, directory: int) -> None:
+    """Bytes go from pipe to disk by splice and in no other way, so that they are never in
+    the server's memory only; a filesystem that cannot do that is refused here."""
+    probe = os.open(".probe", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    os.unlink(".probe", dir_fd=directory)
+    ours, theirs = os.pipe()
+    try:
+        os.write(theirs, b"x")
+        os.splice(ours, probe, 1, offset_dst=0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise StateFolderError(
+            f"{folder}: its filesystem does not support splice; put the state folder on "
+            "ext4, xfs, btrfs or tmpfs"
+        ) from error
+    finally:
+        for descriptor in (probe, ours, theirs):
+            os.close(descriptor)
+
+
+def _segments_of(directory: int, job_id: int) -> list[int]:
+    """The first offsets of a job's segments."""
+    prefix, suffix = f"{job_id}.", ".log"
+    return [
+        int(name[len(prefix) : -len(suffix)])
+        for name in os.listdir(directory)
+        if name.startswith(prefix) and name.endswith(suffix)
+    ]
+
+
+def _runs_of(directory: int, job_id: int, first: int) -> list[tuple[int, int]]:
+    """(stream, length) of each run in one segment."""
+    name = f"{job_id}.{first}"
+    end = first + os.stat(f"{name}.log", dir_fd=directory).st_size
+    index = os.open(f"{name}.idx", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    with open(index, "rb") as file:
+        records = file.read()[INDEX_HEADER_BYTES:]
+    records = records[: len(records) // RUN.size * RUN.size]
+    runs = [
+        (place >> STREAM_SHIFT, place & ((1 << STREAM_SHIFT) - 1))
+        for place, _ in RUN.iter_unpack(records)
+    ]
+    ends = [min(offset, end) for _, offset in runs[1:]] + [end]
+    return [(stream, max(0, limit - offset)) for (stream, offset), limit in zip(runs, ends)]

@@ -1,0 +1,406 @@
+"""The native core: real pipes, real files, and a Python list as the oracle."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jobworker import _fastio
+from jobworker._fastio import ARRIVED, FINISHED, STDERR, STDOUT, Log, Pump, read_message
+from jobworker.pb import job_worker_pb2 as pb
+
+SMALL_SEGMENT = 4096
+DEADLINE_SECONDS = 10
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[int]:
+    descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def pump(folder: int) -> Iterator[Pump]:
+    pump = Pump(folder, 8 << 20)
+    yield pump
+    pump.close()
+
+
+@dataclass
+class Job:
+    """A log, and the write ends that a job would have."""
+
+    pump: Pump
+    folder: int
+    id: int = 1
+    merged: bool = False
+    segment_bytes: int = _fastio.SEGMENT_BYTES
+    written: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        ours, theirs = zip(*(os.pipe() for _ in range(1 if self.merged else 2)), strict=True)
+        for descriptor in ours:
+            os.set_blocking(descriptor, False)
+        self.their_fds: dict[int, int] = dict(zip((STDOUT, STDERR), theirs, strict=False))
+        self.log = Log(self.pump, self.id, ours[0], -1 if self.merged else ours[1])
+
+    @property
+    def size(self) -> int:
+        return sum(len(data) for _, data in self.written)
+
+    def write(self, stream: int, data: bytes) -> None:
+        """Returns once it is on disk, so that the order of writes is known."""
+        os.write(self.their_fds[stream], data)
+        self.written.append((stream, data))
+        wait_until(lambda: self.log.end == self.size)
+
+    def close(self, *streams: int) -> None:
+        for stream in streams or (STDOUT, STDERR):
+            if stream in self.their_fds:
+                os.close(self.their_fds.pop(stream))
+
+    def expected(self, stream: int = 0) -> bytes:
+        return b"".join(data for of, data in self.written if stream in (0, of))
+
+    def read(self, offset: int = 0, max_bytes: int = 1 << 20, stream: int = 0) -> list[pb.DataChunk]:
+        """All there is now: from memory where it can be had, else from disk."""
+        chunks = []
+        while True:
+            found = self.log.message(offset, max_bytes, stream)
+            if found is None:
+                found = self.read_disk(offset, max_bytes, stream)
+            message, following = found
+            if message is not None:
+                chunks.append(pb.DataChunk.FromString(message))
+            if following == offset:
+                return chunks
+            offset = following
+
+    def read_disk(self, offset: int, max_bytes: int, stream: int) -> tuple[bytes | None, int]:
+        return read_message(
+            self.folder, self.id, self.log.end, offset, max_bytes, stream, self.segment_bytes
+        )
+
+
+def payload(chunks: list[pb.DataChunk]) -> bytes:
+    return b"".join(chunk.payload for chunk in chunks)
+
+
+def runs(chunks: list[pb.DataChunk]) -> list[tuple[int, bytes]]:
+    """Whose bytes are whose; neighbours of one stream joined."""
+    joined: list[tuple[int, bytes]] = []
+    for chunk in chunks:
+        place = 0
+        for run in chunk.runs:
+            data = chunk.payload[place : place + run.length]
+            place += run.length
+            if joined and joined[-1][0] == run.stream:
+                joined[-1] = (run.stream, joined[-1][1] + data)
+            else:
+                joined.append((run.stream, data))
+        assert place == len(chunk.payload)
+    return joined
+
+
+def join(written: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    joined: list[tuple[int, bytes]] = []
+    for stream, data in written:
+        if joined and joined[-1][0] == stream:
+            joined[-1] = (stream, joined[-1][1] + data)
+        else:
+            joined.append((stream, data))
+    return joined
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true"
+        os.sched_yield()
+
+
+def wait_news(pump: Pump) -> list[tuple[Log, int]]:
+    ready, _, _ = select.select([pump.fileno()], [], [], DEADLINE_SECONDS)
+    assert ready, "no news"
+    return pump.news()
+
+
+def wait_finished(pump: Pump, log: Log) -> None:
+    while not log.finished:
+        wait_news(pump)
+
+
+def test_bytes_come_out_as_they_went_in(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    job.write(STDOUT, b"out\n")
+    job.write(STDERR, b"\x00\xff err \r\n")
+    job.write(STDOUT, b"more")
+    assert payload(job.read()) == b"out\n\x00\xff err \r\nmore"
+    assert job.log.stream_bytes == (8, 9)
+    assert runs(job.read()) == job.written
+    job.close()
+
+
+def test_a_chunk_says_where_it_starts_and_where_the_next_one_does(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    job.write(STDOUT, b"x" * 1000)
+    for chunk in (chunks := job.read(offset=300, max_bytes=256)):
+        assert chunk.next_offset == chunk.offset + len(chunk.payload)
+    assert chunks[0].offset == 300
+    assert [chunk.offset for chunk in chunks[1:]] == [chunk.next_offset for chunk in chunks[:-1]]
+    assert payload(chunks) == b"x" * 700
+    job.close()
+
+
+def test_messages_are_cut_at_multiples_so_that_readers_can_share_them(
+    pump: Pump, folder: int
+) -> None:
+    job = Job(pump, folder)
+    job.write(STDOUT, b"x" * 1000)
+    assert [chunk.next_offset for chunk in job.read(300, 256)] == [512, 768, 1000]
+    job.close()
+
+
+def test_readers_at_one_place_get_the_same_object(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    job.log.add_reader()
+    job.log.add_reader()
+    job.write(STDOUT, b"shared")
+    first, second = job.log.message(0, 1024), job.log.message(0, 1024)
+    assert first and second and first[0] is second[0]
+    job.close()
+
+
+def test_memory_and_disk_give_the_same_message(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    job.log.add_reader()
+    for number in range(50):
+        job.write(STDOUT if number % 3 else STDERR, b"%d;" % number)
+    for stream in (0, STDOUT, STDERR):
+        assert job.log.message(0, 4096, stream) == job.read_disk(0, 4096, stream)
+    job.close()
+
+
+def test_one_stream_alone(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    for number in range(20):
+        job.write(STDOUT if number % 2 else STDERR, b"%d;" % number)
+    assert payload(job.read(stream=STDOUT)) == job.expected(STDOUT)
+    assert payload(job.read(stream=STDERR)) == job.expected(STDERR)
+    job.close()
+
+
+def test_more_runs_than_a_message_holds(pump: Pump, folder: int) -> None:
+    """Every run costs a record; a message from disk takes some thousand of them."""
+    job = Job(pump, folder)
+    for number in range(2500):
+        job.write(STDOUT if number % 2 else STDERR, b"%04d" % number)
+    chunks = job.read()
+    assert len(chunks) > 1
+    assert runs(chunks) == job.written
+    job.close()
+
+
+def test_finished_once_all_writers_are_gone(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    job.write(STDOUT, b"last words")
+    job.close(STDOUT)
+    assert not job.log.finished
+    job.close(STDERR)
+    wait_finished(pump, job.log)
+    assert payload(job.read()) == b"last words"
+
+
+def test_drain_does_not_wait_for_a_foreign_writer(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    job.write(STDOUT, b"before")
+    job.log.drain()
+    wait_finished(pump, job.log)  # though the write ends are still open
+    with pytest.raises(BrokenPipeError):
+        os.write(job.their_fds[STDOUT], b"after")
+    assert payload(job.read()) == b"before"
+    job.close()
+
+
+def test_drain_takes_all_that_is_in_the_pipes(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    for stream in (STDOUT, STDERR):
+        os.write(job.their_fds[stream], b"y" * 60_000)
+    job.log.drain()
+    wait_finished(pump, job.log)
+    assert job.log.stream_bytes == (60_000, 60_000)
+    job.close()
+
+
+def test_a_waiting_reader_is_told(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    assert job.log.wait_from(0)
+    os.write(job.their_fds[STDOUT], b"news")
+    assert wait_news(pump) == [(job.log, ARRIVED)]
+    assert not job.log.wait_from(0)
+    job.close()
+
+
+def test_nobody_is_told_who_did_not_ask(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    job.write(STDOUT, b"quiet")
+    assert pump.news() == []
+    job.close()
+    wait_until(lambda: job.log.finished)
+    assert wait_news(pump) == [(job.log, FINISHED)]
+
+
+def test_no_output_no_file(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    job.close()
+    wait_finished(pump, job.log)
+    assert os.listdir(folder) == []
+
+
+def test_no_descriptor_stays_open(pump: Pump, folder: int) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(1, 100):
+        job = Job(pump, folder, id=number)
+        job.write(STDOUT, b"x")
+        job.close()
+        wait_finished(pump, job.log)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_idle_job_costs_two_descriptors(pump: Pump, folder: int) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    job = Job(pump, folder)
+    job.write(STDOUT, b"x")
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) == before + 4)  # two of them the test's
+    job.close()
+
+
+def test_a_merged_pipe_counts_as_stdout(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder, merged=True)
+    job.write(STDOUT, b"both")
+    job.close()
+    wait_finished(pump, job.log)
+    assert job.log.stream_bytes == (4, 0)
+
+
+def test_many_megabytes_over_several_segments(folder: int, tmp_path: Path) -> None:
+    pump = Pump(folder, 8 << 20, 1 << 20)
+    job = Job(pump, folder, segment_bytes=1 << 20)
+    job.log.add_reader()
+    data = os.urandom(7_654_321)
+    (tmp_path / "data").write_bytes(data)
+    with subprocess.Popen(["cat", tmp_path / "data"], stdout=job.their_fds[STDOUT]):
+        received, offset = [], 0
+        while offset < len(data):
+            if job.log.wait_from(offset):
+                wait_news(pump)
+            for chunk in job.read(offset):
+                received.append(chunk.payload)
+                offset = chunk.next_offset
+    assert b"".join(received) == data
+    assert payload(job.read()) == data
+    job.log.remove_reader()
+    job.close()
+    pump.close()
+
+
+def test_a_full_disk_holds_the_job_and_loses_nothing(pump: Pump, folder: int) -> None:
+    """A file-size limit stands for the full disk: the write is refused in the same place."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    job = Job(pump, folder)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        os.write(job.their_fds[STDOUT], b"z" * 5000)
+        wait_until(lambda: job.log.error != 0)
+        assert job.log.end <= 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    wait_until(lambda: job.log.end == 5000)
+    wait_until(lambda: job.log.error == 0)
+    assert payload(job.read()) == b"z" * 5000
+    job.close()
+
+
+@pytest.mark.parametrize("kind", ["log", "idx"])
+def test_a_damaged_file_is_an_error_and_not_wrong_bytes(
+    pump: Pump, folder: int, kind: str
+) -> None:
+    job = Job(pump, folder)
+    job.write(STDOUT, b"x" * 100)
+    os.truncate(f"/proc/self/fd/{folder}/1.0.{kind}", 5)
+    with pytest.raises(OSError, match="shorter than"):
+        job.read_disk(0, 1024, 0)
+    job.close()
+
+
+def test_closing_the_pump_closes_the_pipes(folder: int) -> None:
+    pump = Pump(folder, 1 << 20)
+    job = Job(pump, folder)
+    pump.close()
+    with pytest.raises(BrokenPipeError):
+        os.write(job.their_fds[STDOUT], b"x")
+    job.close()
+
+
+# A property test: the log against a list.
+
+WRITES = st.lists(
+    st.tuples(st.sampled_from([STDOUT, STDERR]), st.binary(min_size=1, max_size=3000)),
+    max_size=12,
+)
+READS = st.lists(
+    st.tuples(
+        st.integers(0, 40_000),
+        st.sampled_from([16, 256, 1024, 65536]),
+        st.sampled_from([0, STDOUT, STDERR]),
+    ),
+    max_size=6,
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(writes=WRITES, reads=READS, reader_from=st.integers(0, 12))
+def test_any_reader_of_any_log_gets_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory,
+    writes: list[tuple[int, bytes]],
+    reads: list[tuple[int, int, int]],
+    reader_from: int,
+) -> None:
+    folder = os.open(tmp_path_factory.mktemp("logs"), os.O_RDONLY | os.O_DIRECTORY)
+    pump = Pump(folder, 1 << 20, SMALL_SEGMENT)
+    job = Job(pump, folder, segment_bytes=SMALL_SEGMENT)
+    try:
+        for number, (stream, data) in enumerate(writes):
+            if number == reader_from:
+                job.log.add_reader()
+            job.write(stream, data)
+        assert runs(job.read()) == join(job.written)
+        marks = b"".join(bytes([of]) * len(data) for of, data in job.written)
+        for start, max_bytes, stream in reads:
+            offset = min(start, job.size)
+            expected = bytes(
+                byte
+                for byte, of in zip(job.expected()[offset:], marks[offset:], strict=True)
+                if stream in (0, of)
+            )
+            assert payload(job.read(offset, max_bytes, stream)) == expected
+    finally:
+        job.close()
+        pump.close()
+        os.close(folder)
