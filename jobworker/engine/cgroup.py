@@ -1,0 +1,777 @@
+"""Each job's cgroup v2: what it may use, what is still alive in it, and what it has used.
+
+    <base>/jobworker-<instance>/job-<id>/      one for each job
+    <base>/jobworker-<instance>-server/        the server, where it was found in <base> itself
+
+All functions block, if shortly, but for `Cgroup.wait_unpopulated`. Every file name and
+format is from the kernel's Documentation/admin-guide/cgroup-v2.rst.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import re
+import select
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobworker.errors import CgroupError, LimitUnavailableError
+from jobworker.job import Accounting, Limits, OomKills
+
+log = logging.getLogger(__name__)
+
+CONTROLLERS = ("cpu", "memory", "io", "pids")
+
+CPU_PERIOD_US = 100_000
+# Where a job's command is likely to read and write, besides its working directory.
+USUAL_DIRECTORIES = ("/", "/tmp", "/var/tmp")  # noqa: S108
+# What a job that has just been killed, or has just failed to start, may take to be gone.
+REMOVE_SECONDS = 10.0
+LONGEST_FILE_BYTES = 64 << 10
+
+DELEGATE = (
+    "run the server as root, or in a unit of systemd with Delegate=yes, with that unit's cgroup "
+    "in JOB_WORKER_CGROUP_BASE"
+)
+
+
+class CgroupTree:
+    """The cgroups of one server's jobs, below one directory."""
+
+    def __init__(self, path: Path | None, problem: str, controllers: Mapping[str, str]) -> None:
+        """path: None where there can be no cgroups; `problem` then says why, and what to do.
+        controllers: by name, why each cannot be used; empty where it can."""
+        self.path = path
+        self.problem = problem
+        self.controllers = controllers
+        self._said: set[str] = set()
+
+    @classmethod
+    def open(cls, base: Path, instance: str) -> CgroupTree:
+        """Makes the tree in the cgroup v2 at `base`, or `base`/unified (a hybrid mount).
+
+        What is missing raises nothing: `problem` and `controllers` tell it.
+        """
+        try:
+            mount, directory = _find_v2(base)
+            _move_server_out_of(directory, instance)
+            path = _make_tree(mount, directory, instance)
+            controllers = _enable_controllers(mount.point, path)
+        except (CgroupError, OSError) as error:
+            return cls(None, str(error), dict.fromkeys(CONTROLLERS, str(error)))
+        return cls(Path(path), "", controllers)
+
+    def check(self, limits: Limits, working_directory: str) -> None:
+        """Raises LimitUnavailableError for the first limit that could not be enforced."""
+        for limit, controller, value in (
+            ("maxCPU", "cpu", limits.cpu_percent),
+            ("maxMemory", "memory", limits.memory_mib),
+            ("maxIOBPS", "io", limits.io_bytes_per_second),
+        ):
+            if value and self.controllers[controller]:
+                raise LimitUnavailableError(limit, controller, self.controllers[controller])
+        if limits.io_bytes_per_second:
+            _, problems = disks_behind((working_directory, *USUAL_DIRECTORIES))
+            if problems:
+                raise LimitUnavailableError("maxIOBPS", "io", problems[0])
+
+    def create(self, job_id: int, limits: Limits, working_directory: str) -> Cgroup:
+        """A cgroup with these limits in force. Raises CgroupError, and leaves nothing then."""
+        if self.path is None:
+            raise CgroupError(self.problem)
+        cgroup = Cgroup(self.path / f"job-{job_id}")
+        try:
+            os.mkdir(cgroup.path)
+        except OSError as error:
+            raise CgroupError(f"cannot make {cgroup.path}: {error.strerror}") from error
+        try:
+            self._write_limits(cgroup.path, limits, working_directory)
+        except BaseException:
+            cgroup.remove()
+            raise
+        return cgroup
+
+    def leftovers(self) -> list[Cgroup]:
+        """What an earlier server left. Its processes may still run."""
+        if self.path is None:
+            return []
+        return [Cgroup(Path(path)) for path in _children(str(self.path))]
+
+    def close(self) -> None:
+        """Removes the tree, unless there are still jobs in it."""
+        if self.path is None:
+            return
+        _remove_if_empty(str(self.path))
+
+    def _write_limits(self, path: Path, limits: Limits, working_directory: str) -> None:
+        """Only what is limited: the start of a job is no place for needless system calls."""
+        if limits.cpu_percent:
+            quota_us = limits.cpu_percent * CPU_PERIOD_US // 100
+            _set_limit(f"{path}/cpu.max", f"{quota_us} {CPU_PERIOD_US}")
+        if limits.memory_mib:
+            _set_limit(f"{path}/memory.max", str(limits.memory_mib << 20))
+            _set_limit(f"{path}/memory.oom.group", "1")
+            # A kernel without swap has no such file, and needs none.
+            _set_limit(f"{path}/memory.swap.max", "0", may_be_absent=True)
+        if limits.io_bytes_per_second:
+            self._limit_io(path, limits.io_bytes_per_second, working_directory)
+
+    def _limit_io(self, path: Path, bytes_per_second: int, working_directory: str) -> None:
+        """Where no disk can be told, a limit that was asked for has been refused by `check`;
+        a default one is left out, and said once."""
+        disks, problems = disks_behind((working_directory, *USUAL_DIRECTORIES))
+        for problem in problems:
+            if problem not in self._said:
+                self._said.add(problem)
+                log.warning("jobs run without the default io limit: %s", problem)
+        for disk in disks:
+            limit = f"{disk} rbps={bytes_per_second} wbps={bytes_per_second}"
+            _set_limit(f"{path}/io.max", limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """One job's cgroup. To one that is gone already, everything here is harmless."""
+
+    path: Path
+
+    def kill(self) -> None:
+        """All processes in it and below, those too that are just being forked."""
+        try:
+            _write(f"{self.path}/cgroup.kill", "1")
+        except OSError as error:
+            if not _is_gone(error):
+                raise CgroupError(f"cannot kill {self.path}: {error.strerror}") from error
+
+    def is_populated(self) -> bool:
+        """Whether a process is alive in it or below."""
+        descriptor = self._open_events()
+        if descriptor is None:
+            return False
+        try:
+            return _reads_populated(descriptor)
+        finally:
+            os.close(descriptor)
+
+    async def wait_unpopulated(self, timeout_seconds: float) -> bool:
+        """Whether all processes in it and below are gone, at the latest after the timeout."""
+        descriptor = self._open_events()
+        if descriptor is None:
+            return True
+        try:
+            if not _reads_populated(descriptor):
+                return True
+            return await _Watch.of_running_loop().wait(descriptor, timeout_seconds)
+        finally:
+            os.close(descriptor)
+
+    def accounting(self) -> Accounting:
+        """What it has used so far. Of I/O, what reached the disks while it was here."""
+        cpu = _fields(f"{self.path}/cpu.stat")
+        peak = _read_or_empty(f"{self.path}/memory.peak")  # since Linux 5.19
+        io = _read_or_empty(f"{self.path}/io.stat")
+        read_bytes, written_bytes = _sum_io(io) if io is not None else (None, None)
+        return Accounting(
+            cpu_user_us=cpu.get("user_usec"),
+            cpu_system_us=cpu.get("system_usec"),
+            memory_peak_bytes=int(peak) if peak else None,
+            io_read_bytes=read_bytes,
+            io_written_bytes=written_bytes,
+            oom_kills=_fields(f"{self.path}/memory.events").get("oom_kill"),
+        )
+
+    def oom_kills(self) -> OomKills:
+        events = _fields(f"{self.path}/memory.events")
+        return OomKills(by_limit=events.get("oom", 0), killed=events.get("oom_kill", 0))
+
+    def remove(self) -> None:
+        """With all cgroups that the job has made in it. Raises CgroupError where processes
+        are in it that do not go away."""
+        try:
+            os.rmdir(self.path)
+        except FileNotFoundError:
+            return
+        except OSError:  # not empty, in one way or the other
+            deadline = time.monotonic() + REMOVE_SECONDS
+            for path in reversed(_with_descendants(str(self.path))):
+                _remove_when_unpopulated(path, deadline)
+
+    def _open_events(self) -> int | None:
+        """None: the cgroup is gone. The caller closes it."""
+        try:
+            return os.open(f"{self.path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if _is_gone(error):
+                return None
+            raise CgroupError(f"cannot watch {self.path}: {error.strerror}") from error
+
+
+class _Watch:
+    """Wakes the tasks of one event loop whose cgroups have become empty.
+
+    kernfs tells of a change by POLLPRI, but reports POLLIN always, which is all that a loop
+    asks for. So the loop watches an epoll of ours, in which only EPOLLPRI counts. It is there
+    only while a task waits.
+    """
+
+    _by_loop: dict[asyncio.AbstractEventLoop, _Watch] = {}  # noqa: RUF012
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._epoll = select.epoll()
+        self._waiting: dict[int, asyncio.Future[None]] = {}  # by open cgroup.events
+        loop.add_reader(self._epoll.fileno(), self._wake)
+
+    @classmethod
+    def of_running_loop(cls) -> _Watch:
+        loop = asyncio.get_running_loop()
+        if loop not in cls._by_loop:
+            cls._by_loop[loop] = cls(loop)
+        return cls._by_loop[loop]
+
+    async def wait(self, descriptor: int, timeout_seconds: float) -> bool:
+        """descriptor: a cgroup.events that has been read. What changed since then is seen."""
+        future = self._waiting[descriptor] = self._loop.create_future()
+        self._epoll.register(descriptor, select.EPOLLPRI)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await future
+        except TimeoutError:
+            return False
+        finally:
+            self._forget(descriptor)
+        return True
+
+    def _wake(self) -> None:
+        for descriptor, _ in self._epoll.poll(0):
+            # Reading it also makes the kernel wait for the next change.
+            future = self._waiting[descriptor]
+            if not _reads_populated(descriptor) and not future.done():
+                future.set_result(None)
+
+    def _forget(self, descriptor: int) -> None:
+        self._epoll.unregister(descriptor)
+        del self._waiting[descriptor]
+        if not self._waiting:
+            del self._by_loop[self._loop]
+            self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+
+
+# Finding a place
+
+
+def _find_v2(base: Path) -> tuple[Mount, str]:
+    """The cgroup v2 mount, and the directory in it that is the base."""
+    mounts = _mounts()
+    found = ""
+    for directory in (base, base / "unified"):
+        try:
+            mount = _mount_of(str(directory), mounts)
+        except OSError as error:
+            found = found or (error.strerror or str(error))
+            continue
+        if mount.filesystem == "cgroup2":
+            if os.statvfs(directory).f_flag & os.ST_RDONLY:
+                raise CgroupError(f"{directory} is mounted read-only; mount it with rw")
+            return mount, os.path.realpath(directory)
+        found = found or f"its filesystem is {mount.filesystem}"
+    raise CgroupError(
+        f"{base} is no cgroup v2: {found}; give the directory of one in JOB_WORKER_CGROUP_BASE, "
+        "or boot with cgroup_no_v1=all where the machine has only v1"
+    )
+
+
+def _move_server_out_of(base: str, instance: str) -> None:
+    """No controller can be enabled below a cgroup that has processes in itself, but for the
+    root. In a delegated subtree these are the server, and jobinit, which is its child."""
+    members = _processes(base)
+    server = os.getpid()
+    if server not in members or _is_root_cgroup(base):
+        return
+    leaf = f"{base}/jobworker-{instance}-server"
+    try:
+        _make_directory(leaf)
+        for pid in members:
+            if pid == server or _parent(pid) == server:
+                _move(pid, leaf)
+    except OSError as error:
+        raise CgroupError(
+            f"the server cannot move itself from {base} to {leaf}: {error.strerror}; " + DELEGATE
+        ) from error
+
+
+def _make_tree(mount: Mount, base: str, instance: str) -> str:
+    path = f"{base}/jobworker-{instance}"
+    try:
+        _make_directory(path)
+    except OSError as error:
+        raise CgroupError(f"cannot make {path}: {_why_not_writable(error)}") from error
+    if not os.path.exists(f"{path}/cgroup.kill"):
+        _remove_if_empty(path)
+        raise CgroupError(
+            f"this kernel ({os.uname().release}) cannot kill a cgroup as a whole; "
+            "use Linux 5.14 or newer"
+        )
+    # "domain invalid": somebody has enabled a controller above, beside processes.
+    if _read(f"{path}/cgroup.type") != "domain\n":
+        _remove_if_empty(path)
+        raise CgroupError(f"no job can be in {path}: {_who_blocks(base) or base + ' is threaded'}")
+    _check_jobs_can_be_moved(mount, path)
+    return path
+
+
+def _check_jobs_can_be_moved(mount: Mount, path: str) -> None:
+    """The kernel lets a process move only within what its user may write: from where jobinit
+    is, which is where the server is, to a job's cgroup, by way of their common parent."""
+    server = _server_directory(mount)
+    if server is None:
+        return
+    parent = os.path.commonpath([server, path])
+    if not os.access(f"{parent}/cgroup.procs", os.W_OK, effective_ids=True):
+        _remove_if_empty(path)
+        raise CgroupError(
+            f"this user may not move processes from {server}, where the server runs, to "
+            f"{path}; start the server in a cgroup below {os.path.dirname(path)}, or as root"
+        )
+
+
+def _server_directory(mount: Mount) -> str | None:
+    """None where it cannot be seen through this mount."""
+    found = re.search(r"^0::(/.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+    relative = os.path.relpath(found[1], mount.root) if found else ".."
+    if relative.startswith(".."):
+        return None
+    return os.path.normpath(os.path.join(mount.point, relative))
+
+
+# Controllers
+
+
+def _enable_controllers(top: str, path: str) -> dict[str, str]:
+    """For all that is below `path`. By name, why each cannot be used; empty where it can."""
+    problems = dict.fromkeys(CONTROLLERS, "")
+    for level in _levels(top, path):
+        available = _read(f"{level}/cgroup.controllers").split()
+        enabled = _read(f"{level}/cgroup.subtree_control").split()
+        for name in CONTROLLERS:
+            if problems[name] or name in enabled:
+                continue
+            if name in available:
+                problems[name] = _enable(level, name)
+            else:
+                problems[name] = _why_absent(level, name)
+    return problems
+
+
+def _levels(top: str, bottom: str) -> list[str]:
+    """`/a`, `/a/b`, `/a/b/c` for /a and /a/b/c."""
+    levels = [bottom]
+    while levels[-1] != top:
+        levels.append(os.path.dirname(levels[-1]))
+    return levels[::-1]
+
+
+def _enable(level: str, name: str) -> str:
+    """Returns why it cannot be done; empty where it was."""
+    # The kernel would refuse memory and io, but not cpu and pids: these would make it a cgroup
+    # of threads, and then no process could be moved to a job's.
+    blocked = _who_blocks(level)
+    if blocked:
+        return blocked
+    path = f"{level}/cgroup.subtree_control"
+    try:
+        _write(path, f"+{name}")
+    except OSError as error:
+        return f"cannot write {path}: {_why_not_writable(error)}"
+    return ""
+
+
+def _who_blocks(level: str) -> str:
+    """Empty where no processes are in the way."""
+    processes = _processes(level)
+    if not processes or _is_root_cgroup(level):
+        return ""
+    return (
+        f"processes are in {level} itself, and controllers are only for what is below a cgroup "
+        f"without any: {_name_all(processes)}; move them to a cgroup of their own, or give "
+        "another JOB_WORKER_CGROUP_BASE"
+    )
+
+
+def _why_not_writable(error: OSError) -> str:
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return f"no permission, as it is not delegated to this user; {DELEGATE}"
+    return error.strerror or str(error)
+
+
+def _why_absent(level: str, name: str) -> str:
+    """level: the top of the mount, as everything below it gets what it enables."""
+    if not _is_root_cgroup(level):
+        return f"not delegated to {level}; enable it in the cgroup above that one"
+    known = {"io": "blkio"}.get(name, name)  # by its name in cgroup v1
+    for line in Path("/proc/cgroups").read_text().splitlines()[1:]:
+        kernel_name, hierarchy, _, enabled = line.split()
+        if kernel_name != known:
+            continue
+        if enabled == "0":
+            return f"switched off by this machine; boot without cgroup_disable={known}"
+        if hierarchy != "0":
+            return "bound to cgroup v1 by this machine; boot with cgroup_no_v1=all"
+    return "not built into this kernel"
+
+
+# Disks
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo (man 5 proc)."""
+
+    device: str  # major:minor; major 0 is no block device
+    root: str  # what of the filesystem is mounted
+    point: str
+    filesystem: str
+    source: str
+    options: Mapping[str, str]  # of the filesystem; "" for those without a value
+
+
+# Filesystems that are on no disk. Others without a block device are served by processes or
+# machines for which the job's limit does not count.
+DISKLESS = frozenset(
+    {
+        *("bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "devtmpfs", "efivarfs"),
+        *("fusectl", "hugetlbfs", "mqueue", "proc", "pstore", "ramfs", "rootfs", "securityfs"),
+        *("sysfs", "tmpfs", "tracefs"),
+    }
+)
+# The kernel stacks no more than two (FILESYSTEM_MAX_STACK_DEPTH).
+MOST_OVERLAYS = 2
+
+
+def disks_behind(directories: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The disks (major:minor, as io.max takes them) that hold these directories, each once;
+    and why those of some directories cannot be limited. What is no directory has none."""
+    mounts = _mounts()
+    disks: list[str] = []
+    problems: list[str] = []
+    for directory in directories:
+        try:
+            mount = _mount_of(directory, mounts)
+            disks += map(_disk_of, _devices_of(mount, mounts))
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        except (CgroupError, OSError) as error:
+            problems.append(str(error))
+    return list(dict.fromkeys(disks)), list(dict.fromkeys(problems))
+
+
+def parse_mountinfo(text: str) -> dict[int, Mount]:
+    """By id."""
+    mounts = {}
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        mount_id, _, device, root, point, *_ = before.split(" ")
+        filesystem, source, options = after.split(" ", 2)
+        mounts[int(mount_id)] = Mount(
+            device,
+            _unescape(root),
+            _unescape(point),
+            filesystem,
+            _unescape(source),
+            _parse_options(options),
+        )
+    return mounts
+
+
+def _parse_options(text: str) -> dict[str, str]:
+    options = {}
+    for option in text.split(","):
+        name, _, value = option.partition("=")
+        options[name] = _unescape(value)
+    return options
+
+
+def _unescape(text: str) -> str:
+    """The kernel writes spaces, commas and the like as \\040."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+def _mounts() -> dict[int, Mount]:
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape"))
+
+
+def _mount_of(directory: str, mounts: Mapping[int, Mount]) -> Mount:
+    """Exact, also where mounts cover each other. Raises OSError."""
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        mount_id = _fields(f"/proc/self/fdinfo/{descriptor}")["mnt_id:"]
+    finally:
+        os.close(descriptor)
+    if mount_id not in mounts:
+        raise OSError(errno.ENODEV, "Its mount is out of sight, as in some chroots", directory)
+    return mounts[mount_id]
+
+
+def _devices_of(mount: Mount, mounts: Mapping[int, Mount]) -> list[str]:
+    """The block devices (major:minor) under a filesystem."""
+    mount = _writable_layer(mount, mounts)
+    if mount.filesystem in DISKLESS:
+        return []
+    if mount.filesystem == "btrfs":
+        return _btrfs_devices(mount)
+    # fuseblk has a block device, which not the job reads and writes, but its server.
+    if mount.device.startswith("0:") or mount.filesystem.startswith("fuse"):
+        raise CgroupError(
+            f"{mount.point} is on {mount.filesystem} ({mount.source}), which is no disk of this "
+            "machine's kernel"
+        )
+    return [mount.device]
+
+
+def _writable_layer(mount: Mount, mounts: Mapping[int, Mount]) -> Mount:
+    """Where what is written to an overlay goes; other filesystems as they are."""
+    layer = mount
+    for _ in range(MOST_OVERLAYS):
+        if layer.filesystem != "overlay":
+            return layer
+        upper = layer.options.get("upperdir", "")
+        try:
+            layer = _mount_of(upper, mounts)
+        except OSError:
+            break
+    # In a container the directory is often out of sight, or another of the same name is there.
+    if layer.filesystem == "overlay":
+        raise CgroupError(
+            f"{mount.point} is an overlay whose writable layer cannot be seen from here "
+            f"({mount.options.get('upperdir', 'it has none')})"
+        )
+    return layer
+
+
+def _btrfs_devices(mount: Mount) -> list[str]:
+    """The mount names one of its devices; sysfs has them all."""
+    try:
+        number = os.stat(mount.source).st_rdev
+        one = f"{os.major(number)}:{os.minor(number)}"
+        for filesystem in os.listdir("/sys/fs/btrfs"):
+            folder = f"/sys/fs/btrfs/{filesystem}/devices"
+            if not os.path.isdir(folder):  # as that of `features`
+                continue
+            devices = [_read(f"{folder}/{name}/dev").strip() for name in os.listdir(folder)]
+            if one in devices:
+                return devices
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}"
+    else:
+        problem = f"{mount.source} is not in /sys/fs/btrfs"
+    raise CgroupError(f"the disks under {mount.point} (btrfs) cannot be told: {problem}")
+
+
+def _disk_of(device: str) -> str:
+    """A partition's disk, as limits are the whole disk's; other devices as they are: what
+    device mapper or md put together is limited as one."""
+    link = f"/sys/dev/block/{device}"
+    if os.path.exists(f"{link}/partition"):
+        return _read(f"{link}/../dev").strip()
+    return device
+
+
+def _sum_io(text: str) -> tuple[int, int]:
+    """Bytes read and written, from io.stat."""
+    device = ""
+    devices: set[str] = set()
+    amounts: list[tuple[str, str, int]] = []
+    for word in text.split():  # not by line: some kernels forget the end of one
+        name, _, value = word.partition("=")
+        if not value:
+            device = name
+        elif name in {"rbytes", "wbytes"}:
+            devices.add(device)
+            amounts.append((device, name, int(value)))
+    # What passes through device mapper or md is counted there, and again below it.
+    stacked = {device for device in devices if _is_stacked(device)} if len(devices) > 1 else ()
+    read_bytes, written_bytes = (
+        sum(size for device, name, size in amounts if name == wanted and device not in stacked)
+        for wanted in ("rbytes", "wbytes")
+    )
+    return read_bytes, written_bytes
+
+
+def _is_stacked(device: str) -> bool:
+    """Whether it is made of other devices."""
+    try:
+        return bool(os.listdir(f"/sys/dev/block/{device}/slaves"))
+    except OSError:
+        return False
+
+
+# Cgroups as directories
+
+
+def _is_root_cgroup(path: str) -> bool:
+    """Of the whole machine: not that of a container, which has this file."""
+    return not os.path.exists(f"{path}/cgroup.type")
+
+
+def _children(path: str) -> list[str]:
+    try:
+        with os.scandir(path) as entries:
+            return [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        if _is_gone(error):
+            return []
+        raise CgroupError(f"cannot list {path}: {error.strerror}") from error
+
+
+def _with_descendants(path: str) -> list[str]:
+    """Each after the one that it is in. Without recursion, as jobs may nest them deeply."""
+    paths = [path]
+    for each in paths:
+        paths += _children(each)
+    return paths
+
+
+def _remove_when_unpopulated(path: str, deadline: float) -> None:
+    """deadline: on the monotonic clock."""
+    while True:
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno == errno.EBUSY and _wait_unpopulated(path, deadline):
+                continue
+            names = _name_all(_processes(path))
+            raise CgroupError(
+                f"cannot remove {path}: {error.strerror}; processes in it: {names or 'none'}"
+            ) from error
+        return
+
+
+def _wait_unpopulated(path: str, deadline: float) -> bool:
+    """As Cgroup.wait_unpopulated, for a thread. False where nothing is left to wait for."""
+    try:
+        descriptor = os.open(f"{path}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return _is_gone(error)
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLPRI)
+        while _reads_populated(descriptor):
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                return False
+        return time.monotonic() < deadline
+    finally:
+        os.close(descriptor)
+
+
+def _reads_populated(descriptor: int) -> bool:
+    """descriptor: an open cgroup.events."""
+    try:
+        return b"populated 1" in os.pread(descriptor, 256, 0)
+    except OSError as error:
+        if _is_gone(error):
+            return False
+        raise
+
+
+def _processes(path: str) -> list[int]:
+    """0 is one of another PID namespace."""
+    try:
+        return [int(pid) for pid in Path(path, "cgroup.procs").read_text().split()]
+    except OSError:
+        return []
+
+
+def _move(pid: int, path: str) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        _write(f"{path}/cgroup.procs", str(pid))
+
+
+def _parent(pid: int) -> int:
+    """0 where it has ended, or nothing may be known of it."""
+    try:
+        stat = _read(f"/proc/{pid}/stat")
+    except OSError:
+        return 0
+    # The name stands in brackets, and may have any character in it.
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def _name_all(processes: list[int]) -> str:
+    return ", ".join(f"{pid} ({_command(pid)})" for pid in processes)
+
+
+def _command(pid: int) -> str:
+    try:
+        return _read(f"/proc/{pid}/comm").strip()
+    except OSError:
+        return "of another PID namespace" if pid == 0 else "ended"
+
+
+def _is_gone(error: OSError) -> bool:
+    """ENODEV: it was removed while the file was open."""
+    return error.errno in {errno.ENOENT, errno.ENODEV}
+
+
+# Files of the kernel. Plain system calls: pathlib and open() make three times as many.
+
+
+def _make_directory(path: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+
+
+def _remove_if_empty(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+def _set_limit(path: str, value: str, *, may_be_absent: bool = False) -> None:
+    try:
+        _write(path, value)
+    except FileNotFoundError as error:
+        if not may_be_absent:
+            raise CgroupError(f"{path} does not exist: its controller is off") from error
+    except OSError as error:
+        raise CgroupError(f"cannot write {value!r} to {path}: {error.strerror}") from error
+
+
+def _write(path: str, value: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, value.encode())
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: str) -> str:
+    """What one read returns: all of a file that has one value, or one for each line."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, LONGEST_FILE_BYTES).decode("utf-8", "surrogateescape")
+    finally:
+        os.close(descriptor)
+
+
+def _read_or_empty(path: str) -> str | None:
+    """None where there is no such file, as its controller is off or the kernel older."""
+    try:
+        return _read(path)
+    except OSError as error:
+        if _is_gone(error):
+            return None
+        raise CgroupError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _fields(path: str) -> dict[str, int]:
+    """A file of lines `name number`; others are passed over."""
+    pairs = (line.split() for line in (_read_or_empty(path) or "").splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}

@@ -1,0 +1,487 @@
+"""Jobs' cgroups, in this machine's own cgroup v2; what needs all controllers is in tests/kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from jobworker.engine import cgroup as module
+from jobworker.engine.cgroup import Cgroup, CgroupTree, disks_behind, parse_mountinfo
+from jobworker.errors import CgroupError, LimitUnavailableError
+from jobworker.job import Limits, OomKills
+
+BASE = Path("/sys/fs/cgroup")
+NONE = Limits()
+MANY = 20
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture
+def tree() -> Iterator[CgroupTree]:
+    tree = CgroupTree.open(BASE, f"test-{os.getpid()}")
+    if tree.path is None:
+        pytest.skip(tree.problem)
+    yield tree
+    for cgroup in tree.leftovers():
+        cgroup.kill()
+        cgroup.remove()
+    tree.close()
+    assert not tree.path.exists()
+
+
+@pytest.fixture
+def cgroup(tree: CgroupTree) -> Cgroup:
+    return tree.create(1, NONE, "/")
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a program in a cgroup; each is gone and reaped after the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_in(cgroup: Cgroup, *command: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(command or ["sleep", "1000"], stdout=subprocess.PIPE)
+        started.append(process)
+        (cgroup.path / "cgroup.procs").write_text(str(process.pid))
+        return process
+
+    yield start_in
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(params=[asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    runner: Run = request.param
+    return runner
+
+
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+# A cgroup for each job
+
+
+def test_a_job_has_a_cgroup_of_its_own(tree: CgroupTree) -> None:
+    first, second = tree.create(1, NONE, "/"), tree.create(2, NONE, "/")
+    assert first.path != second.path
+    assert first.path.parent == second.path.parent == tree.path
+    assert (first.path / "cgroup.procs").exists()
+
+
+def test_an_id_that_is_taken_is_refused(tree: CgroupTree, cgroup: Cgroup) -> None:
+    with pytest.raises(CgroupError, match=r"cannot make .*job-1: File exists") as caught:
+        tree.create(1, NONE, "/")
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EEXIST
+    assert cgroup.path.exists()
+
+
+def test_a_limit_that_cannot_be_written_leaves_no_cgroup(tree: CgroupTree) -> None:
+    missing = [name for name in ("cpu", "memory", "io") if tree.controllers[name]]
+    if not missing:
+        pytest.skip("this machine's cgroup v2 has every controller")
+    limits = {
+        "cpu": Limits(cpu_percent=50),
+        "memory": Limits(memory_mib=64),
+        "io": Limits(io_bytes_per_second=1 << 20),
+    }
+    with pytest.raises(CgroupError, match="does not exist: its controller is off"):
+        tree.create(1, limits[missing[0]], "/")
+    assert tree.leftovers() == []
+
+
+def test_what_an_earlier_server_left_is_found(
+    tree: CgroupTree, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    process = start(tree.create(7, NONE, "/"))
+    tree.create(8, NONE, "/")
+
+    assert tree.path
+    again = CgroupTree.open(BASE, tree.path.name.removeprefix("jobworker-"))
+    found = {cgroup.path.name: cgroup for cgroup in again.leftovers()}
+
+    assert sorted(found) == ["job-7", "job-8"]
+    assert found["job-7"].is_populated() and not found["job-8"].is_populated()
+    found["job-7"].kill()
+    assert process.wait(timeout=10) == -signal.SIGKILL
+
+
+def test_the_tree_goes_only_when_it_is_empty(tree: CgroupTree, cgroup: Cgroup) -> None:
+    assert tree.path
+    tree.close()
+    assert tree.path.exists()
+    cgroup.remove()
+    tree.close()
+    assert not tree.path.exists()
+    tree.close()
+
+
+# What is alive in it
+
+
+def test_populated_while_a_process_is_alive(
+    cgroup: Cgroup, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    assert not cgroup.is_populated()
+    process = start(cgroup)
+    assert cgroup.is_populated()
+    process.kill()
+    process.wait()
+    assert not cgroup.is_populated()
+
+
+def test_kill_reaches_all_that_the_job_started(
+    cgroup: Cgroup, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """Also what is in a session of its own, and ignores signals."""
+    script = "trap '' TERM INT HUP; setsid sleep 1000 & (sleep 1000 &) & echo; wait"
+    # The shell waits for a line, so that it is in its cgroup before it starts anything.
+    process = start(cgroup, "sh", "-c", f"kill -STOP $$; {script}")
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    process.send_signal(signal.SIGCONT)
+    assert process.stdout
+    process.stdout.readline()
+
+    cgroup.kill()
+
+    assert asyncio.run(cgroup.wait_unpopulated(10))
+    assert process.wait() == -signal.SIGKILL
+    # Their pipe is closed: none of them has got away.
+    assert process.stdout.read() == b""
+
+
+def test_a_wait_is_woken(
+    cgroup: Cgroup, run: Run, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    start(cgroup)
+
+    async def scenario() -> None:
+        before = descriptors()
+        waiting = asyncio.create_task(cgroup.wait_unpopulated(10))
+        # It waits: it has nothing more to do in this turn of the loop.
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        started = time.monotonic()
+        cgroup.kill()
+        assert await waiting
+        assert time.monotonic() - started < 5
+        assert descriptors() == before
+
+    run(scenario())
+
+
+def test_a_wait_ends_at_its_timeout(
+    cgroup: Cgroup, run: Run, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    start(cgroup)
+
+    async def scenario() -> None:
+        before = descriptors()
+        assert await cgroup.wait_unpopulated(0.05) is False
+        assert await cgroup.wait_unpopulated(0) is False
+        assert descriptors() == before
+
+    run(scenario())
+
+
+def test_waits_of_many_jobs_share_one_descriptor(
+    tree: CgroupTree, run: Run, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    cgroups = [tree.create(number, NONE, "/") for number in range(MANY)]
+    for cgroup in cgroups:
+        start(cgroup)
+
+    async def scenario() -> None:
+        before = descriptors()
+        waiting = [asyncio.create_task(cgroup.wait_unpopulated(20)) for cgroup in cgroups]
+        await asyncio.sleep(0)
+        assert len(descriptors() - before) == MANY + 1
+        for cgroup, task in zip(cgroups, waiting, strict=True):
+            cgroup.kill()
+            assert await task
+        assert descriptors() == before
+
+    run(scenario())
+
+
+def test_one_wait_does_not_end_with_anothers(
+    tree: CgroupTree, run: Run, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    short, long = tree.create(1, NONE, "/"), tree.create(2, NONE, "/")
+    start(short)
+    start(long)
+
+    async def scenario() -> None:
+        before = descriptors()
+        other = asyncio.create_task(long.wait_unpopulated(20))
+        woken = asyncio.create_task(short.wait_unpopulated(20))
+        await asyncio.sleep(0)
+        short.kill()
+        assert await woken
+        assert not other.done()
+        other.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await other
+        assert descriptors() == before
+
+    run(scenario())
+
+
+def test_nothing_is_opened_for_a_cgroup_that_is_empty(
+    cgroup: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The usual case at the end of a job."""
+    monkeypatch.setattr(module, "_Watch", None)
+    assert asyncio.run(cgroup.wait_unpopulated(10))
+
+
+def test_what_ended_between_look_and_wait_is_seen(
+    cgroup: Cgroup, run: Run, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    process = start(cgroup)
+
+    async def scenario() -> bool:
+        descriptor = os.open(cgroup.path / "cgroup.events", os.O_RDONLY)
+        try:
+            assert module._reads_populated(descriptor)
+            process.kill()
+            process.wait()
+            return await module._Watch.of_running_loop().wait(descriptor, 10)
+        finally:
+            os.close(descriptor)
+
+    assert run(scenario())
+
+
+# Its end
+
+
+def test_a_removed_cgroup_is_harmless(cgroup: Cgroup, run: Run) -> None:
+    cgroup.remove()
+    assert not cgroup.path.exists()
+
+    cgroup.remove()
+    cgroup.kill()
+    assert not cgroup.is_populated()
+    assert run(cgroup.wait_unpopulated(10))
+    assert cgroup.accounting().cpu_user_us is None
+    assert cgroup.oom_kills() == OomKills()
+
+
+def test_cgroups_that_the_job_made_count_and_go_with_it(
+    cgroup: Cgroup, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    inner = cgroup.path / "a" / "b"
+    inner.mkdir(parents=True)
+    (cgroup.path / "c").mkdir()
+    process = start(Cgroup(inner))
+
+    assert cgroup.is_populated()
+    cgroup.kill()
+    assert process.wait(timeout=10) == -signal.SIGKILL
+    cgroup.remove()
+    assert not cgroup.path.exists()
+
+
+def test_deeply_nested_cgroups_go(cgroup: Cgroup) -> None:
+    path = cgroup.path
+    for _ in range(500):
+        path /= "c"
+        path.mkdir()
+    cgroup.remove()
+    assert not cgroup.path.exists()
+
+
+def test_removal_waits_for_what_is_on_its_way_out(
+    tree: CgroupTree, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    for number in range(MANY):
+        cgroup = tree.create(number, NONE, "/")
+        start(cgroup)
+        cgroup.kill()
+        cgroup.remove()
+        assert not cgroup.path.exists()
+
+
+def test_removal_names_what_does_not_go(
+    cgroup: Cgroup,
+    start: Callable[..., subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "REMOVE_SECONDS", 0.05)
+    process = start(cgroup)
+    with pytest.raises(CgroupError, match=rf"resource busy; processes in it: {process.pid} \(s"):
+        cgroup.remove()
+    assert cgroup.path.exists()
+
+
+def test_cpu_time_is_accounted(
+    cgroup: Cgroup, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    count = "kill -STOP $$; i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"
+    process = start(cgroup, "sh", "-c", count)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    process.send_signal(signal.SIGCONT)
+    _, _, usage = os.wait4(process.pid, 0)
+    process.returncode = 0
+
+    used = cgroup.accounting()
+
+    assert used.cpu_user_us and used.cpu_system_us is not None
+    all_us = used.cpu_user_us + used.cpu_system_us
+    # It was started outside, and stopped there or here.
+    assert 0.5 < all_us / ((usage.ru_utime + usage.ru_stime) * 1e6) < 1.1
+
+
+# What this machine has
+
+
+def test_each_controller_is_available_or_has_a_reason(tree: CgroupTree) -> None:
+    assert tree.path
+    available = (tree.path / "cgroup.subtree_control").read_text().split()
+    assert list(tree.controllers) == ["cpu", "memory", "io", "pids"]
+    for name, problem in tree.controllers.items():
+        assert (name in available) == (problem == "")
+
+
+def test_what_v1_holds_is_named(tree: CgroupTree) -> None:
+    v1 = {
+        line.split()[0]: line.split()[1]
+        for line in Path("/proc/cgroups").read_text().splitlines()[1:]
+    }
+    held = [name for name in ("cpu", "memory", "pids") if v1.get(name, "0") != "0"]
+    if not held:
+        pytest.skip("cgroup v1 holds no controller of this machine")
+    for name in held:
+        assert tree.controllers[name].startswith("bound to cgroup v1")
+
+
+def test_explicit_limits_without_a_controller_are_refused(tree: CgroupTree) -> None:
+    tree.check(NONE, "/")
+    for limits, limit, controller in (
+        (Limits(cpu_percent=1), "maxCPU", "cpu"),
+        (Limits(memory_mib=1), "maxMemory", "memory"),
+        (Limits(io_bytes_per_second=1), "maxIOBPS", "io"),
+    ):
+        if not tree.controllers[controller]:
+            continue
+        with pytest.raises(LimitUnavailableError) as caught:
+            tree.check(limits, "/")
+        assert (caught.value.limit, caught.value.controller) == (limit, controller)
+        assert caught.value.problem == tree.controllers[controller]
+
+
+@pytest.mark.parametrize(
+    ("base", "problem"),
+    [
+        (Path("/no/such/place"), "/no/such/place is no cgroup v2: No such file or directory; "),
+        (Path("/proc"), "/proc is no cgroup v2: its filesystem is proc; "),
+        (Path("/etc/passwd"), "/etc/passwd is no cgroup v2: Not a directory; "),
+    ],
+)
+def test_without_a_cgroup_v2_the_reason_is_told(base: Path, problem: str) -> None:
+    tree = CgroupTree.open(base, "x")
+
+    assert tree.path is None
+    assert tree.problem.startswith(problem)
+    assert "JOB_WORKER_CGROUP_BASE" in tree.problem
+    assert set(tree.controllers.values()) == {tree.problem}
+    assert tree.leftovers() == []
+    tree.close()
+    with pytest.raises(LimitUnavailableError, match=r"maxCPU needs .*is no cgroup v2"):
+        tree.check(Limits(cpu_percent=1), "/")
+    with pytest.raises(CgroupError):
+        tree.create(1, NONE, "/")
+
+
+# Disks
+
+MOUNTINFO = r"""
+22 27 0:21 / /proc rw,relatime - proc proc rw
+27 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard,resuid=65534
+31 23 0:28 / /tmp rw,nosuid shared:5 - tmpfs tmpfs rw,size=4k,mode=755
+36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue
+40 27 259:2 / /srv/with\040space rw - xfs /dev/mapper/vg\134x rw,attr2
+50 27 0:45 /@home /home rw,relatime shared:29 - btrfs /dev/no-such-disk rw,subvol=/@home
+60 27 0:50 / /nfs rw - nfs4 10.0.0.1:/export rw,vers=4.2,addr=10.0.0.1
+61 27 0:51 / /sshfs rw - fuse.sshfs me@there: rw,user_id=0
+62 27 8:17 / /ntfs rw - fuseblk /dev/sdb1 rw,user_id=0
+63 27 0:52 / /zfs rw - zfs pool/data rw,xattr
+70 27 0:60 / /box rw - overlay overlay rw,lowerdir=/l1:/l2,upperdir=/gone/a\054b,workdir=/w
+71 27 0:61 / /seen ro - overlay overlay ro,lowerdir=/l1:/l2
+""".lstrip("\n")
+
+
+def test_mountinfo() -> None:
+    mounts = parse_mountinfo(MOUNTINFO)
+
+    assert len(mounts) == len(MOUNTINFO.splitlines())
+    assert (mounts[27].device, mounts[27].point, mounts[27].filesystem) == ("254:0", "/", "ext4")
+    assert (mounts[36].root, mounts[36].source) == ("/mnt1", "/dev/root")
+    assert (mounts[40].point, mounts[40].source) == ("/srv/with space", r"/dev/mapper/vg\x")
+    assert mounts[31].options == {"rw": "", "size": "4k", "mode": "755"}
+    assert mounts[70].options["upperdir"] == "/gone/a,b"
+
+
+@pytest.mark.parametrize(
+    ("mount_id", "devices"),
+    [(22, []), (27, ["254:0"]), (31, []), (36, ["98:0"]), (40, ["259:2"])],
+)
+def test_filesystems_on_a_disk_or_in_memory(mount_id: int, devices: list[str]) -> None:
+    mounts = parse_mountinfo(MOUNTINFO)
+    assert module._devices_of(mounts[mount_id], mounts) == devices
+
+
+@pytest.mark.parametrize(
+    ("mount_id", "problem"),
+    [
+        (50, r"the disks under /home \(btrfs\) cannot be told: /dev/no-such-disk: No such file"),
+        (60, r"/nfs is on nfs4 \(10\.0\.0\.1:/export\), which is no disk"),
+        (61, r"/sshfs is on fuse\.sshfs"),
+        (62, r"/ntfs is on fuseblk \(/dev/sdb1\)"),
+        (63, r"/zfs is on zfs"),
+        (70, r"/box is an overlay .* cannot be seen from here \(/gone/a,b\)"),
+        (71, r"/seen is an overlay .* \(it has none\)"),
+    ],
+)
+def test_filesystems_that_no_limit_reaches(mount_id: int, problem: str) -> None:
+    mounts = parse_mountinfo(MOUNTINFO)
+    with pytest.raises(CgroupError, match=problem):
+        module._devices_of(mounts[mount_id], mounts)
+
+
+def test_the_disks_of_this_machine(tmp_path: Path) -> None:
+    """Each once, and none for what is not there."""
+    once = disks_behind(("/", str(tmp_path)))
+    assert disks_behind(("/", str(tmp_path), "/", "/proc", str(tmp_path))) == once
+    assert disks_behind(("/proc", "/no/such/directory", "/etc/passwd")) == ([], [])
+    for disk in once[0]:
+        assert not Path(f"/sys/dev/block/{disk}/partition").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sums"),
+    [
+        ("", (0, 0)),
+        ("254:0 rbytes=4096 wbytes=1 rios=2 wios=3 dbytes=0 dios=0\n", (4096, 1)),
+        ("254:0 rbytes=1 wbytes=2 rios=1\n9000:0 rbytes=10 wbytes=20 rios=1\n", (11, 22)),
+        ("7:0 7:1 8:0 rbytes=5 wbytes=6 rios=1 wios=1 dbytes=0 dios=0\n", (5, 6)),
+    ],
+)
+def test_io_is_summed_over_disks(text: str, sums: tuple[int, int]) -> None:
+    """The last form is of kernels that write a device without figures (before Linux 5.19)."""
+    assert module._sum_io(text) == sums
