@@ -1,0 +1,516 @@
+"""Certificates: making those of a server and its clients, and checking what is in a folder.
+
+A folder of certificates holds PEM files with these names:
+
+    ca-cert.pem, ca-key.pem            signs all others; the key is needed for nothing else
+    server-cert.pem, server-key.pem    what the server shows
+    client-cert.pem, client-key.pem    an admin, and what the command line uses by default
+    NAME-cert.pem, NAME-key.pem        any other client
+
+What a client may do is the OU of its subject; `jobworker.authorization` says what an OU means.
+Certificates made elsewhere serve as well, with any kind of key, with or without alternative
+names.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from jobworker.errors import CertificateError
+
+CA_CERT = "ca-cert.pem"
+CA_KEY = "ca-key.pem"
+SERVER_CERT = "server-cert.pem"
+SERVER_KEY = "server-key.pem"
+CLIENT_CERT = "client-cert.pem"
+CLIENT_KEY = "client-key.pem"
+
+# By which clients of this protocol have always called their server, wherever it runs.
+SERVER_NAMES = ("job-worker", "localhost", "127.0.0.1", "::1")
+
+CA_LIFETIME = timedelta(days=3650)
+LIFETIME = timedelta(days=825)
+# Clocks differ: a new certificate must not be "not valid yet" on the next machine.
+BACKDATED = timedelta(hours=1)
+# From this long before its end, `describe` warns.
+NOTICE = timedelta(days=30)
+
+SMALLEST_RSA_BITS = 2048
+
+SigningKey = (
+    ec.EllipticCurvePrivateKey
+    | ed25519.Ed25519PrivateKey
+    | ed448.Ed448PrivateKey
+    | rsa.RSAPrivateKey
+)
+ExtensionT = TypeVar("ExtensionT", bound=x509.ExtensionType)
+
+
+# Making certificates
+
+
+def make_all(folder: Path, names: Iterable[str] = (), *, force: bool = False) -> list[Path]:
+    """Makes a CA, and with it the certificates of a server, an admin and a viewer.
+
+    names: host names and addresses by which clients reach the server, beside SERVER_NAMES
+    and this host's own.
+    force: replace what is there. Clients of a CA that is replaced must get new certificates.
+    Returns the paths of the files made. Raises CertificateError.
+    """
+    authority = _make_authority()
+    server = _make_leaf(
+        authority,
+        _subject("job-worker", "server"),
+        ExtendedKeyUsageOID.SERVER_AUTH,
+        _alternative_names([*SERVER_NAMES, socket.gethostname(), *names]),
+    )
+    contents = {
+        **_pair_of_files("ca", authority),
+        **_pair_of_files("server", server),
+        **_pair_of_files("client", _make_client_pair(authority, "admin", "admin")),
+        **_pair_of_files("viewer", _make_client_pair(authority, "viewer", "viewer")),
+    }
+    return _write_all(folder, contents, force=force)
+
+
+def make_client(folder: Path, name: str, role: str, *, force: bool = False) -> list[Path]:
+    """Makes NAME-cert.pem and NAME-key.pem, of a client with this role, with the CA in the
+    folder.
+
+    name: the client's CN, and the first part of the file names.
+    role: the client's OU.
+    force: replace what is there.
+    Returns the paths of the files made. Raises CertificateError.
+    """
+    # `ca` and `server` would, with force, replace what all the others depend on.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name) or name in {"ca", "server"}:
+        raise CertificateError(
+            repr(name),
+            "cannot be the name of a client",
+            "use up to 64 letters, digits, and . _ @ -, and neither 'ca' nor 'server'",
+        )
+    certificate = _read_certificates(folder / CA_CERT)[0]
+    key = _read_key(folder / CA_KEY)
+    _check_key(folder / CA_KEY, key, folder / CA_CERT, certificate)
+    authority = _Pair(certificate, key)
+    client = _make_client_pair(authority, name, role)
+    return _write_all(folder, _pair_of_files(name, client), force=force)
+
+
+# Looking at certificates
+
+
+def subject_of(pem: bytes) -> tuple[str, tuple[str, ...]]:
+    """The subject's CN, "" where there is none, and all its OUs, of the first certificate.
+
+    From the parsed certificate and never from a subject in one line of text, in which
+    `CN=x\\,OU=admin` looks like a role. Raises CertificateError.
+    """
+    return _subject_fields(_parse_certificates("the client's certificate", pem)[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What people want to know of a certificate."""
+
+    name: str  # the subject's CN
+    units: tuple[str, ...]  # the subject's OUs: one, a client's role
+    alternative_names: tuple[str, ...]  # host names and addresses, a server's
+    is_authority: bool
+    expires: datetime
+    warnings: tuple[str, ...]  # a sentence each
+
+
+def describe(path: Path) -> Description:
+    """What the first certificate of a PEM file says. Raises CertificateError."""
+    certificate = _read_certificates(path)[0]
+    name, units = _subject_fields(certificate)
+    return Description(
+        name=name,
+        units=units,
+        alternative_names=_alternative_names_of(certificate),
+        is_authority=_is_authority(certificate),
+        expires=certificate.not_valid_after_utc,
+        warnings=tuple(_warnings(path, certificate, units)),
+    )
+
+
+def check_server_files(folder: Path) -> None:
+    """Makes sure that a server can start with the certificates in `folder`.
+
+    Raises CertificateError where one is missing, unreadable, no PEM, expired, not valid yet,
+    or not signed by the CA, and where the key is not the certificate's.
+    """
+    authorities = _read_certificates(folder / CA_CERT)
+    chain = _read_certificates(folder / SERVER_CERT)
+    key = _read_key(folder / SERVER_KEY)
+    _check_key(folder / SERVER_KEY, key, folder / SERVER_CERT, chain[0])
+    for authority in authorities:
+        _check_validity(folder / CA_CERT, authority)
+    for certificate in chain:
+        _check_validity(folder / SERVER_CERT, certificate)
+    _check_chain(folder, chain, authorities)
+
+
+# Making
+
+
+class _Pair(NamedTuple):
+    certificate: x509.Certificate
+    key: SigningKey
+
+
+def _make_authority() -> _Pair:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _subject("jobworker CA", None)
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    builder = (
+        _builder(name, name, key, CA_LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .add_extension(identifier, critical=False)
+    )
+    return _Pair(builder.sign(key, hashes.SHA256()), key)
+
+
+def _make_client_pair(authority: _Pair, name: str, role: str) -> _Pair:
+    return _make_leaf(authority, _subject(name, role), ExtendedKeyUsageOID.CLIENT_AUTH, [])
+
+
+def _make_leaf(
+    authority: _Pair,
+    subject: x509.Name,
+    purpose: x509.ObjectIdentifier,
+    alternative_names: Sequence[x509.GeneralName],
+) -> _Pair:
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = (
+        _builder(subject, authority.certificate.subject, key, LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+        .add_extension(_authority_identifier(authority), critical=False)
+    )
+    if alternative_names:
+        names = x509.SubjectAlternativeName(alternative_names)
+        builder = builder.add_extension(names, critical=False)
+    return _Pair(builder.sign(authority.key, _signature_hash(authority.key)), key)
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePrivateKey,
+    lifetime: timedelta,
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return x509.CertificateBuilder(
+        issuer_name=issuer,
+        subject_name=subject,
+        public_key=key.public_key(),
+        serial_number=x509.random_serial_number(),
+        not_valid_before=now - BACKDATED,
+        not_valid_after=now + lifetime,
+    )
+
+
+def _subject(name: str, unit: str | None) -> x509.Name:
+    attributes = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "JobWorker")]
+    if unit is not None:
+        attributes.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, unit))
+    attributes.append(x509.NameAttribute(NameOID.COMMON_NAME, name))
+    return x509.Name(attributes)
+
+
+def _alternative_names(names: Iterable[str]) -> list[x509.GeneralName]:
+    return [_alternative_name(name) for name in dict.fromkeys(names)]
+
+
+def _alternative_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        pass
+    # Labels may have an underscore, as hosts' names do; the first may be a wildcard.
+    if not re.fullmatch(r"(\*\.)?[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*", name):
+        raise CertificateError(
+            repr(name), "is neither a host name nor an address", "leave out scheme and port"
+        )
+    return x509.DNSName(name)
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _authority_identifier(authority: _Pair) -> x509.AuthorityKeyIdentifier:
+    identifier = _extension(authority.certificate, x509.SubjectKeyIdentifier)
+    if identifier is None:
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+
+
+def _signature_hash(key: SigningKey) -> hashes.SHA256 | None:
+    """Edwards curves bring their own."""
+    if isinstance(key, ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey):
+        return None
+    return hashes.SHA256()
+
+
+# Writing
+
+
+def _pair_of_files(stem: str, pair: _Pair) -> dict[str, bytes]:
+    """The contents of STEM-cert.pem and STEM-key.pem."""
+    return {
+        f"{stem}-cert.pem": pair.certificate.public_bytes(serialization.Encoding.PEM),
+        f"{stem}-key.pem": pair.key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ),
+    }
+
+
+def _write_all(folder: Path, contents: Mapping[str, bytes], *, force: bool) -> list[Path]:
+    """Writes each file whole or not at all, and without force replaces none."""
+    existing = [name for name in contents if os.path.lexists(folder / name)]
+    if existing and not force:
+        raise CertificateError(
+            folder,
+            f"already has {', '.join(existing)}",
+            "nothing was changed; use --force to replace them",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_and_publish(folder, contents, force=force)
+    except OSError as error:
+        raise CertificateError(
+            error.filename2 or error.filename or folder,
+            f"cannot be written: {error.strerror}",
+            "give a folder that this user can write",
+        ) from error
+    return [folder / name for name in contents]
+
+
+def _write_and_publish(folder: Path, contents: Mapping[str, bytes], *, force: bool) -> None:
+    with ExitStack() as cleanup:
+        written = {}
+        for name, content in contents.items():
+            temporary = folder / f".{name}.{secrets.token_hex(4)}"
+            cleanup.callback(temporary.unlink, missing_ok=True)
+            _write_new(temporary, content, 0o600 if name.endswith("-key.pem") else 0o644)
+            written[folder / name] = temporary
+        # All are complete on disk: what fails from here on leaves no half of a file.
+        for path, temporary in written.items():
+            if force:
+                os.replace(temporary, path)
+            else:
+                os.link(temporary, path)  # unlike a rename, fails if there is one by now
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    # A key is 0600 from its first moment on.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# Reading
+
+
+def _read_certificates(path: Path) -> list[x509.Certificate]:
+    """At least one, in the order of the file."""
+    return _parse_certificates(path, _read(path))
+
+
+def _parse_certificates(about: Path | str, pem: bytes) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except ValueError as error:
+        raise CertificateError(
+            about, "is not a certificate in PEM form", "convert it: openssl x509 -outform pem"
+        ) from error
+
+
+def _read_key(path: Path) -> SigningKey:
+    try:
+        key = serialization.load_pem_private_key(_read(path), password=None)
+    except TypeError as error:
+        raise CertificateError(
+            path, "is encrypted", "store it without a passphrase: openssl pkey"
+        ) from error
+    except ValueError as error:
+        raise CertificateError(
+            path, "is not a private key in PEM form", "convert it: openssl pkey -outform pem"
+        ) from error
+    if not isinstance(key, SigningKey):
+        raise CertificateError(
+            path, "is of a kind that cannot sign", "use an RSA, EC or Ed25519 key"
+        )
+    return key
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CertificateError(
+            path,
+            "is missing",
+            "make certificates with `jobworker certs init`, or name the folder that has them "
+            "in JOB_WORKER_CERT_PATH",
+        ) from error
+    except OSError as error:
+        raise CertificateError(
+            path, f"cannot be read: {error.strerror}", "give this user the right to read it"
+        ) from error
+
+
+# Checking
+
+
+def _check_key(
+    key_path: Path,
+    key: SigningKey,
+    certificate_path: Path,
+    certificate: x509.Certificate,
+) -> None:
+    if key.public_key() != certificate.public_key():
+        raise CertificateError(
+            key_path,
+            f"is not the key of {certificate_path.name}",
+            "put the two files there that were made together",
+        )
+
+
+def _check_validity(path: Path, certificate: x509.Certificate) -> None:
+    problem = _validity_problem(certificate)
+    if problem:
+        raise CertificateError(
+            path,
+            problem,
+            "check this machine's clock, or make a new one (`jobworker certs init --force` "
+            "makes all of them anew)",
+        )
+
+
+def _validity_problem(certificate: x509.Certificate) -> str:
+    now = datetime.now(UTC)
+    if now > certificate.not_valid_after_utc:
+        return f"expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+    if now < certificate.not_valid_before_utc:
+        return f"is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"
+    return ""
+
+
+def _check_chain(
+    folder: Path, chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate]
+) -> None:
+    """Each certificate is signed by the next, and the last by the CA, as TLS wants them."""
+    for certificate, issuer in pairwise(chain):
+        if not _is_issued_by(certificate, [issuer]):
+            raise CertificateError(
+                folder / SERVER_CERT,
+                "has certificates that do not sign each other",
+                "put the server's first, and each of the others after what it has signed",
+            )
+    if not _is_issued_by(chain[-1], authorities):
+        raise CertificateError(
+            folder / SERVER_CERT,
+            f"is not signed by {CA_CERT}",
+            "put the CA there that has signed it, or have it signed by this one",
+        )
+
+
+def _is_issued_by(certificate: x509.Certificate, issuers: Iterable[x509.Certificate]) -> bool:
+    for issuer in issuers:
+        try:
+            certificate.verify_directly_issued_by(issuer)
+        except (InvalidSignature, TypeError, ValueError):
+            continue
+        return True
+    return False
+
+
+# Describing
+
+
+def _subject_fields(certificate: x509.Certificate) -> tuple[str, tuple[str, ...]]:
+    def values(oid: x509.ObjectIdentifier) -> tuple[str, ...]:
+        return tuple(str(a.value) for a in certificate.subject.get_attributes_for_oid(oid))
+
+    names = values(NameOID.COMMON_NAME)
+    return names[0] if names else "", values(NameOID.ORGANIZATIONAL_UNIT_NAME)
+
+
+def _alternative_names_of(certificate: x509.Certificate) -> tuple[str, ...]:
+    names = _extension(certificate, x509.SubjectAlternativeName)
+    if names is None:
+        return ()
+    addresses = map(str, names.get_values_for_type(x509.IPAddress))
+    return (*names.get_values_for_type(x509.DNSName), *addresses)
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    constraints = _extension(certificate, x509.BasicConstraints)
+    return constraints is not None and constraints.ca
+
+
+def _may_be_a_client(certificate: x509.Certificate) -> bool:
+    purposes = _extension(certificate, x509.ExtendedKeyUsage)
+    return not _is_authority(certificate) and (
+        purposes is None or ExtendedKeyUsageOID.CLIENT_AUTH in purposes
+    )
+
+
+def _extension(certificate: x509.Certificate, kind: type[ExtensionT]) -> ExtensionT | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except (x509.ExtensionNotFound, ValueError):  # not there, or not well-formed
+        return None
+
+
+def _warnings(path: Path, certificate: x509.Certificate, units: Sequence[str]) -> Iterable[str]:
+    problem = _validity_problem(certificate)
+    if problem:
+        yield f"It {problem}."
+    elif (left := certificate.not_valid_after_utc - datetime.now(UTC)) < NOTICE:
+        yield f"It expires in {left.days} days."
+    if _may_be_a_client(certificate) and len(units) != 1:
+        yield f"It has {len(units) or 'no'} OU: a client needs exactly one, its role."
+    key = certificate.public_key()
+    if isinstance(key, rsa.RSAPublicKey) and key.key_size < SMALLEST_RSA_BITS:
+        yield f"Its RSA key has {key.key_size} bits only, use {SMALLEST_RSA_BITS} or more."
+    key_path = path.with_name(path.name.replace("-cert.pem", "-key.pem"))
+    if key_path != path and key_path.exists() and key_path.stat().st_mode & 0o077:
+        yield f"Its key may be read by others: chmod 600 {key_path}"

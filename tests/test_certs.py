@@ -1,0 +1,554 @@
+"""Certificates as real programs see them: openssl, and TLS handshakes of Python's ssl."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+import trustme
+
+from jobworker import certs
+from jobworker.errors import CertificateError
+
+needs_openssl = pytest.mark.skipif(
+    shutil.which("openssl") is None,
+    reason="NOT TESTED: certificates made by hand; install openssl",
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with all that `make_all` makes."""
+    certs.make_all(tmp_path / "certs", ["farm.example.org", "192.0.2.7"])
+    return tmp_path / "certs"
+
+
+@pytest.fixture(scope="module")
+def made_by_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("by-hand")
+    _make_ca_by_hand(folder, "rsa:4096")
+    _sign_by_hand(folder, "server", "/CN=localhost", bits=4096)
+    _sign_by_hand(folder, "client", "/O=JobWorker/OU=admin/CN=admin-client", bits=4096)
+    return folder
+
+
+@pytest.fixture
+def by_hand(made_by_hand: Path, tmp_path: Path) -> Path:
+    """A folder made with openssl: RSA 4096, a server without alternative names."""
+    return Path(shutil.copytree(made_by_hand, tmp_path / "by-hand"))
+
+
+# Making all
+
+
+def test_all_files_are_made_and_nothing_else(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == {
+        *("ca-cert.pem", "ca-key.pem", "server-cert.pem", "server-key.pem"),
+        *("client-cert.pem", "client-key.pem", "viewer-cert.pem", "viewer-key.pem"),
+    }
+    certs.check_server_files(folder)
+
+
+def test_the_paths_made_are_returned(tmp_path: Path) -> None:
+    made = certs.make_all(tmp_path)
+    assert sorted(made) == sorted(tmp_path.iterdir())
+
+
+def test_keys_are_for_their_owner_alone_and_certificates_for_all(
+    tmp_path: Path, open_umask: None
+) -> None:
+    for path in certs.make_all(tmp_path):
+        expected = 0o600 if path.name.endswith("-key.pem") else 0o644
+        assert stat.S_IMODE(path.stat().st_mode) == expected
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@needs_openssl
+def test_openssl_finds_nothing_wrong(folder: Path) -> None:
+    verify = "verify -x509_strict -CAfile ca-cert.pem -purpose"
+    _openssl(folder, f"{verify} sslserver server-cert.pem")
+    _openssl(folder, f"{verify} sslclient client-cert.pem viewer-cert.pem")
+
+
+@needs_openssl
+@pytest.mark.parametrize(
+    ("file", "subject"),
+    [
+        ("client-cert.pem", "CN=admin,OU=admin,O=JobWorker"),
+        ("viewer-cert.pem", "CN=viewer,OU=viewer,O=JobWorker"),
+    ],
+)
+def test_the_subject_says_who_and_which_role(folder: Path, file: str, subject: str) -> None:
+    printed = _openssl(folder, f"x509 -noout -subject -nameopt RFC2253 -in {file}")
+    assert printed == f"subject={subject}\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("job-worker", "localhost", "127.0.0.1", "::1", socket.gethostname()),
+        *("farm.example.org", "192.0.2.7"),
+    ],
+)
+def test_clients_reach_the_server_by_each_of_its_names(folder: Path, name: str) -> None:
+    client = _client_context(folder, "client")
+    assert _handshake(_server_context(folder), client, name) == "admin"
+
+
+def test_clients_refuse_the_server_by_another_name(folder: Path) -> None:
+    with pytest.raises(ssl.SSLCertVerificationError, match="elsewhere"):
+        _handshake(_server_context(folder), _client_context(folder, "client"), "elsewhere")
+
+
+def test_the_server_refuses_a_client_of_another_ca(folder: Path, tmp_path: Path) -> None:
+    certs.make_all(tmp_path / "other")
+    client = _client_context(tmp_path / "other", "client")
+    client.load_verify_locations(folder / "ca-cert.pem")
+
+    with pytest.raises(ssl.SSLError, match=r"(?i)unknown.ca|certificate verify failed"):
+        _handshake(_server_context(folder), client, "localhost")
+
+
+def test_a_servers_certificate_is_no_clients(folder: Path) -> None:
+    client = _client_context(folder, "server")
+    with pytest.raises(ssl.SSLError, match=r"(?i)unsupported.certificate|verify failed"):
+        _handshake(_server_context(folder), client, "localhost")
+
+
+@pytest.mark.parametrize("name", ["", "https://farm", "farm:50051", "two words", "a..b", "ä.de"])
+def test_a_name_that_no_server_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CertificateError, match="neither a host name nor an address"):
+        certs.make_all(tmp_path, [name])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_replaced_unless_forced(folder: Path) -> None:
+    (folder / "viewer-cert.pem").unlink()
+    (folder / "viewer-key.pem").unlink()
+    before = _contents(folder)
+
+    with pytest.raises(CertificateError) as raised:
+        certs.make_all(folder)
+
+    assert raised.value.about == folder
+    assert raised.value.problem == (
+        "already has ca-cert.pem, ca-key.pem, server-cert.pem, server-key.pem, "
+        "client-cert.pem, client-key.pem"
+    )
+    assert "--force" in raised.value.remedy
+    assert _contents(folder) == before
+
+
+def test_forced_all_are_replaced(folder: Path) -> None:
+    before = _contents(folder)
+    certs.make_all(folder, force=True)
+
+    after = _contents(folder)
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in before)
+    certs.check_server_files(folder)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CertificateError, match="cannot be written: Not a directory") as raised:
+        certs.make_all(tmp_path / "file" / "certs")
+    assert str(tmp_path / "file") in str(raised.value)
+
+
+def test_what_fails_half_way_leaves_whole_files_only(folder: Path) -> None:
+    before = _contents(folder)
+    (folder / "viewer-key.pem").unlink()
+    (folder / "viewer-key.pem").mkdir()  # in the way of the last file only
+
+    with pytest.raises(CertificateError, match=r"viewer-key\.pem: cannot be written"):
+        certs.make_all(folder, force=True)
+
+    assert {path.name for path in folder.iterdir()} == before.keys()
+    certs.check_server_files(folder)
+
+
+def test_of_two_makers_at_once_one_makes_all(tmp_path: Path) -> None:
+    together = Barrier(2)
+
+    def make() -> bool:
+        together.wait(timeout=10)
+        try:
+            certs.make_all(tmp_path)
+        except CertificateError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(max_workers=2) as executor:
+        outcomes = [executor.submit(make) for _ in range(2)]
+        assert sorted(outcome.result(timeout=10) for outcome in outcomes) == [False, True]
+    certs.check_server_files(tmp_path)
+
+
+# Making a client
+
+
+@pytest.mark.parametrize("name", ["ann", "ann@example.org", "build-7.farm_2", "a" * 64])
+def test_a_client_with_a_name_and_a_role(folder: Path, name: str) -> None:
+    made = certs.make_client(folder, name, "viewer")
+
+    assert made == [folder / f"{name}-cert.pem", folder / f"{name}-key.pem"]
+    assert certs.subject_of(made[0].read_bytes()) == (name, ("viewer",))
+    assert stat.S_IMODE(made[1].stat().st_mode) == 0o600
+    client = _client_context(folder, name)
+    assert _handshake(_server_context(folder), client, "localhost") == name
+
+
+@pytest.mark.parametrize("name", ["", "ca", "server", "../ann", "a/b", ".ann", "-ann", "a" * 65])
+def test_a_name_that_no_client_can_have_is_refused(folder: Path, name: str) -> None:
+    before = _contents(folder)
+    with pytest.raises(CertificateError, match="cannot be the name of a client"):
+        certs.make_client(folder, name, "admin", force=True)
+    assert _contents(folder) == before
+
+
+def test_a_client_is_not_replaced_unless_forced(folder: Path) -> None:
+    first, _ = certs.make_client(folder, "ann", "viewer")
+    with pytest.raises(CertificateError, match=r"already has ann-cert\.pem, ann-key\.pem"):
+        certs.make_client(folder, "ann", "admin")
+    assert certs.describe(first).units == ("viewer",)
+
+    certs.make_client(folder, "ann", "admin", force=True)
+    assert certs.describe(first).units == ("admin",)
+
+
+def test_a_client_needs_the_key_of_the_ca(folder: Path) -> None:
+    (folder / "ca-key.pem").unlink()
+    with pytest.raises(CertificateError, match=r"ca-key\.pem: is missing"):
+        certs.make_client(folder, "ann", "viewer")
+
+
+def test_a_client_needs_the_right_key_of_the_ca(folder: Path) -> None:
+    shutil.copy(folder / "server-key.pem", folder / "ca-key.pem")
+    with pytest.raises(CertificateError, match=r"is not the key of ca-cert\.pem"):
+        certs.make_client(folder, "ann", "viewer")
+
+
+@needs_openssl
+@pytest.mark.parametrize("algorithm", ["rsa:2048", "ed25519", "ed448"])
+def test_a_ca_made_by_hand_signs_clients_too(tmp_path: Path, algorithm: str) -> None:
+    _make_ca_by_hand(tmp_path, algorithm)
+    certs.make_client(tmp_path, "ann", "viewer")
+    _openssl(tmp_path, "verify -CAfile ca-cert.pem -purpose sslclient ann-cert.pem")
+
+
+# Subjects
+
+
+@needs_openssl
+@pytest.mark.parametrize(
+    ("subject", "expected"),
+    [
+        ("/O=JobWorker/OU=admin/CN=admin-client", ("admin-client", ("admin",))),
+        ("/CN=x,OU=admin", ("x,OU=admin", ())),
+        ("/CN=x\\/OU=admin", ("x/OU=admin", ())),
+        ("/CN=x\nOU=admin", ("x\nOU=admin", ())),
+        ("/OU=viewer/CN=x/OU=admin", ("x", ("viewer", "admin"))),
+        ("/OU=viewer+OU=admin/CN=x", ("x", ("admin", "viewer"))),  # a set, sorted by DER
+        ("/O=JobWorker", ("", ())),
+    ],
+)
+def test_roles_are_units_and_never_parts_of_a_name(
+    by_hand: Path, subject: str, expected: tuple[str, tuple[str, ...]]
+) -> None:
+    _sign_by_hand(by_hand, "odd", subject)
+    assert certs.subject_of((by_hand / "odd-cert.pem").read_bytes()) == expected
+
+
+@pytest.mark.parametrize("pem", [b"", b"no certificate", b"-----BEGIN CERTIFICATE-----\nAAAA\n"])
+def test_what_is_no_certificate_has_no_subject(pem: bytes) -> None:
+    with pytest.raises(CertificateError, match="is not a certificate in PEM form"):
+        certs.subject_of(pem)
+
+
+# Starting a server
+
+
+@needs_openssl
+def test_certificates_made_by_hand_serve(by_hand: Path) -> None:
+    certs.check_server_files(by_hand)
+
+    client = _client_context(by_hand, "client")
+    client.check_hostname = False  # Python's ssl wants alternative names; gRPC does not
+    assert _handshake(_server_context(by_hand), client, "localhost") == "admin-client"
+
+
+def test_a_chain_with_an_intermediate_serves(tmp_path: Path) -> None:
+    root, intermediate = _chain_in(tmp_path)
+    certs.check_server_files(tmp_path)
+
+    server = (tmp_path / "server-cert.pem").read_bytes()
+    leaf = server.removesuffix(intermediate)
+    (tmp_path / "server-cert.pem").write_bytes(leaf + root + intermediate)
+    with pytest.raises(CertificateError, match="certificates that do not sign each other"):
+        certs.check_server_files(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["ca-cert.pem", "server-cert.pem", "server-key.pem"])
+class TestEachFileOfAServer:
+    def test_missing(self, folder: Path, file: str) -> None:
+        (folder / file).unlink()
+        error = _refusal(folder)
+        assert (error.about, error.problem) == (folder / file, "is missing")
+        assert "jobworker certs init" in error.remedy
+        assert "JOB_WORKER_CERT_PATH" in error.remedy
+
+    def test_unreadable(self, folder: Path, file: str) -> None:
+        (folder / file).unlink()
+        (folder / file).mkdir()  # root may read whatever its mode is
+        error = _refusal(folder)
+        assert (error.about, error.problem) == (folder / file, "cannot be read: Is a directory")
+
+    @pytest.mark.parametrize("content", [b"", b"text", b"\xff\x00"])
+    def test_not_pem(self, folder: Path, file: str, content: bytes) -> None:
+        (folder / file).write_bytes(content)
+        error = _refusal(folder)
+        assert error.about == folder / file
+        assert error.problem.endswith("in PEM form")
+
+
+def test_a_folder_that_is_missing_is_as_good_as_empty(tmp_path: Path) -> None:
+    error = _refusal(tmp_path / "nowhere")
+    assert (error.about, error.problem) == (tmp_path / "nowhere" / "ca-cert.pem", "is missing")
+
+
+def test_a_key_of_another_certificate(folder: Path) -> None:
+    shutil.copy(folder / "client-key.pem", folder / "server-key.pem")
+    error = _refusal(folder)
+    assert error.about == folder / "server-key.pem"
+    assert error.problem == "is not the key of server-cert.pem"
+
+
+@needs_openssl
+def test_a_key_with_a_passphrase(folder: Path) -> None:
+    _openssl(folder, "pkey -aes256 -passout pass:x -in client-key.pem -out server-key.pem")
+    error = _refusal(folder)
+    assert (error.about, error.problem) == (folder / "server-key.pem", "is encrypted")
+
+
+@needs_openssl
+def test_a_key_that_cannot_sign(folder: Path) -> None:
+    _openssl(folder, "genpkey -algorithm X25519 -out server-key.pem")
+    error = _refusal(folder)
+    assert error.about == folder / "server-key.pem"
+    assert error.problem == "is of a kind that cannot sign"
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "file"), [("CA_LIFETIME", "ca-cert.pem"), ("LIFETIME", "server-cert.pem")]
+)
+def test_an_expired_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lifetime: str, file: str
+) -> None:
+    monkeypatch.setattr(certs, lifetime, timedelta(minutes=-5))
+    certs.make_all(tmp_path)
+
+    error = _refusal(tmp_path)
+    assert error.about == tmp_path / file
+    assert error.problem.startswith(f"expired on {datetime.now(UTC) - timedelta(minutes=5):%Y-%m}")
+
+
+def test_a_certificate_of_the_future(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certs, "BACKDATED", timedelta(days=-1))
+    certs.make_all(tmp_path)
+
+    error = _refusal(tmp_path)
+    assert error.about == tmp_path / "ca-cert.pem"
+    assert error.problem.startswith("is not valid before ")
+    assert "clock" in error.remedy
+
+
+def test_a_certificate_of_another_ca(folder: Path, tmp_path: Path) -> None:
+    """Of the same name, so that only the signature tells."""
+    certs.make_all(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "ca-cert.pem", folder / "ca-cert.pem")
+
+    error = _refusal(folder)
+    assert error.about == folder / "server-cert.pem"
+    assert error.problem == "is not signed by ca-cert.pem"
+
+
+def test_two_cas_in_one_file_as_while_one_replaces_the_other(folder: Path, tmp_path: Path) -> None:
+    certs.make_all(tmp_path / "other")
+    other = (tmp_path / "other" / "ca-cert.pem").read_bytes()
+    (folder / "ca-cert.pem").write_bytes(other + (folder / "ca-cert.pem").read_bytes())
+
+    certs.check_server_files(folder)
+
+
+# Describing
+
+
+def test_what_a_client_is(folder: Path) -> None:
+    description = certs.describe(folder / "client-cert.pem")
+
+    assert (description.name, description.units) == ("admin", ("admin",))
+    assert not description.is_authority
+    assert description.alternative_names == ()
+    left = description.expires - datetime.now(UTC)
+    assert certs.LIFETIME - timedelta(minutes=5) < left <= certs.LIFETIME
+    assert description.warnings == ()
+
+
+def test_what_a_server_is(folder: Path) -> None:
+    description = certs.describe(folder / "server-cert.pem")
+
+    assert set(description.alternative_names) == {
+        *("job-worker", "localhost", "127.0.0.1", "::1", socket.gethostname()),
+        *("farm.example.org", "192.0.2.7"),
+    }
+    assert description.warnings == ()
+
+
+def test_what_a_ca_is(folder: Path) -> None:
+    description = certs.describe(folder / "ca-cert.pem")
+    assert description.is_authority
+    assert description.warnings == ()
+
+
+def test_a_warning_before_the_end_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certs.make_all(tmp_path)
+    monkeypatch.setattr(certs, "LIFETIME", timedelta(days=7, minutes=5))
+    soon, _ = certs.make_client(tmp_path, "soon", "viewer")
+    assert certs.describe(soon).warnings == ("It expires in 7 days.",)
+
+    monkeypatch.setattr(certs, "LIFETIME", timedelta(minutes=-5))
+    late, _ = certs.make_client(tmp_path, "late", "viewer")
+    [warning] = certs.describe(late).warnings
+    assert warning.startswith("It expired on ")
+
+
+def test_a_warning_of_a_key_that_others_may_read(folder: Path) -> None:
+    key = folder / "client-key.pem"
+    key.chmod(0o640)
+    assert certs.describe(folder / "client-cert.pem").warnings == (
+        f"Its key may be read by others: chmod 600 {key}",
+    )
+
+
+@needs_openssl
+def test_warnings_of_what_gives_no_role_and_of_a_short_key(by_hand: Path) -> None:
+    _sign_by_hand(by_hand, "odd", "/OU=viewer/OU=admin/CN=x", bits=1024)
+    (by_hand / "odd-key.pem").chmod(0o600)
+    assert certs.describe(by_hand / "odd-cert.pem").warnings == (
+        "It has 2 OU: a client needs exactly one, its role.",
+        "Its RSA key has 1024 bits only, use 2048 or more.",
+    )
+
+
+# Helpers
+
+
+def _refusal(folder: Path) -> CertificateError:
+    with pytest.raises(CertificateError) as raised:
+        certs.check_server_files(folder)
+    return raised.value
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _openssl(folder: Path, words: str, *arguments: str) -> str:
+    """Runs openssl in the folder, with the words of one string and further arguments."""
+    finished = subprocess.run(
+        ["openssl", *words.split(), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def _make_ca_by_hand(folder: Path, algorithm: str) -> None:
+    _openssl(
+        folder,
+        f"req -x509 -newkey {algorithm} -nodes -days 365 -subj /O=JobWorker/CN=CA "
+        "-keyout ca-key.pem -out ca-cert.pem",
+    )
+
+
+def _sign_by_hand(folder: Path, name: str, subject: str, bits: int = 2048) -> None:
+    _openssl(
+        folder,
+        f"req -new -newkey rsa:{bits} -nodes -keyout {name}-key.pem -out {name}.csr",
+        *("-multivalue-rdn", "-subj", subject),
+    )
+    _openssl(
+        folder,
+        "x509 -req -days 365 -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial "
+        f"-in {name}.csr -out {name}-cert.pem",
+    )
+
+
+def _chain_in(folder: Path) -> tuple[bytes, bytes]:
+    """A server whose certificate an intermediate CA has signed. Returns root and intermediate."""
+    root = trustme.CA()
+    intermediate = root.create_child_ca()
+    server = intermediate.issue_cert("localhost")
+    root.cert_pem.write_to_path(folder / "ca-cert.pem")
+    server.private_key_pem.write_to_path(folder / "server-key.pem")
+    for blob in server.cert_chain_pems:
+        blob.write_to_path(folder / "server-cert.pem", append=True)
+    return root.cert_pem.bytes(), intermediate.cert_pem.bytes()
+
+
+def _server_context(folder: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(folder / "server-cert.pem", folder / "server-key.pem")
+    context.load_verify_locations(folder / "ca-cert.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _client_context(folder: Path, name: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_cert_chain(folder / f"{name}-cert.pem", folder / f"{name}-key.pem")
+    context.load_verify_locations(folder / "ca-cert.pem")
+    return context
+
+
+def _handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str:
+    """Connects for real. Returns the CN that the server saw; raises the client's SSLError, or
+    else the server's."""
+    server_end, client_end = socket.socketpair()
+
+    def serve() -> str:
+        with server_end, server.wrap_socket(server_end, server_side=True) as connection:
+            connection.sendall(b"x")
+            certificate = connection.getpeercert(binary_form=True)
+            assert certificate is not None
+            return certs.subject_of(ssl.DER_cert_to_PEM_cert(certificate).encode())[0]
+
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        seen = executor.submit(serve)
+        with client_end, client.wrap_socket(client_end, server_hostname=name) as connection:
+            # In TLS 1.3 the client learns only here whether it was accepted.
+            assert connection.recv(1) == b"x"
+        return seen.result(timeout=10)
