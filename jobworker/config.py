@@ -1,0 +1,275 @@
+"""The server's settings: one class, which also is where their documentation comes from.
+
+A setting has one name. `linger`, say, is JOB_WORKER_LINGER in the environment, `linger = 2` in
+the TOML file, and --linger on the command line. A flag is stronger than the environment, that
+is stronger than the file, and that than the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from jobworker.errors import SettingError
+
+PREFIX = "JOB_WORKER_"
+FILE_VARIABLE = "JOB_WORKER_CONFIG"
+INT32_MAX = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What is said of one setting beside its value."""
+
+    name: str  # as in the file; in capitals and with PREFIX, as in the environment
+    parse: Callable[[str], Any]  # from text; raises ValueError, which says what would be right
+    help: str
+    shown_default: str
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def _setting(
+    name: str, default: Any, parse: Callable[[str], Any], text: str, shown_default: str = ""
+) -> Any:
+    option = Option(name, parse, text, shown_default or str(default))
+    if callable(default):
+        return field(default_factory=default, metadata={"option": option})
+    return field(default=default, metadata={"option": option})
+
+
+# How values are written
+
+
+def parse_address(text: str) -> str:
+    """`host:port`, `[::1]:port`, or `:port` for all addresses."""
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("use HOST:PORT, such as 0.0.0.0:50051; port 0 takes any free one")
+    if ":" in host and not re.fullmatch(r"\[[0-9a-fA-F:.%\w]+\]", host):
+        raise ValueError("put an IPv6 address in brackets, such as [::1]:50051")
+    return f"{host or '0.0.0.0'}:{port}"  # noqa: S104 as documented
+
+
+def _parse_number(least: int, most: int = INT32_MAX) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise ValueError(f"use a whole number from {least} to {most}")
+        return number
+
+    return parse
+
+
+SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_seconds(text: str) -> float:
+    """`2`, `0.5`, `500ms`, `2s`, `5m`, `1h`, `7d`."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(ms|s|m|h|d|)", text.strip())
+    if not match:
+        raise ValueError("use seconds, or a number with ms, s, m, h or d, such as 500ms")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+BYTES = {"": 1, "b": 1} | {
+    unit: 1 << shift
+    for letter, shift in (("k", 10), ("m", 20), ("g", 30), ("t", 40))
+    for unit in (letter, f"{letter}b", f"{letter}ib")
+}
+
+
+def parse_bytes(text: str) -> int:
+    """`1048576`, `64KiB`, `10M`, `1.5 GiB`; all in powers of 1,024."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([a-z]*)", text.strip().lower())
+    if not match or match[2] not in BYTES:
+        raise ValueError("use bytes, or a number with KiB, MiB, GiB or TiB, such as 64MiB")
+    return int(float(match[1]) * BYTES[match[2]])
+
+
+def _parse_choice(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f"use one of {', '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
+def _parse_path(text: str) -> Path:
+    if not text:
+        raise ValueError("give a path")
+    return Path(text).expanduser().absolute()
+
+
+def default_state_dir() -> Path:
+    """/var/lib/jobworker for root, else the XDG state folder."""
+    if os.getuid() == 0:
+        return Path("/var/lib/jobworker")
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return Path(base if base.startswith("/") else Path.home() / ".local/state") / "jobworker"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings of a server, checked as far as they can be by themselves."""
+
+    address: str = _setting(
+        "addr",
+        "0.0.0.0:50051",  # noqa: S104 as existing users have it
+        parse_address,
+        "Where clients connect, HOST:PORT.",
+    )
+    cert_path: Path = _setting(
+        "cert_path",
+        lambda: Path("certs").absolute(),
+        _parse_path,
+        "Folder with ca-cert.pem, server-cert.pem and server-key.pem.",
+        shown_default="./certs",
+    )
+    state_dir: Path = _setting(
+        "state_dir",
+        default_state_dir,
+        _parse_path,
+        "Folder of job records and output. One server at a time uses it.",
+        shown_default="/var/lib/jobworker for root, else ~/.local/state/jobworker",
+    )
+    cgroup_base: Path = _setting(
+        "cgroup_base",
+        Path("/sys/fs/cgroup"),
+        _parse_path,
+        "Directory of a cgroup v2, below which each job gets its own; or one that has it as "
+        "`unified`.",
+    )
+    default_cpu: int = _setting(
+        "default_cpu",
+        100,
+        _parse_number(0),
+        "CPU limit of a job that asks for none, in percent of one core. 0: none.",
+    )
+    default_memory: int = _setting(
+        "default_memory",
+        512,
+        _parse_number(0),
+        "Memory limit of a job that asks for none, in MiB. 0: none.",
+    )
+    default_io: int = _setting(
+        "default_io",
+        0,
+        _parse_number(0),
+        "Limit on disk reads, and on writes, of a job that asks for none, in bytes a second. "
+        "0: none.",
+    )
+    linger_seconds: float = _setting(
+        "linger",
+        2.0,
+        parse_seconds,
+        "How long what a job has left running may go on once its main process has ended.",
+        shown_default="2s",
+    )
+    stop_grace_seconds: float = _setting(
+        "stop_grace",
+        5.0,
+        parse_seconds,
+        "How long a job that is stopped may take to end before it is killed.",
+        shown_default="5s",
+    )
+    ring_memory_bytes: int = _setting(
+        "ring_memory",
+        64 << 20,
+        parse_bytes,
+        "Memory for the newest output of jobs that are being read, of all together. What does "
+        "not fit is read from disk.",
+        shown_default="64MiB",
+    )
+    log_level: str = _setting(
+        "log_level",
+        "info",
+        _parse_choice("debug", "info", "warning", "error"),
+        "The least important lines of the server's log, on standard error.",
+    )
+
+
+def options() -> Iterator[tuple[Field[Any], Option]]:
+    for each in fields(Settings):
+        yield each, each.metadata["option"]
+
+
+def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Path | None) -> Settings:
+    """From all places together.
+
+    flags: by the settings' names, those that were given.
+    file: a TOML file; None: the one that FILE_VARIABLE names, or none.
+
+    Raises SettingError, which names the setting as the place where it is set does, its value,
+    and what would be right.
+    """
+    if file is None and environ.get(FILE_VARIABLE):
+        file = Path(environ[FILE_VARIABLE])
+    in_file = _read_file(file) if file else {}
+    values: dict[str, Any] = {}
+    for each, option in options():
+        if option.name in flags:
+            shown, text = option.flag, flags[option.name]
+        elif option.variable in environ:
+            shown, text = option.variable, environ[option.variable]
+        elif option.name in in_file:
+            shown, text = f"{option.name} in {file}", in_file[option.name]
+        else:
+            continue
+        try:
+            values[each.name] = option.parse(text)
+        except ValueError as error:
+            raise SettingError(shown, text, "cannot be used", str(error)) from error
+    return Settings(**values)
+
+
+def _read_file(path: Path) -> dict[str, str]:
+    """Values as text: one parser for each setting, wherever it is set."""
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+        raise SettingError("the configuration file", path, problem, "check its name") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingError(
+            "the configuration file", path, f"is not TOML: {error}", 'write lines such as linger = "2s"'
+        ) from error
+    known = [option.name for _, option in options()]
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            remedy = f"did you mean {close[0]}?" if close else f"use {', '.join(known)}"
+            raise SettingError(f"{name} in {path}", value, "no such setting", remedy)
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise SettingError(f"{name} in {path}", value, "has no text or number", "give one")
+    return {name: str(value) for name, value in values.items()}
+
+
+def table() -> str:
+    """All settings as a table in Markdown, for the documentation."""
+    lines = [
+        "| variable | flag of `serve` | default | what it is |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{option.variable}` | `{option.flag}` | {option.shown_default} | {option.help} |"
+        for _, option in options()
+    ]
+    return "\n".join(lines) + "\n"
