@@ -1,0 +1,147 @@
+"""Every error that jobworker raises on purpose, in one tree.
+
+Each carries what it is about in fields, and a message that says what is wrong and what
+to do. `jobworker.rpc.convert` maps them to gRPC status codes, in one place.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class JobWorkerError(Exception):
+    """The root of the tree."""
+
+
+# What a request asked for
+
+
+class InvalidRequestError(JobWorkerError):
+    """A field of a request has a value that no server could accept."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class OffsetOutOfRangeError(JobWorkerError):
+    """A stream was asked to start behind the end of the output."""
+
+    def __init__(self, job_id: int, offset: int, end: int) -> None:
+        super().__init__(
+            f"job {job_id} has written {end} bytes so far: cannot start at {offset}; "
+            f"use an offset from 0 to {end}"
+        )
+        self.job_id = job_id
+        self.offset = offset
+        self.end = end
+
+
+class JobNotFoundError(JobWorkerError):
+    """There is no job with this id."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no job {job_id!r}; ids are decimal numbers, see ListJobs")
+        self.job_id = job_id
+
+
+class JobStateError(JobWorkerError):
+    """The job is not in a state in which this can be done."""
+
+    def __init__(self, job_id: int, status: str, action: str) -> None:
+        super().__init__(f"job {job_id} is {status}: cannot {action} it")
+        self.job_id = job_id
+        self.status = status
+        self.action = action
+
+
+class LimitUnavailableError(JobWorkerError):
+    """A limit was asked for that this machine cannot enforce."""
+
+    def __init__(self, limit: str, controller: str, problem: str) -> None:
+        super().__init__(
+            f"{limit} needs the cgroup controller {controller!r}, which is not available: "
+            f"{problem}; leave {limit} at 0 to run without it"
+        )
+        self.limit = limit
+        self.controller = controller
+        self.problem = problem
+
+
+class PermissionDeniedError(JobWorkerError):
+    """The caller's certificate does not allow this call."""
+
+
+class ResourceExhaustedError(JobWorkerError):
+    """The server has reached one of its own limits."""
+
+
+class ShuttingDownError(JobWorkerError):
+    """The server is about to end and takes no more work."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; try again when it is back")
+
+
+# What a server needs to start
+
+
+class StartupError(JobWorkerError):
+    """The server cannot start; the root of the errors that say why."""
+
+
+class SettingError(StartupError):
+    """A setting has a value that cannot be used."""
+
+    def __init__(self, setting: str, value: object, problem: str, remedy: str) -> None:
+        super().__init__(f"{setting} = {str(value)!r}: {problem}; {remedy}")
+        self.setting = setting
+        self.value = value
+        self.problem = problem
+        self.remedy = remedy
+
+
+class StateFolderError(StartupError):
+    """The state folder cannot be used: taken, unreadable, or of a newer version."""
+
+
+class CertificateError(StartupError):
+    """A certificate or key is missing, unreadable, or does not fit the others; or one cannot
+    be made as asked for."""
+
+    def __init__(self, about: object, problem: str, remedy: str) -> None:
+        super().__init__(f"{about}: {problem}; {remedy}")
+        self.about = about  # mostly the path of the file
+        self.problem = problem
+        self.remedy = remedy
+
+
+# The machine below
+
+
+class JobinitError(JobWorkerError):
+    """jobinit is gone, or broke its protocol."""
+
+
+class StartFailedError(JobWorkerError):
+    """A job's command never ran: one step of starting it failed, or (`killed_by` is the signal,
+    `error_number` 0) it was killed before it came to its exec."""
+
+    def __init__(self, step: str, error_number: int, killed_by: int = 0) -> None:
+        if killed_by:
+            problem = f"killed before the command ran, by signal {killed_by}"
+        else:
+            problem = f"{os.strerror(error_number)} (errno {error_number})"
+        super().__init__(f"{step}: {problem}")
+        self.step = step
+        self.error_number = error_number
+        self.killed_by = killed_by
+
+
+class StoreError(JobWorkerError):
+    """Job records could not be written or read."""
+
+
+class CgroupError(JobWorkerError):
+    """A cgroup could not be made, written or removed."""

@@ -1,0 +1,295 @@
+"""What a job is, what may be asked of one, and how it passes from one state to the next.
+
+A `Job` is an immutable snapshot. The functions below it are the only transitions: pure,
+each from one snapshot to the next. The manager alone calls them.
+
+    INITIALIZING ──started──▶ RUNNING ──ended──▶ COMPLETED | FAILED | STOPPED
+          │                      │
+          └─────start_failed     └─────lost──▶ FAILED
+"""
+
+from __future__ import annotations
+
+import enum
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from jobworker.errors import InvalidRequestError, JobStateError
+
+
+class Status(enum.StrEnum):
+    """The states of the wire contract, by their names there."""
+
+    INITIALIZING = "INITIALIZING"
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    STOPPED = "STOPPED"
+
+
+ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.STOPPED})
+
+
+class Cause(enum.IntEnum):
+    """Why a job ended; the numbers are the wire contract's."""
+
+    EXITED = 1
+    SIGNALLED = 2
+    OUT_OF_MEMORY = 3
+    TIMED_OUT = 4
+    LOG_LIMIT = 5
+    START_FAILED = 6
+    LOST = 7
+    STOPPED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a job may use at the most; 0 is no limit."""
+
+    cpu_percent: int = 0  # of one core
+    memory_mib: int = 0
+    io_bytes_per_second: int = 0  # each of read and write
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What a client asked to run, validated and resolved."""
+
+    command: str  # the resolved path of the executable
+    args: tuple[str, ...] = ()
+    limits: Limits = Limits()  # those in force
+    environment: Mapping[str, str] = field(default_factory=dict)  # beyond what every job gets
+    working_directory: str = "/"
+    name: str = ""
+    merge_output: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """What an ended job used; None is what the kernel could not tell."""
+
+    cpu_user_us: int | None = None
+    cpu_system_us: int | None = None
+    memory_peak_bytes: int | None = None
+    io_read_bytes: int | None = None
+    io_written_bytes: int | None = None
+    oom_kills: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job at one moment. Times are nanoseconds since the epoch, 0 before they came."""
+
+    id: int
+    spec: JobSpec
+    status: Status
+    created_ns: int
+    started_ns: int = 0
+    ended_ns: int = 0
+    # The first accepted of stop, timeout and log limit: the cause once the job has ended.
+    end_requested: Cause | None = None
+    cause: Cause | None = None
+    exit_code: int = -1
+    signal: int = 0
+    failed_step: str = ""
+    failed_errno: int = 0
+    detail: str = ""
+    accounting: Accounting | None = None
+    stdout_bytes: int = 0
+    stderr_bytes: int = 0
+    cleanup_uncertain: bool = False
+
+    @property
+    def is_ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def output_bytes(self) -> int:
+        """The end of the merged output: one more than the last offset."""
+        return self.stdout_bytes + self.stderr_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OomKills:
+    """How the kernel's out-of-memory killer dealt with a job's cgroup (memory.events)."""
+
+    by_limit: int = 0  # `oom`: the job's own limit was hit and nothing could be reclaimed
+    killed: int = 0  # `oom_kill`: its processes killed, whoever ran out of memory
+
+
+# The kernel's MAX_ARG_STRLEN, and what execve takes with the usual 8 MiB of stack and more
+# than enough left for the job (man 2 execve, "Limits on size of arguments and environment").
+LONGEST_STRING_BYTES = 128 << 10
+LONGEST_STRINGS_BYTES = 512 << 10
+LONGEST_NAME = 256
+
+
+def validate(spec: JobSpec) -> None:
+    """Raises InvalidRequestError for what no machine could run."""
+    if not spec.command:
+        raise InvalidRequestError("command", "is empty; give the program to run")
+    _check_name(spec.name)
+    _check_limits(spec.limits)
+    if not spec.working_directory.startswith("/"):
+        problem = f"{spec.working_directory!r} is relative; give an absolute path"
+        raise InvalidRequestError("working_directory", problem)
+    _check_string("working_directory", spec.working_directory)
+    _check_string("command", spec.command)
+    for number, arg in enumerate(spec.args):
+        _check_string(f"args[{number}]", arg)
+    for name, value in spec.environment.items():
+        if not name or "=" in name:
+            raise InvalidRequestError("environment", f"{name!r} is not a variable's name")
+        _check_string(f"environment[{name!r}]", f"{name}={value}")
+    _check_total(spec)
+
+
+def _check_name(name: str) -> None:
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        problem = f"use at most {LONGEST_NAME} printable characters"
+        raise InvalidRequestError("name", problem)
+
+
+def _check_limits(limits: Limits) -> None:
+    for field_name, value in (
+        ("maxCPU", limits.cpu_percent),
+        ("maxMemory", limits.memory_mib),
+        ("maxIOBPS", limits.io_bytes_per_second),
+    ):
+        if value < 0:
+            problem = f"{value} is negative; use 0 for the server's default"
+            raise InvalidRequestError(field_name, problem)
+
+
+def _check_string(field_name: str, value: str) -> None:
+    if "\0" in value:
+        raise InvalidRequestError(field_name, "has a NUL byte, which no process can be given")
+    if _size(value) > LONGEST_STRING_BYTES:
+        problem = f"is {_size(value) - 1} bytes long; the kernel takes {LONGEST_STRING_BYTES - 1}"
+        raise InvalidRequestError(field_name, f"{problem}, so pass it in a file")
+
+
+def _check_total(spec: JobSpec) -> None:
+    total = _size(spec.command) + sum(map(_size, spec.args))
+    total += sum(_size(f"{name}={value}") for name, value in spec.environment.items())
+    if total > LONGEST_STRINGS_BYTES:
+        problem = f"are {total} bytes together; at most {LONGEST_STRINGS_BYTES} are taken"
+        raise InvalidRequestError("args and environment", f"{problem}, so pass them in a file")
+
+
+def _size(value: str) -> int:
+    """As execve counts: in bytes, with the NUL at the end."""
+    return len(value.encode("utf-8", "surrogateescape")) + 1
+
+
+def created(job_id: int, spec: JobSpec, now_ns: int) -> Job:
+    return Job(id=job_id, spec=spec, status=Status.INITIALIZING, created_ns=now_ns)
+
+
+def started(job: Job, now_ns: int) -> Job:
+    """The exec of the job's command is proved."""
+    _require(job, Status.INITIALIZING, "start")
+    return replace(job, status=Status.RUNNING, started_ns=now_ns)
+
+
+def request_end(job: Job, cause: Cause) -> Job:
+    """Stop, timeout or log limit: the first that is accepted stays."""
+    if job.is_ended:
+        raise JobStateError(job.id, job.status, "stop")
+    if job.end_requested is not None:
+        return job
+    return replace(job, end_requested=cause)
+
+
+def start_failed(job: Job, step: str, error_number: int, detail: str, now_ns: int) -> Job:
+    """One step before the exec failed; nothing of the job ever ran."""
+    _require(job, Status.INITIALIZING, "fail the start of")
+    cause = job.end_requested or Cause.START_FAILED
+    return replace(
+        job,
+        status=_status_of(cause, exit_code=-1),
+        cause=cause,
+        failed_step=step,
+        failed_errno=error_number,
+        detail=detail,
+        ended_ns=_not_before(job, now_ns),
+    )
+
+
+def ended(
+    job: Job,
+    wait_status: int,
+    oom: OomKills,
+    now_ns: int,
+) -> Job:
+    """The job's main process has ended with `wait_status` (wait(2)), and all of it is gone."""
+    _require(job, Status.RUNNING, "end")
+    exit_code = (wait_status >> 8) & 0xFF if wait_status & 0x7F == 0 else -1
+    signal_number = wait_status & 0x7F
+    cause, detail = _cause_of(job, exit_code, signal_number, oom)
+    return replace(
+        job,
+        status=_status_of(cause, exit_code),
+        cause=cause,
+        exit_code=exit_code,
+        signal=signal_number,
+        detail=detail,
+        ended_ns=_not_before(job, now_ns),
+    )
+
+
+def lost(job: Job, detail: str, now_ns: int) -> Job:
+    """Nobody is left who could know how the job ended."""
+    if job.is_ended:
+        raise JobStateError(job.id, job.status, "lose")
+    cause = job.end_requested or Cause.LOST
+    return replace(
+        job,
+        status=_status_of(cause, exit_code=-1),
+        cause=cause,
+        detail=detail,
+        ended_ns=_not_before(job, now_ns),
+    )
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9; `signal 77` for a number without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _cause_of(job: Job, exit_code: int, signal_number: int, oom: OomKills) -> tuple[Cause, str]:
+    if job.end_requested is not None:
+        return job.end_requested, ""
+    # oom_kill also counts a helper process that died while the job itself went on to a
+    # good end; only a main process that the SIGKILL ended was ended by it.
+    if oom.killed and signal_number == signal.SIGKILL:
+        if oom.by_limit:
+            limit = job.spec.limits.memory_mib
+            return Cause.OUT_OF_MEMORY, f"out of memory: its limit of {limit} MiB was reached"
+        return Cause.OUT_OF_MEMORY, "out of memory: the machine had none left, its own limit was not reached"
+    if signal_number:
+        return Cause.SIGNALLED, f"ended by {signal_name(signal_number)}"
+    return Cause.EXITED, ""
+
+
+def _status_of(cause: Cause, exit_code: int) -> Status:
+    if cause is Cause.STOPPED:
+        return Status.STOPPED
+    if cause is Cause.EXITED and exit_code == 0:
+        return Status.COMPLETED
+    return Status.FAILED
+
+
+def _not_before(job: Job, now_ns: int) -> int:
+    """The clock may have been set back: an end never stands before its start."""
+    return max(now_ns, job.started_ns, job.created_ns)
+
+
+def _require(job: Job, status: Status, action: str) -> None:
+    if job.status is not status:
+        raise JobStateError(job.id, job.status, action)

@@ -1,0 +1,86 @@
+"""Which file a command names, and what is in a job's environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jobworker.engine.command import base_environment, check_working_directory, resolve
+from jobworker.errors import InvalidRequestError
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "bin" / "program"
+    path.parent.mkdir()
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_by_path(program: Path) -> None:
+    assert resolve(str(program), {}, "/") == str(program)
+
+
+def test_relative_to_the_working_directory(program: Path, tmp_path: Path) -> None:
+    assert resolve("bin/program", {}, str(tmp_path)) == str(program)
+    assert resolve("./program", {}, str(program.parent)) == str(program)
+
+
+def test_in_the_jobs_own_path(program: Path) -> None:
+    assert resolve("program", {"PATH": f"/no/such:{program.parent}"}, "/") == str(program)
+
+
+def test_in_the_default_path() -> None:
+    assert os.path.basename(resolve("sh", {}, "/")) == "sh"
+
+
+def test_an_empty_part_of_path_is_the_working_directory(program: Path) -> None:
+    assert resolve("program", {"PATH": ":/bin"}, str(program.parent)) == str(program)
+
+
+def test_what_cannot_be_executed_is_passed_over(program: Path, tmp_path: Path) -> None:
+    other = tmp_path / "first"
+    other.mkdir()
+    (other / "program").write_text("")
+    assert resolve("program", {"PATH": f"{other}:{program.parent}"}, "/") == str(program)
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("no-such-program", "not found in the job's PATH"),
+        ("/no/such/program", "does not exist"),
+        ("/etc/passwd/x", "does not exist"),
+        ("/etc", "is a directory"),
+        ("/etc/passwd", "is not executable"),
+        ("/dev/null", "is not a regular file"),
+    ],
+)
+def test_what_names_no_program(command: str, problem: str) -> None:
+    with pytest.raises(InvalidRequestError, match=problem) as caught:
+        resolve(command, {}, "/")
+    assert caught.value.field == "command"
+
+
+def test_found_in_path_and_not_executable(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("")
+    with pytest.raises(InvalidRequestError, match="is not executable"):
+        resolve("data", {"PATH": str(tmp_path)}, "/")
+
+
+@pytest.mark.parametrize("path", ["/no/such", "/etc/passwd"])
+def test_no_working_directory(path: str) -> None:
+    with pytest.raises(InvalidRequestError, match="working_directory"):
+        check_working_directory(path)
+
+
+def test_nothing_of_the_servers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "x")
+    monkeypatch.setenv("PATH", "/the/servers")
+    environment = base_environment(7)
+    assert environment["JOB_ID"] == "7"
+    assert "SECRET" not in environment
+    assert "/the/servers" not in environment["PATH"]
