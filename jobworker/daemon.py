@@ -1,0 +1,204 @@
+"""The server process: puts the parts together, starts them in order, ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import uvloop
+
+from jobworker import __version__
+from jobworker.certs import check_server_files
+from jobworker.config import Settings
+from jobworker.engine import jobinit
+from jobworker.engine.cgroup import CgroupTree
+from jobworker.engine.jobinit import Jobinit
+from jobworker.engine.manager import Manager, Policy
+from jobworker.engine.output import Output
+from jobworker.engine.store import Store
+from jobworker.errors import SettingError, StartupError, StateFolderError
+from jobworker.job import Limits
+
+log = logging.getLogger(__name__)
+
+JOBINIT = Path(__file__).parent / "_bin" / "jobinit"
+
+# The budget that ARCHITECTURE.md explains: a pidfd and two pipes for each job, and a reserve
+# for connections, the store, and files that are open for a moment.
+DESCRIPTORS_PER_JOB = 3
+RESERVED_SHARE = 0.1
+SMALLEST_RESERVE = 200
+
+# Calls that wait for a job to end are answered before the server goes.
+ANSWER_SECONDS = 2.0
+
+
+def main(settings: Settings) -> int:
+    """Runs the server until SIGTERM or SIGINT. Returns the exit code: 0 after a clean end,
+    1 where it could not start."""
+    _set_up_logging(settings.log_level)
+    os.umask(0o077)
+    try:
+        lock = _lock_state_folder(settings.state_dir)
+        check_server_files(settings.cert_path)
+        # Before grpc is imported: from then on this process has threads, and must not fork.
+        _spawn_jobinit(settings.state_dir)
+        _prepare_grpc()
+        uvloop.run(_serve(settings))
+    except StartupError as error:
+        log.error("cannot start: %s", error)
+        return 1
+    os.close(lock)
+    log.info("ended")
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    from jobworker.rpc.server import RpcServer
+    from jobworker.rpc.service import JobService, ServerFacts
+
+    end_requested = _watch_signals()
+    started_ns = time.time_ns()
+    cgroups = CgroupTree.open(settings.cgroup_base, _instance(settings.state_dir))
+    _report_cgroups(cgroups, settings)
+    store = Store.open(settings.state_dir / "jobs.db")
+    output = Output(settings.state_dir / "output", settings.ring_memory_bytes)
+    manager = Manager(_policy(settings), cgroups, output, store)
+    await manager.recover()
+    manager.use(
+        await Jobinit.connect(
+            _socket_path(settings.state_dir), manager.on_exit, manager.on_jobinit_lost
+        )
+    )
+    facts = ServerFacts(__version__, started_ns, str(settings.state_dir))
+    server = RpcServer(settings, JobService(manager, facts))
+    await server.start()
+    host = settings.address.rpartition(":")[0]
+    log.info("ready: listening on %s:%d", host, server.port)
+
+    signal_number = await end_requested
+    log.info("%s: ending", signal.Signals(signal_number).name)
+    output.interrupt_readers()
+    stopping = asyncio.create_task(server.stop(settings.stop_grace_seconds + ANSWER_SECONDS))
+    await manager.close()
+    await server.stop(ANSWER_SECONDS)
+    await stopping
+    await output.close()
+    await store.close()
+    cgroups.close()
+
+
+def _watch_signals() -> asyncio.Future[int]:
+    loop = asyncio.get_running_loop()
+    requested: asyncio.Future[int] = loop.create_future()
+
+    def request(number: int) -> None:
+        if not requested.done():
+            requested.set_result(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, request, number)
+    return requested
+
+
+def _set_up_logging(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+def _lock_state_folder(folder: Path) -> int:
+    """One server for each state folder. Returns the descriptor that holds the lock."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(folder, 0o700)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SettingError(
+            "JOB_WORKER_STATE_DIR",
+            folder,
+            error.strerror or str(error),
+            "give a folder that this user can write",
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StateFolderError(
+            f"{folder} is in use by another server; stop that one first, or give this one a "
+            "folder of its own with JOB_WORKER_STATE_DIR"
+        ) from error
+    return lock
+
+
+def _spawn_jobinit(state_folder: Path) -> None:
+    """It ends by itself, once it holds no job and no server is connected."""
+    with jobinit.listen(_socket_path(state_folder)) as listener:
+        jobinit.spawn(JOBINIT, listener)
+    # Only now: jobinit hands the limit that it inherits on to the jobs.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _socket_path(state_folder: Path) -> Path:
+    return state_folder / "jobinit.sock"
+
+
+def _prepare_grpc() -> None:
+    """What grpc reads from the environment when it is imported; no job inherits it."""
+    # Its fork handlers would stop all its threads at any fork; this process never forks.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    # TLS 1.3 only, for which there is no call (grpc #37305): the list is for TLS 1.2 and
+    # older, and its one suite needs a pre-shared key that nobody has.
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
+
+
+def _policy(settings: Settings) -> Policy:
+    return Policy(
+        default_limits=Limits(
+            settings.default_cpu, settings.default_memory, settings.default_io
+        ),
+        linger_seconds=settings.linger_seconds,
+        stop_grace_seconds=settings.stop_grace_seconds,
+        maximum_jobs=_maximum_jobs(),
+    )
+
+
+def _maximum_jobs() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reserve = max(SMALLEST_RESERVE, int(limit * RESERVED_SHARE))
+    return max(1, (limit - reserve) // DESCRIPTORS_PER_JOB)
+
+
+def _instance(state_folder: Path) -> str:
+    """Names this server's cgroups, so that its next start finds what this one left behind."""
+    return sha256(os.fsencode(state_folder.resolve())).hexdigest()[:8]
+
+
+def _report_cgroups(cgroups: CgroupTree, settings: Settings) -> None:
+    """Nothing is silently unlimited: says which defaults cannot be enforced."""
+    if cgroups.path is None:
+        log.warning("jobs run without cgroups and without limits: %s", cgroups.problem)
+        return
+    defaults = {
+        "cpu": settings.default_cpu,
+        "memory": settings.default_memory,
+        "io": settings.default_io,
+    }
+    for controller, problem in cgroups.controllers.items():
+        if problem and defaults.get(controller):
+            log.warning(
+                "jobs run without the default %s limit (%d): %s",
+                controller,
+                defaults[controller],
+                problem,
+            )

@@ -1,0 +1,1 @@
+"""What clients see: the gRPC service, who calls it, and how values cross the wire."""

@@ -1,0 +1,139 @@
+"""How values cross the wire: messages to and from the types of `jobworker.job`, errors to
+gRPC status codes. All of it is pure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import grpc
+
+from jobworker import errors
+from jobworker.errors import InvalidRequestError, JobNotFoundError
+from jobworker.job import Accounting, Job, JobSpec, Limits, Status
+from jobworker.pb import job_worker_pb2 as pb
+
+# Existing clients receive at most this much in one message.
+LARGEST_ANSWER_BYTES = 4 << 20
+
+CODES: dict[type[errors.JobWorkerError], grpc.StatusCode] = {
+    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.OffsetOutOfRangeError: grpc.StatusCode.OUT_OF_RANGE,
+    errors.JobNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.JobStateError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.LimitUnavailableError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
+    errors.StoreError: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+def code_of(error: errors.JobWorkerError) -> grpc.StatusCode:
+    return CODES.get(type(error), grpc.StatusCode.INTERNAL)
+
+
+def job_id_from(text: str) -> int:
+    """Ids are decimal strings; what is none names no job."""
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise JobNotFoundError(text)
+    return int(text)
+
+
+def spec_from(request: pb.CreateJobReq) -> JobSpec:
+    return JobSpec(
+        command=request.command,
+        args=tuple(request.args),
+        limits=Limits(
+            cpu_percent=request.maxCPU,
+            memory_mib=request.maxMemory,
+            io_bytes_per_second=request.maxIOBPS,
+        ),
+        environment=dict(request.environment),
+        working_directory=request.working_directory or "/",
+        name=request.name,
+        merge_output=request.merge_output,
+    )
+
+
+def statuses_from(names: Iterable[str]) -> frozenset[Status]:
+    try:
+        return frozenset(Status(name.upper()) for name in names)
+    except ValueError as error:
+        known = ", ".join(Status)
+        raise InvalidRequestError("statuses", f"{error}; use {known}") from error
+
+
+def job_to(job: Job) -> pb.Job:
+    spec = job.spec
+    return pb.Job(
+        id=str(job.id),
+        command=spec.command,
+        args=spec.args,
+        maxCPU=spec.limits.cpu_percent,
+        maxMemory=spec.limits.memory_mib,
+        maxIOBPS=spec.limits.io_bytes_per_second,
+        status=job.status,
+        startTime=rfc3339(job.started_ns),
+        endTime=rfc3339(job.ended_ns),
+        exitCode=job.exit_code,
+        name=spec.name,
+        cause=job.cause or 0,
+        signal=job.signal,
+        failed_step=job.failed_step,
+        failed_errno=job.failed_errno,
+        detail=job.detail,
+        created_time_ns=job.created_ns,
+        start_time_ns=job.started_ns,
+        end_time_ns=job.ended_ns,
+        accounting=accounting_to(job.accounting) if job.accounting else None,
+        stdout_bytes=job.stdout_bytes,
+        stderr_bytes=job.stderr_bytes,
+        working_directory=spec.working_directory,
+        environment=spec.environment,
+        merge_output=spec.merge_output,
+        cleanup_uncertain=job.cleanup_uncertain,
+    )
+
+
+def accounting_to(accounting: Accounting) -> pb.Accounting:
+    return pb.Accounting(
+        cpu_user_us=accounting.cpu_user_us,
+        cpu_system_us=accounting.cpu_system_us,
+        memory_peak_bytes=accounting.memory_peak_bytes,
+        io_read_bytes=accounting.io_read_bytes,
+        io_written_bytes=accounting.io_written_bytes,
+        oom_kills=accounting.oom_kills,
+    )
+
+
+def stop_result_to(job: Job) -> pb.StopJobRes:
+    return pb.StopJobRes(
+        id=str(job.id),
+        status=job.status,
+        endTime=rfc3339(job.ended_ns),
+        exitCode=job.exit_code,
+    )
+
+
+def jobs_within(jobs: Iterable[Job], largest_bytes: int = LARGEST_ANSWER_BYTES) -> list[pb.Job]:
+    """As many, from the first on, as fit into one answer."""
+    # For the fields around the jobs: a tag and a length for each, a token at the end.
+    left = largest_bytes - 64
+    fitting = []
+    for job in jobs:
+        message = job_to(job)
+        left -= message.ByteSize() + 8
+        if left < 0:
+            break
+        fitting.append(message)
+    return fitting
+
+
+def rfc3339(nanoseconds: int) -> str:
+    """UTC with microseconds, such as 2026-01-31T12:00:00.000000Z; empty for 0."""
+    if not nanoseconds:
+        return ""
+    seconds, rest = divmod(nanoseconds, 1_000_000_000)
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{rest // 1000:06d}Z"

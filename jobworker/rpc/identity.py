@@ -1,0 +1,28 @@
+"""Who calls: the identity in the client's certificate, as TLS proved it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import grpc
+
+from jobworker.authorization import Identity
+from jobworker.certs import subject_of
+from jobworker.errors import PermissionDeniedError
+
+
+def identify(context: grpc.aio.ServicerContext[Any, Any]) -> Identity:
+    """Raises PermissionDeniedError where the connection has no certificate."""
+    pems = context.auth_context().get("x509_pem_cert")
+    if not pems:
+        raise PermissionDeniedError("the connection has no client certificate")
+    return _identity_of(pems[0])
+
+
+@functools.lru_cache(maxsize=1024)
+def _identity_of(pem: bytes) -> Identity:
+    """From the parsed certificate: in the subject as text, a CN of `x,OU=admin` would pass
+    for a role (RFC 2253 escapes it, and a split on commas does not know)."""
+    name, units = subject_of(pem)
+    return Identity(name, units)

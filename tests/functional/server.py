@@ -1,0 +1,176 @@
+"""A real server in a process of its own, and a bare client of its protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from jobworker.pb import job_worker_pb2 as pb
+
+READY_SECONDS = 20
+END_SECONDS = 30
+CALL_SECONDS = 30
+
+ANSWERS = {
+    "CreateJob": pb.Job,
+    "GetJob": pb.Job,
+    "StopJob": pb.StopJobRes,
+    "GetJobs": pb.Jobs,
+    "ListJobs": pb.ListJobsRes,
+    "GetServerInfo": pb.ServerInfo,
+}
+
+
+class Server:
+    """`jobworker serve` on a free port of the loopback interface, until `stop`."""
+
+    def __init__(self, folder: Path, certs: Path, **settings: str) -> None:
+        """settings: JOB_WORKER_<NAME>, by name."""
+        self.state = folder / "state"
+        self.certs = certs
+        self._log_path = folder / "server.log"
+        environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "SECRET_OF_THE_SERVER": "do not pass on",
+            "JOB_WORKER_ADDR": "127.0.0.1:0",
+            "JOB_WORKER_CERT_PATH": str(certs),
+            "JOB_WORKER_STATE_DIR": str(self.state),
+        }
+        environ |= {f"JOB_WORKER_{name}": value for name, value in settings.items()}
+        started = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jobworker", "serve"],
+            env=environ,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        self.log = ""
+        self.port = self._wait_ready()
+        self.ready_seconds = time.monotonic() - started
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @contextlib.contextmanager
+    def connect(self, name: str = "client") -> Iterator[Client]:
+        """With the certificate `<name>-cert.pem`: client is the admin's, viewer a viewer's."""
+        with channel(self.address, self.certs, name) as open_channel:
+            yield Client(open_channel)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Returns the exit code. The log is complete afterwards."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        _, rest = self.process.communicate(timeout=END_SECONDS)
+        self.log += rest.decode()
+        return self.process.returncode
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def rss_bytes(self) -> int:
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def jobinit_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        (pid,) = children.read_text().split()
+        return int(pid)
+
+    def _wait_ready(self) -> int:
+        assert self.process.stderr
+        deadline = time.monotonic() + READY_SECONDS
+        os.set_blocking(self.process.stderr.fileno(), False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stderr, selectors.EVENT_READ)
+            while not (found := re.search(r"listening on \S+:(\d+)", self.log)):
+                left = deadline - time.monotonic()
+                data = self.process.stderr.read() if selector.select(left) else b""
+                if not data:
+                    self.process.kill()
+                    raise AssertionError(f"the server did not get ready: {self.log}")
+                self.log += data.decode()
+        os.set_blocking(self.process.stderr.fileno(), True)
+        return int(found[1])
+
+
+def channel(address: str, certs: Path, name: str) -> grpc.Channel:
+    credentials = grpc.ssl_channel_credentials(
+        (certs / "ca-cert.pem").read_bytes(),
+        (certs / f"{name}-key.pem").read_bytes(),
+        (certs / f"{name}-cert.pem").read_bytes(),
+    )
+    options = [
+        ("grpc.ssl_target_name_override", "job-worker"),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    return grpc.secure_channel(address, credentials, options)
+
+
+class Client:
+    """Calls by name; no comfort, so that the tests see what is on the wire."""
+
+    def __init__(self, open_channel: grpc.Channel) -> None:
+        self._channel = open_channel
+
+    def call(self, rpc: str, request: Any) -> Any:
+        method = self._channel.unary_unary(
+            f"/job_worker.JobService/{rpc}",
+            lambda message: message.SerializeToString(),
+            ANSWERS[rpc].FromString,
+        )
+        return method(request, timeout=CALL_SECONDS)
+
+    def create(self, command: str, *args: str, **fields: Any) -> pb.Job:
+        return self.call("CreateJob", pb.CreateJobReq(command=command, args=args, **fields))
+
+    def shell(self, script: str, **fields: Any) -> pb.Job:
+        return self.create("sh", "-c", script, **fields)
+
+    def get(self, job_id: str) -> pb.Job:
+        return self.call("GetJob", pb.GetJobReq(id=job_id))
+
+    def stop(self, job_id: str, **fields: Any) -> pb.StopJobRes:
+        return self.call("StopJob", pb.StopJobReq(id=job_id, **fields))
+
+    def jobs(self) -> list[pb.Job]:
+        return list(self.call("GetJobs", pb.EmptyRequest()).jobs)
+
+    def info(self) -> pb.ServerInfo:
+        return self.call("GetServerInfo", pb.EmptyRequest())
+
+    def stream(self, job_id: str, timeout: float = 60, **fields: Any) -> Iterator[pb.DataChunk]:
+        method = self._channel.unary_stream(
+            "/job_worker.JobService/GetJobsStream",
+            lambda message: message.SerializeToString(),
+            pb.DataChunk.FromString,
+        )
+        return method(pb.GetJobsStreamReq(id=job_id, **fields), timeout=timeout)
+
+    def output(self, job_id: str, **fields: Any) -> bytes:
+        return b"".join(chunk.payload for chunk in self.stream(job_id, **fields))
+
+    def wait(self, job_id: str) -> pb.Job:
+        """The job once it has ended: its stream ends then, with the ending in it."""
+        *_, last = self.stream(job_id)
+        return last.ending
+
+    def run(self, script: str, **fields: Any) -> tuple[pb.Job, bytes]:
+        """A shell script to its end, and its output."""
+        job = self.shell(script, **fields)
+        chunks = list(self.stream(job.id))
+        return chunks[-1].ending, b"".join(chunk.payload for chunk in chunks)

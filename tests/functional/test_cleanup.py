@@ -1,0 +1,63 @@
+"""After its jobs, a server holds what it held before them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from functional.server import Client, Server
+
+JOBS = 1000
+IN_FLIGHT = 8
+
+
+def test_1000_jobs_leave_no_cgroup_no_zombie_no_descriptor(
+    start_server: Callable[..., Server],
+) -> None:
+    server = start_server()
+    with server.connect() as client:
+        run_jobs(client, 20)  # all that is made once is made
+        jobinit = server.jobinit_pid()
+        before = (server.descriptors(), descriptors(jobinit))
+        run_jobs(client, JOBS)
+        cgroup = client.info().cgroup
+        assert cgroups_in(cgroup) == []
+        assert children(jobinit) == []
+        assert (server.descriptors(), descriptors(jobinit)) == before
+    server.stop()
+    assert not cgroup or not Path(cgroup).exists()
+
+
+def run_jobs(client: Client, count: int) -> None:
+    """Jobs of every kind that ends: quickly, by a signal, with children, not started."""
+    scripts = ["exit 0", "echo x; exit 1", "kill -9 $$", "true & true &", "exec /no/such/program"]
+    running: deque[str] = deque()
+    for number in range(count):
+        running.append(client.shell(scripts[number % len(scripts)]).id)
+        if len(running) == IN_FLIGHT:
+            client.wait(running.popleft())
+    for job_id in running:
+        client.wait(job_id)
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def children(pid: int) -> list[str]:
+    """Also those that are only zombies; the last may still be on its way out."""
+    deadline = time.monotonic() + 5
+    while True:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)
+
+
+def cgroups_in(path: str) -> list[str]:
+    if not path:
+        return []
+    return [entry.name for entry in os.scandir(path) if entry.is_dir()]

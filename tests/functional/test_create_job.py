@@ -1,0 +1,192 @@
+"""CreateJob: what runs, in which surroundings, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from functional.server import Client, Server
+from jobworker.pb import job_worker_pb2 as pb
+
+
+def refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return caught.value.code(), caught.value.details()
+
+
+def test_the_answer_is_the_running_job(client: Client) -> None:
+    job = client.create("sleep", "60", maxCPU=0)
+    assert job.id.isdigit()
+    assert job.command == "/usr/bin/sleep" or job.command.endswith("/sleep")
+    assert list(job.args) == ["60"]
+    assert job.status == "RUNNING"
+    assert job.startTime.endswith("Z")
+    assert job.endTime == ""
+    client.stop(job.id, grace_milliseconds=0)
+
+
+def test_ids_count_up(client: Client) -> None:
+    first, second = client.create("true"), client.create("true")
+    assert int(second.id) == int(first.id) + 1
+
+
+@pytest.mark.parametrize("code", [0, 1, 42, 255])
+def test_exit_codes(client: Client, code: int) -> None:
+    job, _ = client.run(f"exit {code}")
+    assert job.exitCode == code
+    assert job.status == ("COMPLETED" if code == 0 else "FAILED")
+    assert job.cause == pb.EXITED
+
+
+def test_a_signal_of_its_own(client: Client) -> None:
+    job, _ = client.run("kill -SEGV $$")
+    assert (job.status, job.cause, job.signal) == ("FAILED", pb.SIGNALLED, signal.SIGSEGV)
+    assert job.exitCode == -1
+    assert "SIGSEGV" in job.detail
+
+
+def test_the_environment_is_documented_and_has_nothing_of_the_servers(client: Client) -> None:
+    job = client.create("/usr/bin/env", environment={"MINE": "1", "LANG": "de_DE.UTF-8"})
+    lines = client.output(job.id).decode().splitlines()
+    variables = dict(line.split("=", 1) for line in lines)
+    assert variables.keys() == {
+        "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "JOB_ID", "MINE",
+    }  # fmt: skip
+    assert variables["MINE"] == "1"
+    assert variables["LANG"] == "de_DE.UTF-8"
+    assert variables["JOB_ID"] == job.id
+
+
+def test_arguments_arrive_exactly(client: Client) -> None:
+    args = ["", " ", "a b", "*", "$HOME", "ü\n\t", "'\"\\"]
+    job = client.create("python3", "-c", "import sys; print(sys.argv[1:])", *args)
+    assert client.output(job.id).decode().strip() == repr(args)
+
+
+def test_argv0_is_the_command_as_given(client: Client) -> None:
+    job = client.create("sh", "-c", "tr '\\0' '\\n' < /proc/$$/cmdline | head -1")
+    assert client.output(job.id) == b"sh\n"
+
+
+def test_300_kib_of_arguments(client: Client) -> None:
+    job = client.create("sh", "-c", 'echo "$#"; echo "${1}" | wc -c', "sh", *["x" * 100_000] * 3)
+    assert client.output(job.id).split() == [b"3", b"100001"]
+
+
+def test_the_working_directory(client: Client, tmp_path: Path) -> None:
+    _, output = client.run("pwd", working_directory=str(tmp_path))
+    assert output.decode().strip() == str(tmp_path.resolve())
+    _, output = client.run("pwd")
+    assert output == b"/\n"
+
+
+def test_a_relative_command_is_looked_up_in_the_working_directory(
+    client: Client, tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\necho found\n")
+    script.chmod(0o755)
+    job = client.create("./script", working_directory=str(tmp_path))
+    assert job.command == str(script)
+    assert client.output(job.id) == b"found\n"
+
+
+def test_surroundings(client: Client) -> None:
+    """Its own session and group, /dev/null, no descriptor, no mask and no ignored signal."""
+    _, output = client.run(
+        "readlink /proc/$$/fd/0; ls /proc/$$/fd | tr '\\n' ' '; echo; umask;"
+        "grep -E 'Sig(Blk|Ign)' /proc/$$/status | tr '\\n' ' '; echo;"
+        "cut -d' ' -f1,5,6 /proc/$$/stat; ulimit -n"
+    )
+    stdin, descriptors, umask, signals, ids, files = output.decode().splitlines()
+    assert stdin == "/dev/null"
+    assert descriptors.split() == ["0", "1", "2"]
+    assert umask == "0022"
+    assert signals.split()[1::2] == ["0000000000000000"] * 2
+    pid, group, session = ids.split()
+    assert pid == group == session
+    assert int(files) == os.sysconf("SC_OPEN_MAX")
+
+
+def test_merged_output_has_the_exact_order(client: Client) -> None:
+    script = "for i in $(seq 200); do echo out $i; echo err $i >&2; done"
+    _, output = client.run(script, merge_output=True)
+    expected = "".join(f"out {i}\nerr {i}\n" for i in range(1, 201))
+    assert output.decode() == expected
+
+
+def test_a_name(client: Client) -> None:
+    assert client.create("true", name="nightly build").name == "nightly build"
+
+
+def test_a_foreign_interpreter_that_is_missing_is_a_failed_start(
+    client: Client, tmp_path: Path
+) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    job = client.create(str(script))
+    assert (job.status, job.cause, job.failed_step) == ("FAILED", pb.START_FAILED, "exec")
+    assert job.failed_errno == 2
+    assert "No such file" in job.detail
+    assert client.get(job.id) == job
+    assert client.output(job.id) == b""
+
+
+INVALID = {
+    "empty": {"command": ""},
+    "nul in command": {"command": "ec\0ho"},
+    "nul in argument": {"command": "echo", "args": ["a\0b"]},
+    "nul in environment": {"command": "echo", "environment": {"A": "b\0"}},
+    "no name of a variable": {"command": "echo", "environment": {"A=B": "c"}},
+    "not found": {"command": "no-such-command"},
+    "not found by path": {"command": "/no/such/command"},
+    "not executable": {"command": "/etc/passwd"},
+    "a directory": {"command": "/etc"},
+    "negative cpu": {"command": "echo", "maxCPU": -1},
+    "negative memory": {"command": "echo", "maxMemory": -1},
+    "negative io": {"command": "echo", "maxIOBPS": -1},
+    "no directory": {"command": "echo", "working_directory": "/no/such"},
+    "relative directory": {"command": "echo", "working_directory": "tmp"},
+    "file as directory": {"command": "echo", "working_directory": "/etc/passwd"},
+    "one long string": {"command": "echo", "args": ["x" * (128 << 10)]},
+    "many strings": {"command": "echo", "args": ["x" * 60_000] * 10},
+    "name with control characters": {"command": "echo", "name": "a\nb"},
+}
+
+
+@pytest.mark.parametrize("fields", INVALID.values(), ids=INVALID.keys())
+def test_what_is_invalid_leaves_nothing_behind(
+    client: Client, fields: dict[str, object]
+) -> None:
+    last = client.create("true")
+    code, details = refusal(lambda: client.call("CreateJob", pb.CreateJobReq(**fields)))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT, details
+    assert ":" in details  # names the field, and says what is wrong
+    assert int(client.create("true").id) == int(last.id) + 1
+
+
+def test_a_limit_that_cannot_hold_is_refused(client: Client) -> None:
+    missing = [controller for controller in client.info().controllers if not controller.available]
+    fields = {"cpu": "maxCPU", "memory": "maxMemory", "io": "maxIOBPS"}
+    asked = [(fields[c.name], c) for c in missing if c.name in fields]
+    if not asked:
+        pytest.skip("this machine has all controllers")
+    for field, controller in asked:
+        code, details = refusal(lambda field=field: client.create("true", **{field: 1 << 20}))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert field in details
+        assert repr(controller.name) in details
+
+
+def test_a_job_outlives_the_client_that_created_it(server: Server) -> None:
+    with server.connect() as first:
+        job = first.shell("sleep 0.3; echo done")
+    with server.connect() as second:
+        assert second.output(job.id) == b"done\n"

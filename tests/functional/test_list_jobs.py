@@ -1,0 +1,76 @@
+"""ListJobs and GetJobs: all jobs, newest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from functional.server import Client, Server
+from jobworker.pb import job_worker_pb2 as pb
+
+
+def pages(client: Client, **fields: Any) -> list[list[str]]:
+    """The ids on each page."""
+    found, token = [], ""
+    while True:
+        answer = client.call("ListJobs", pb.ListJobsReq(page_token=token, **fields))
+        found.append([job.id for job in answer.jobs])
+        token = answer.next_page_token
+        if not token:
+            return found
+
+
+def ids(client: Client, **fields: Any) -> list[str]:
+    return [job_id for page in pages(client, **fields) for job_id in page]
+
+
+def test_pages(start_server: Callable[..., Server]) -> None:
+    with start_server().connect() as client:
+        created = [client.create("true").id for _ in range(25)]
+        newest_first = created[::-1]
+        assert ids(client) == newest_first
+        found = pages(client, page_size=10)
+        assert [len(page) for page in found] == [10, 10, 5]
+        assert sum(found, []) == newest_first
+        assert [job.id for job in client.jobs()] == newest_first
+
+
+def test_no_jobs(start_server: Callable[..., Server]) -> None:
+    with start_server().connect() as client:
+        assert client.jobs() == []
+        assert pages(client) == [[]]
+
+
+def test_filters(client: Client) -> None:
+    name = "filtered by name"
+    good, bad, running = (client.shell(s, name=name) for s in ("exit 0", "exit 1", "sleep 60"))
+    client.wait(good.id)
+    client.wait(bad.id)
+    assert ids(client, name=name) == [running.id, bad.id, good.id]
+    assert ids(client, name=name, statuses=["COMPLETED"]) == [good.id]
+    assert ids(client, name=name, statuses=["failed", "RUNNING"]) == [running.id, bad.id]
+    assert ids(client, name="filtered") == []
+    client.stop(running.id, grace_milliseconds=0)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"page_size": 1001}, {"page_token": "x"}, {"statuses": ["ENDED"]}]
+)
+def test_invalid(client: Client, fields: dict[str, Any]) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        pages(client, **fields)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_more_jobs_than_fit_into_one_answer(start_server: Callable[..., Server]) -> None:
+    """The newest are in GetJobs, the rest is in ListJobs."""
+    with start_server().connect() as client:
+        created = [client.create("true", "x" * 100_000, "y" * 100_000).id for _ in range(25)]
+        newest = client.call("GetJobs", pb.EmptyRequest())
+        assert newest.ByteSize() <= 4 << 20
+        assert 10 < len(newest.jobs) < 25
+        assert [job.id for job in newest.jobs] == created[::-1][: len(newest.jobs)]
+        assert ids(client) == created[::-1]

@@ -1,0 +1,273 @@
+"""The server itself: how it starts, who may call it, how it ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+
+from functional.server import Client, Server, channel
+from jobworker import certs
+from jobworker.pb import job_worker_pb2 as pb
+
+StartServer = Callable[..., Server]
+
+
+def serve(folder: Path, certificates: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """A server that is expected to give up."""
+    environ = {
+        "PATH": os.environ["PATH"],
+        "JOB_WORKER_ADDR": "127.0.0.1:0",
+        "JOB_WORKER_CERT_PATH": str(certificates),
+        "JOB_WORKER_STATE_DIR": str(folder / "state"),
+    } | {f"JOB_WORKER_{name}": value for name, value in settings.items()}
+    return subprocess.run(
+        [sys.executable, "-m", "jobworker", "serve"],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+# Start
+
+
+def test_ready_within_a_second(start_server: StartServer) -> None:
+    times = []
+    for _ in range(3):
+        server = start_server()
+        times.append(server.ready_seconds)
+        server.stop()
+    assert min(times) < 1
+
+
+def test_a_state_folder_in_use(start_server: StartServer, certificates: Path) -> None:
+    server = start_server()
+    ended = serve(server.state.parent, certificates)
+    assert ended.returncode == 1
+    assert "in use by another server" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_an_address_in_use(start_server: StartServer, certificates: Path, tmp_path: Path) -> None:
+    server = start_server()
+    ended = serve(tmp_path / "other", certificates, ADDR=server.address)
+    assert ended.returncode == 1
+    assert server.address in ended.stderr
+    assert "JOB_WORKER_ADDR" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ADDR", "nonsense"), ("DEFAULT_CPU", "many"), ("LINGER", "-1"), ("STATE_DIR", "/proc/x")],
+)
+def test_a_setting_that_cannot_be(
+    tmp_path: Path, certificates: Path, name: str, value: str
+) -> None:
+    ended = serve(tmp_path, certificates, **{name: value})
+    assert ended.returncode not in (0, -signal.SIGKILL)
+    assert f"JOB_WORKER_{name}" in ended.stderr
+    assert value in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("file", ["ca-cert.pem", "server-cert.pem", "server-key.pem"])
+def test_a_certificate_file_that_is_missing(
+    tmp_path: Path, certificates: Path, file: str
+) -> None:
+    folder = tmp_path / "certs"
+    shutil.copytree(certificates, folder)
+    (folder / file).unlink()
+    ended = serve(tmp_path, folder)
+    assert ended.returncode == 1
+    assert str(folder / file) in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_failed_start_leaves_no_process(tmp_path: Path, certificates: Path) -> None:
+    serve(tmp_path, certificates, ADDR="192.0.2.1:1")
+    mark = str(tmp_path).encode()
+    deadline = time.monotonic() + 15
+    while any(mark in _read(path) for path in Path("/proc").glob("[0-9]*/environ")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+# Callers
+
+
+def test_a_viewer_may_look_and_nothing_else(server: Server, client: Client) -> None:
+    job = client.create("echo", "x")
+    client.wait(job.id)
+    with server.connect("viewer") as viewer:
+        assert viewer.get(job.id).status == "COMPLETED"
+        assert viewer.output(job.id) == b"x\n"
+        assert viewer.jobs()
+        assert viewer.info().role == "viewer"
+        for call in (lambda: viewer.create("true"), lambda: viewer.stop(job.id)):
+            with pytest.raises(grpc.RpcError) as caught:
+                call()
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_no_certificate_no_connection(server: Server) -> None:
+    context = ssl.create_default_context(cafile=server.certs / "ca-cert.pem")
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        handshake(server, context)
+
+
+def test_a_certificate_of_another_authority(server: Server, tmp_path: Path) -> None:
+    certs.make_all(tmp_path / "other")
+    context = ssl.create_default_context(cafile=server.certs / "ca-cert.pem")
+    context.load_cert_chain(
+        tmp_path / "other" / "client-cert.pem", tmp_path / "other" / "client-key.pem"
+    )
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        handshake(server, context)
+
+
+@pytest.mark.parametrize(
+    ("version", "works"), [(ssl.TLSVersion.TLSv1_2, False), (ssl.TLSVersion.TLSv1_3, True)]
+)
+def test_tls_1_3_only(server: Server, version: ssl.TLSVersion, works: bool) -> None:
+    context = ssl.create_default_context(cafile=server.certs / "ca-cert.pem")
+    context.load_cert_chain(server.certs / "client-cert.pem", server.certs / "client-key.pem")
+    context.minimum_version = context.maximum_version = version
+    if works:
+        assert handshake(server, context) == "TLSv1.3"
+    else:
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            handshake(server, context)
+
+
+def handshake(server: Server, context: ssl.SSLContext) -> str | None:
+    """With TLS 1.3 the server's word on our certificate comes after the handshake."""
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as wrapped,
+    ):
+        if not wrapped.recv(1):
+            raise ConnectionResetError("closed by the server")
+        return wrapped.version()
+
+
+def test_health(server: Server) -> None:
+    with channel(server.address, server.certs, "viewer") as open_channel:
+        check = open_channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            health_pb2.HealthCheckRequest.SerializeToString,
+            health_pb2.HealthCheckResponse.FromString,
+        )
+        for service in ("", "job_worker.JobService"):
+            request = health_pb2.HealthCheckRequest(service=service)
+            assert check(request, timeout=10).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_reflection(server: Server) -> None:
+    with channel(server.address, server.certs, "viewer") as open_channel:
+        database = ProtoReflectionDescriptorDatabase(open_channel)
+        assert "job_worker.JobService" in database.get_services()
+        file = database.FindFileContainingSymbol("job_worker.JobService")
+        assert file.name == "job_worker.proto"
+
+
+def test_info(server: Server, client: Client) -> None:
+    info = client.info()
+    assert (info.role, info.state_directory) == ("admin", str(server.state))
+    assert {controller.name for controller in info.controllers} == {"cpu", "memory", "io", "pids"}
+    assert all(controller.available != bool(controller.problem) for controller in info.controllers)
+    assert info.maximum_jobs > 10
+
+
+def test_as_many_jobs_as_descriptors_allow(start_server: StartServer) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (212, 212))
+    try:
+        server = start_server()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[0], before[1]))
+    with server.connect() as client:
+        most = client.info().maximum_jobs
+        jobs = [client.create("sleep", "60") for _ in range(most)]
+        with pytest.raises(grpc.RpcError) as caught:
+            client.create("true")
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        client.stop(jobs[0].id, grace_milliseconds=0)
+        assert client.create("true").id
+
+
+# End
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_end_stops_the_jobs_and_says_so(start_server: StartServer, number: int) -> None:
+    server = start_server()
+    with server.connect() as client:
+        job = client.create("sleep", "60")
+        pid = int(client.output(client.shell("echo $PPID").id))  # jobinit's
+        stream = client.stream(job.id)
+        next(iter([stream]))
+        assert server.stop(number) == 0
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "stopping 1 job" in server.log
+    assert "Traceback" not in server.log
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_next_server_knows_the_jobs(start_server: StartServer) -> None:
+    server = start_server()
+    with server.connect() as client:
+        done, output = client.run("echo kept; echo too >&2")
+        running = client.create("sleep", "60")
+    server.stop()
+    with start_server().connect() as client:
+        assert client.get(done.id) == done
+        assert client.output(done.id) == output
+        assert client.get(running.id).status == "STOPPED"
+        assert int(client.create("true").id) == int(running.id) + 1
+
+
+def test_what_a_killed_server_leaves_is_ended_and_lost(start_server: StartServer) -> None:
+    server = start_server()
+    with server.connect() as client:
+        job = client.shell("echo before; exec sleep 60")
+        next(client.stream(job.id))
+    server.stop(signal.SIGKILL)
+    with start_server().connect() as client:
+        lost = client.get(job.id)
+        assert (lost.status, lost.cause, lost.exitCode) == ("FAILED", pb.LOST, -1)
+        assert lost.stdout_bytes == 7
+        assert client.output(job.id) == b"before\n"
+        assert int(client.create("true").id) > int(job.id)

@@ -1,0 +1,109 @@
+"""Values across the wire."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import grpc
+import pytest
+
+from jobworker import errors
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status
+from jobworker.pb import job_worker_pb2 as pb
+from jobworker.rpc import convert
+
+JOB = Job(
+    id=7,
+    spec=JobSpec(
+        command="/bin/echo",
+        args=("a", "b"),
+        limits=Limits(50, 64, 1000),
+        environment={"K": "v"},
+        working_directory="/tmp",
+        name="n",
+        merge_output=True,
+    ),
+    status=Status.FAILED,
+    created_ns=1_000_000_000,
+    started_ns=2_000_000_000,
+    ended_ns=3_123_456_789,
+    cause=Cause.SIGNALLED,
+    exit_code=-1,
+    signal=9,
+    detail="ended by SIGKILL",
+    accounting=Accounting(1, 2, 3, 4, 5, 0),
+    stdout_bytes=10,
+    stderr_bytes=20,
+)
+
+
+def test_the_fixed_fields_have_their_fixed_numbers() -> None:
+    """What an existing client reads: WIRE numbers, checked against bytes on the wire."""
+    fields = pb.Job.DESCRIPTOR.fields_by_name
+    names = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS")
+    names += ("status", "startTime", "endTime", "exitCode")
+    assert [fields[name].number for name in names] == list(range(1, 11))
+
+
+def test_a_job() -> None:
+    message = convert.job_to(JOB)
+    assert (message.id, message.command, list(message.args)) == ("7", "/bin/echo", ["a", "b"])
+    assert (message.maxCPU, message.maxMemory, message.maxIOBPS) == (50, 64, 1000)
+    assert (message.status, message.exitCode, message.signal) == ("FAILED", -1, 9)
+    assert message.cause == pb.SIGNALLED
+    assert message.startTime == "1970-01-01T00:00:02.000000Z"
+    assert message.endTime == "1970-01-01T00:00:03.123456Z"
+    assert message.accounting.oom_kills == 0
+    assert message.accounting.HasField("oom_kills")
+
+
+def test_what_has_not_come_is_empty() -> None:
+    job = dataclasses.replace(JOB, status=Status.RUNNING, ended_ns=0, accounting=None, cause=None)
+    message = convert.job_to(job)
+    assert message.endTime == ""
+    assert message.cause == pb.CAUSE_UNSPECIFIED
+    assert not message.HasField("accounting")
+
+
+def test_every_cause_has_the_number_of_the_contract() -> None:
+    assert {cause.name: cause.value for cause in Cause} == {
+        name: number for name, number in pb.Cause.items() if number
+    }
+
+
+def test_a_request() -> None:
+    request = pb.CreateJobReq(command="echo", args=["x"], maxCPU=1, maxMemory=2, maxIOBPS=3)
+    spec = convert.spec_from(request)
+    assert spec == JobSpec("echo", ("x",), Limits(1, 2, 3), {}, "/", "", False)
+
+
+@pytest.mark.parametrize("text", ["", "a", "-1", "1.0", " 1", "١", "9" * 19])
+def test_what_is_no_id_names_no_job(text: str) -> None:
+    with pytest.raises(errors.JobNotFoundError):
+        convert.job_id_from(text)
+
+
+def test_as_many_jobs_as_fit() -> None:
+    one = convert.job_to(JOB).ByteSize()
+    fitting = convert.jobs_within([JOB] * 100, largest_bytes=one * 10)
+    assert 5 < len(fitting) < 10
+    assert pb.Jobs(jobs=fitting).ByteSize() <= one * 10
+
+
+def test_every_error_that_a_call_can_cause_has_a_code() -> None:
+    """Start-up errors and those of the machine below never reach a client as such."""
+    never = (errors.StartupError, errors.JobinitError, errors.StartFailedError, errors.CgroupError)
+    tree = [
+        kind
+        for _, kind in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(kind, errors.JobWorkerError) and kind is not errors.JobWorkerError
+    ]
+    for kind in tree:
+        assert (kind in convert.CODES) != issubclass(kind, never), kind
+
+
+def test_codes() -> None:
+    not_found = errors.JobNotFoundError("7")
+    assert convert.code_of(not_found) is grpc.StatusCode.NOT_FOUND
+    assert convert.code_of(errors.CgroupError("x")) is grpc.StatusCode.INTERNAL

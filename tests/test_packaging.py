@@ -1,0 +1,55 @@
+"""The package is whole: what was built is there, and what is declared fits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import jobworker
+
+PYPROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+
+
+def test_jobinit_was_built_and_may_be_run() -> None:
+    jobinit = files("jobworker") / "_bin" / "jobinit"
+    assert os.access(str(jobinit), os.X_OK)
+
+
+def test_jobinit_is_static() -> None:
+    """So it runs in any mount namespace: it asks for no interpreter (ELF's PT_INTERP)."""
+    image = (files("jobworker") / "_bin" / "jobinit").read_bytes()
+    header_offset = int.from_bytes(image[32:40], "little")
+    header_bytes = int.from_bytes(image[54:56], "little")
+    header_count = int.from_bytes(image[56:58], "little")
+    types = {
+        int.from_bytes(image[start : start + 4], "little")
+        for start in range(header_offset, header_offset + header_count * header_bytes, header_bytes)
+    }
+    pt_load, pt_interp = 1, 3
+    assert pt_load in types
+    assert pt_interp not in types
+
+
+@pytest.mark.parametrize("name", ["jobworker", "job-worker", "job-worker-cli"])
+def test_each_console_script_names_something_that_can_be_called(name: str) -> None:
+    [script] = entry_points(group="console_scripts", name=name)
+    assert callable(script.load())
+
+
+def test_python_m_jobworker_is_the_program() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "jobworker", "--version"], capture_output=True, text=True, check=True
+    )
+    assert jobworker.__version__ in answer.stdout
+
+
+def test_a_working_copy_is_built_with_what_a_package_is_built_with() -> None:
+    """The lists cannot refer to each other, so they are compared."""
+    assert PYPROJECT["dependency-groups"]["build"] == PYPROJECT["build-system"]["requires"]
