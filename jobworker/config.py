@@ -111,6 +111,13 @@ def _parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _parse_bool(text: str) -> bool:
+    answers = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+    if text.lower() not in answers:
+        raise ValueError("use yes or no")
+    return answers[text.lower()]
+
+
 def _parse_path(text: str) -> Path:
     if not text:
         raise ValueError("give a path")
@@ -189,6 +196,14 @@ class Settings:
         "How long a job that is stopped may take to end before it is killed.",
         shown_default="5s",
     )
+    stop_jobs: bool = _setting(
+        "stop_jobs",
+        False,
+        _parse_bool,
+        "Whether the jobs are stopped when the server is. Else they go on, and the next server "
+        "takes them over.",
+        shown_default="no",
+    )
     ring_memory_bytes: int = _setting(
         "ring_memory",
         64 << 20,
@@ -249,7 +264,10 @@ def _read_file(path: Path) -> dict[str, str]:
         raise SettingError("the configuration file", path, problem, "check its name") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(
-            "the configuration file", path, f"is not TOML: {error}", 'write lines such as linger = "2s"'
+            "the configuration file",
+            path,
+            f"is not TOML: {error}",
+            'write lines such as linger = "2s"',
         ) from error
     known = [option.name for _, option in options()]
     for name, value in values.items():
@@ -257,7 +275,7 @@ def _read_file(path: Path) -> dict[str, str]:
             close = difflib.get_close_matches(name, known, 1)
             remedy = f"did you mean {close[0]}?" if close else f"use {', '.join(known)}"
             raise SettingError(f"{name} in {path}", value, "no such setting", remedy)
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if not isinstance(value, str | int | float):
             raise SettingError(f"{name} in {path}", value, "has no text or number", "give one")
     return {name: str(value) for name, value in values.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -18,13 +19,12 @@ import uvloop
 from jobworker import __version__
 from jobworker.certs import check_server_files
 from jobworker.config import Settings
-from jobworker.engine import jobinit
 from jobworker.engine.cgroup import CgroupTree
-from jobworker.engine.jobinit import Jobinit
+from jobworker.engine.jobinits import Jobinits
 from jobworker.engine.manager import Manager, Policy
 from jobworker.engine.output import Output
 from jobworker.engine.store import Store
-from jobworker.errors import SettingError, StartupError, StateFolderError
+from jobworker.errors import JobinitError, SettingError, StartupError, StateFolderError
 from jobworker.job import Limits
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,13 @@ def main(settings: Settings) -> int:
     try:
         lock = _lock_state_folder(settings.state_dir)
         check_server_files(settings.cert_path)
+        jobinits = Jobinits(settings.state_dir, JOBINIT)
         # Before grpc is imported: from then on this process has threads, and must not fork.
-        _spawn_jobinit(settings.state_dir)
+        jobinits.prepare()
+        _raise_open_files_limit()
         _prepare_grpc()
-        uvloop.run(_serve(settings))
-    except StartupError as error:
+        uvloop.run(_serve(settings, jobinits))
+    except (StartupError, JobinitError) as error:
         log.error("cannot start: %s", error)
         return 1
     os.close(lock)
@@ -61,39 +63,38 @@ def main(settings: Settings) -> int:
     return 0
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, jobinits: Jobinits) -> None:
+    """Whatever is opened here is closed in the opposite order, also where the start fails."""
     from jobworker.rpc.server import RpcServer
     from jobworker.rpc.service import JobService, ServerFacts
 
     end_requested = _watch_signals()
     started_ns = time.time_ns()
-    cgroups = CgroupTree.open(settings.cgroup_base, _instance(settings.state_dir))
-    _report_cgroups(cgroups, settings)
-    store = Store.open(settings.state_dir / "jobs.db")
-    output = Output(settings.state_dir / "output", settings.ring_memory_bytes)
-    manager = Manager(_policy(settings), cgroups, output, store)
-    await manager.recover()
-    manager.use(
-        await Jobinit.connect(
-            _socket_path(settings.state_dir), manager.on_exit, manager.on_jobinit_lost
-        )
-    )
-    facts = ServerFacts(__version__, started_ns, str(settings.state_dir))
-    server = RpcServer(settings, JobService(manager, facts))
-    await server.start()
-    host = settings.address.rpartition(":")[0]
-    log.info("ready: listening on %s:%d", host, server.port)
+    async with contextlib.AsyncExitStack() as closing:
+        cgroups = CgroupTree.open(settings.cgroup_base, _instance(settings.state_dir))
+        closing.callback(cgroups.close)
+        _report_cgroups(cgroups, settings)
+        store = Store.open(settings.state_dir / "jobs.db")
+        closing.push_async_callback(store.close)
+        output = Output(settings.state_dir / "output", settings.ring_memory_bytes)
+        closing.push_async_callback(output.close)
+        manager = Manager(_policy(settings), cgroups, output, store, jobinits)
+        closing.push_async_callback(jobinits.close)
+        facts = ServerFacts(__version__, started_ns, str(settings.state_dir))
+        server = RpcServer(settings, JobService(manager, facts))
+        closing.push_async_callback(server.stop, ANSWER_SECONDS)
+        await manager.recover(await jobinits.connect(manager.on_exit))
+        await server.start()
+        host = settings.address.rpartition(":")[0]
+        log.info("ready: listening on %s:%d", host, server.port)
 
-    signal_number = await end_requested
-    log.info("%s: ending", signal.Signals(signal_number).name)
-    output.interrupt_readers()
-    stopping = asyncio.create_task(server.stop(settings.stop_grace_seconds + ANSWER_SECONDS))
-    await manager.close()
-    await server.stop(ANSWER_SECONDS)
-    await stopping
-    await output.close()
-    await store.close()
-    cgroups.close()
+        signal_number = await end_requested
+        log.info("%s: ending", signal.Signals(signal_number).name)
+        output.interrupt_readers()
+        stopping = asyncio.create_task(server.stop(settings.stop_grace_seconds + ANSWER_SECONDS))
+        await manager.close(stop_jobs=settings.stop_jobs)
+        await server.stop(ANSWER_SECONDS)
+        await stopping
 
 
 def _watch_signals() -> asyncio.Future[int]:
@@ -140,17 +141,9 @@ def _lock_state_folder(folder: Path) -> int:
     return lock
 
 
-def _spawn_jobinit(state_folder: Path) -> None:
-    """It ends by itself, once it holds no job and no server is connected."""
-    with jobinit.listen(_socket_path(state_folder)) as listener:
-        jobinit.spawn(JOBINIT, listener)
-    # Only now: jobinit hands the limit that it inherits on to the jobs.
+def _raise_open_files_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _socket_path(state_folder: Path) -> Path:
-    return state_folder / "jobinit.sock"
 
 
 def _prepare_grpc() -> None:
@@ -164,9 +157,7 @@ def _prepare_grpc() -> None:
 
 def _policy(settings: Settings) -> Policy:
     return Policy(
-        default_limits=Limits(
-            settings.default_cpu, settings.default_memory, settings.default_io
-        ),
+        default_limits=Limits(settings.default_cpu, settings.default_memory, settings.default_io),
         linger_seconds=settings.linger_seconds,
         stop_grace_seconds=settings.stop_grace_seconds,
         maximum_jobs=_maximum_jobs(),

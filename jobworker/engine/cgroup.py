@@ -97,6 +97,12 @@ class CgroupTree:
             raise
         return cgroup
 
+    def find(self, job_id: int) -> Cgroup | None:
+        """That of a job of an earlier server; None where there is none."""
+        if self.path is None or not (self.path / f"job-{job_id}").exists():
+            return None
+        return Cgroup(self.path / f"job-{job_id}")
+
     def leftovers(self) -> list[Cgroup]:
         """What an earlier server left. Its processes may still run."""
         if self.path is None:

@@ -24,6 +24,7 @@ from jobworker.errors import JobinitError, StartFailedError, StartupError, State
 log = logging.getLogger(__name__)
 
 MAGIC = 0x54494E4A
+PROTOCOL_VERSION = 1
 CONNECT_SECONDS = 10.0
 LISTENER_FD = 3
 
@@ -110,14 +111,14 @@ class Started:
 @dataclass(frozen=True, slots=True)
 class Exited:
     """The main process of a job has ended. The usage is that of it and of those children
-    that it has waited for."""
+    that it has waited for; None is what nobody is left to tell."""
 
     job_id: int
-    wait_status: int  # as of wait(2)
+    wait_status: int | None  # as of wait(2)
     ended_ns: int
-    cpu_user_us: int
-    cpu_system_us: int
-    max_rss_bytes: int  # of the largest of the processes
+    cpu_user_us: int | None = None
+    cpu_system_us: int | None = None
+    max_rss_bytes: int | None = None  # of the largest of the processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +182,18 @@ def spawn(binary: Path, listener: socket.socket) -> int:
         ) from error
 
 
+def dial(path: Path) -> socket.socket:
+    """A connection to the jobinit that listens there. Raises JobinitError where none does."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.setblocking(False)
+    try:
+        connection.connect(os.fspath(path))
+    except OSError as error:
+        connection.close()
+        raise JobinitError(f"no jobinit at {path}: {error.strerror or error}") from error
+    return connection
+
+
 class Jobinit:
     """A connection to jobinit, on the running event loop."""
 
@@ -190,7 +203,7 @@ class Jobinit:
         on_exit: Callable[[Exited], None],
         on_lost: Callable[[], None],
     ) -> None:
-        """Use `connect`."""
+        """Use `greet`."""
         self.pid = 0
         self.version = 0
         self._socket = connection
@@ -205,28 +218,25 @@ class Jobinit:
         self._loop.add_reader(connection.fileno(), self._receive)
 
     @classmethod
-    async def connect(
-        cls, path: Path, on_exit: Callable[[Exited], None], on_lost: Callable[[], None]
+    async def greet(
+        cls,
+        connection: socket.socket,
+        on_exit: Callable[[Exited], None],
+        on_lost: Callable[[], None],
     ) -> Jobinit:
-        """on_exit: is called once for each job of `start` or `adopt` that ends; not before
+        """connection: of `dial`; ours from now on.
+        on_exit: is called once for each job of `start` or `adopt` that ends; not before
         the task that awaits its `start` has run on.
         on_lost: is called once, when jobinit has gone without a `close`.
 
-        Raises JobinitError where nobody listens or answers.
+        Raises JobinitError where nobody answers.
         """
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.setblocking(False)
-        try:
-            connection.connect(os.fspath(path))
-        except OSError as error:
-            connection.close()
-            raise JobinitError(f"no jobinit at {path}: {error.strerror or error}") from error
         jobinit = cls(connection, on_exit, on_lost)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await jobinit._greeted
         except TimeoutError as error:
-            raise JobinitError(f"jobinit at {path} does not answer") from error
+            raise JobinitError("jobinit does not answer") from error
         finally:
             if jobinit.pid == 0:
                 await jobinit.close()
@@ -250,7 +260,7 @@ class Jobinit:
             self._send(Ask.START, request.job_id, memfd=_memfd_with(body))
         return await future
 
-    async def signal(self, job_id: int, number: int) -> None:
+    def signal(self, job_id: int, number: int) -> None:
         """To the main process of a job and its process group; to what is left of the group
         where the process has ended and there is no cgroup. Nothing tells whether it arrived."""
         self._send(Ask.SIGNAL, job_id, SIGNAL_BODY.pack(number, 0))

@@ -5,19 +5,23 @@ that follows from it comes after. A job that only runs costs no task: what happe
 arrives as a call, and a task lives only while something is being done.
 
     create:  check ▶ INITIALIZING stored, cgroup made ▶ jobinit ▶ exec proved ▶ RUNNING
-    ending:  main process gone ▶ the rest of the cgroup gone ▶ pipes drained
-             ▶ accounts read, cgroup removed ▶ stored ▶ jobinit may forget it
+    ending:  main process gone ▶ the rest of the cgroup gone ▶ pipes drained ▶ accounts read
+             ▶ stored ▶ cgroup removed ▶ jobinit may forget it
+
+A server may be killed between any two of these: the next one finds in the record, and in what
+jobinit holds, where to go on (recovery.py decides that).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import itertools
 import logging
-import os
 import signal
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,8 +29,10 @@ from jobworker import job as transition
 from jobworker._fastio import Log
 from jobworker.engine.cgroup import Cgroup, CgroupTree
 from jobworker.engine.command import base_environment, check_working_directory, resolve
-from jobworker.engine.jobinit import Exited, Jobinit, Started, StartRequest
+from jobworker.engine.jobinit import Exited, Failed, Held, Started, StartRequest
+from jobworker.engine.jobinits import Jobinits
 from jobworker.engine.output import Output, Reader
+from jobworker.engine.recovery import Decision, decide
 from jobworker.engine.store import Store
 from jobworker.errors import (
     CgroupError,
@@ -38,12 +44,18 @@ from jobworker.errors import (
     ResourceExhaustedError,
     ShuttingDownError,
     StartFailedError,
+    StoreError,
 )
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, OomKills, Status
+from jobworker.job import ENDED, Accounting, Cause, Job, JobSpec, Limits, OomKills, Status
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+KILLED_SECONDS = 10.0  # what a killed cgroup may take to be empty, before that is worth a line
+STORE_RETRY_SECONDS = 1.0
+# What the ending of a job may take when the server ends; the next one would do it again.
+SETTLE_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +77,6 @@ class _LiveJob:
     over: asyncio.Future[Job]
     cgroup: Cgroup | None = None
     log: Log | None = None
-    pidfd: int = -1
     exited: Exited | None = None
     stop_signal: int = 0  # to be sent as soon as there is somebody to send it to
     kill_at: float | None = None  # on the loop's clock; None: nobody asked for the end
@@ -82,14 +93,20 @@ class Manager:
     """All jobs of this server."""
 
     def __init__(
-        self, policy: Policy, cgroups: CgroupTree, output: Output, store: Store
+        self,
+        policy: Policy,
+        cgroups: CgroupTree,
+        output: Output,
+        store: Store,
+        jobinits: Jobinits,
     ) -> None:
         self.policy = policy
         self.cgroups = cgroups
         self._output = output
         self._store = store
-        self._jobinit: Jobinit | None = None
+        self._jobinits = jobinits
         self._live: dict[int, _LiveJob] = {}
+        self._strangers: set[int] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
         self._closing = False
@@ -126,8 +143,31 @@ class Manager:
         name: str = "",
     ) -> list[Job]:
         """Jobs with smaller ids than `before_id`, newest first."""
-        jobs = await self._store.page(before_id, count, statuses, name)
-        return [self._live[job.id].snapshot() if job.id in self._live else job for job in jobs]
+        # Those that live are known best here, whatever of them is stored by now.
+        found = self._live_page(before_id, count, statuses, name)
+        ended = (statuses or ENDED) & ENDED
+        while ended:
+            stored = await self._store.page(before_id, count, ended, name)
+            found += [job for job in stored if job.id not in self._live]
+            if len(stored) < count or len(found) >= count:
+                break
+            before_id = stored[-1].id
+        unique = {job.id: job for job in found}
+        return [unique[job_id] for job_id in sorted(unique, reverse=True)[:count]]
+
+    def _live_page(
+        self, before_id: int | None, count: int, statuses: frozenset[Status], name: str
+    ) -> list[Job]:
+        def matches(job: Job) -> bool:
+            return (
+                (before_id is None or job.id < before_id)
+                and (not statuses or job.status in statuses)
+                and (not name or job.spec.name == name)
+            )
+
+        newest_first = reversed(self._live.values())  # ids count up
+        found = itertools.islice((each for each in newest_first if matches(each.job)), count)
+        return [each.snapshot() for each in found]
 
     async def wait(self, job_id: int) -> Job:
         """The job once it has ended."""
@@ -162,50 +202,125 @@ class Manager:
 
     # From the start of the server to its end
 
-    async def recover(self) -> None:
-        """Deals with what an earlier server left: its cgroups and its unended records.
+    async def recover(self, held: list[Held]) -> None:
+        """Takes over what an earlier server left. held: of `Jobinits.connect`."""
+        records = {job.id: job for job in await self._store.unended()}
+        ended = 0
+        for each in held:
+            record = records.pop(each.job_id, None) or await self._store.get(each.job_id)
+            ended += each.ending is not None
+            self._take_over(each.job_id, record, each)
+        if held:
+            log.info("took over %d jobs, of which %d have ended meanwhile", len(held), ended)
+        for record in records.values():
+            self._take_over(record.id, record, None)
+        self._kill_leftovers()
 
-        Jobs cannot be taken over yet: they are killed, and their records say so.
-        """
-        for cgroup in await asyncio.to_thread(self.cgroups.leftovers):
-            log.warning("killing what an earlier server left in %s", cgroup.path)
-            await asyncio.to_thread(cgroup.kill)
-            await cgroup.wait_unpopulated(timeout_seconds=10)
-            await asyncio.to_thread(cgroup.remove)
-        for job in await self._store.unended():
-            stdout_bytes, stderr_bytes = await asyncio.to_thread(
-                self._output.recover_sizes, job.id
-            )
-            lost = transition.lost(job, "the server ended before the job did", time.time_ns())
-            log.warning("job %d is lost: the server ended before it did", job.id)
-            await self._store.put(
-                replace(lost, stdout_bytes=stdout_bytes, stderr_bytes=stderr_bytes)
-            )
-
-    def use(self, jobinit: Jobinit) -> None:
-        """From now on jobs can be started."""
-        self._jobinit = jobinit
-
-    async def close(self) -> None:
-        """Takes no more work, stops all jobs, and returns once they have ended."""
+    async def close(self, *, stop_jobs: bool) -> None:
+        """Takes no more work. Jobs go on, unless they are to be stopped: then this returns once
+        they have ended."""
         self._closing = True
+        if stop_jobs:
+            await self._stop_all()
+        elif self._live:
+            log.info("%d jobs go on; the next server takes them over", len(self._live))
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=SETTLE_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+
+    async def _stop_all(self) -> None:
         if self._live:
             log.warning("stopping %d jobs, as the server ends", len(self._live))
         for live in list(self._live.values()):
+            self._request_end(live, Cause.STOPPED, signal.SIGTERM, self.policy.stop_grace_seconds)
+        while self._live:
+            await asyncio.wait([live.over for live in self._live.values()])
+
+    # What an earlier server left
+
+    def _take_over(self, job_id: int, record: Job | None, held: Held | None) -> None:
+        decision = decide(record, held)
+        if decision is Decision.RECORDED:
+            _close(held)
+            self._jobinits.acknowledge(job_id)
+            return
+        if record is None:
+            self._disown(job_id, held)
+            return
+        live = self._new_live(record)
+        live.cgroup = self.cgroups.find(job_id)
+        if decision is Decision.FOLLOW:
+            assert held is not None and held.started is not None
+            self._follow(live, held.started, held.ending)
+        elif decision is Decision.AWAIT:
+            self._spawn(self._start_again(live))
+        elif decision is Decision.NEVER_RAN:
+            assert held is not None and isinstance(held.ending, Failed)
+            self._spawn(self._fail_start(live, held.ending.error()))
+        elif decision is Decision.NEVER_ASKED:
+            problem = "the server ended before it could start the job; create it again"
+            self._spawn(self._fail_start(live, JobinitError(problem)))
+        else:
+            self._spawn(self._lose(live))
+
+    def _follow(self, live: _LiveJob, started: Started, ending: Exited | Failed | None) -> None:
+        self._open_log(live, started)
+        if live.job.status is Status.INITIALIZING:
+            self._mark_started(live, started)
+        if isinstance(ending, Exited):
+            self.on_exit(ending)
+        elif live.job.end_requested is not None:
+            # Its grace begins anew: nobody knows how much of it was over.
             self._request_end(
-                live, Cause.STOPPED, signal.SIGTERM, self.policy.stop_grace_seconds
+                live, live.job.end_requested, signal.SIGTERM, self.policy.stop_grace_seconds
             )
-        while self._tasks or self._live:
-            pending: list[Awaitable[Any]] = [*self._tasks]
-            pending += [live.over for live in self._live.values()]
-            await asyncio.wait(map(asyncio.ensure_future, pending), return_when="FIRST_COMPLETED")
-        if self._jobinit:
-            await self._jobinit.close()
+
+    async def _start_again(self, live: _LiveJob) -> None:
+        try:
+            self._started(
+                live, await self._jobinits.start(self._start_request(live, live.job.spec.command))
+            )
+        except (StartFailedError, JobinitError) as error:
+            await self._fail_start(live, error)
+
+    async def _lose(self, live: _LiveJob) -> None:
+        """Neither jobinit nor a record knows how the job ended, if it has."""
+        log.warning("job %d is lost: nobody is left to tell how it ended", live.job.id)
+        if live.cgroup:
+            await self._kill_cgroup(live, live.cgroup)
+        sizes = await asyncio.to_thread(self._output.recover_sizes, live.job.id)
+        live.job = replace(live.job, stdout_bytes=sizes[0], stderr_bytes=sizes[1])
+        accounting = await self._account(live, None)
+        job = transition.lost(live.job, _why_lost(live.job), time.time_ns())
+        await self._record_end(live, replace(job, accounting=accounting[0]))
+
+    def _disown(self, job_id: int, held: Held | None) -> None:
+        log.error("jobinit holds a job %d of which there is no record: killing it", job_id)
+        _close(held)
+        self._jobinits.signal(job_id, signal.SIGKILL)
+        if held and held.ending is None:
+            self._strangers.add(job_id)
+        else:
+            self._jobinits.acknowledge(job_id)
+
+    def _kill_leftovers(self) -> None:
+        """Cgroups of jobs that nobody holds, and of which nobody knows any more."""
+        known = {live.cgroup.path for live in self._live.values() if live.cgroup}
+        for cgroup in self.cgroups.leftovers():
+            if cgroup.path not in known:
+                log.warning("killing what an earlier server left in %s", cgroup.path)
+                cgroup.kill()
+                self._spawn(self._remove_cgroup(cgroup))
 
     # What jobinit reports
 
     def on_exit(self, exited: Exited) -> None:
         """A job's main process has ended."""
+        if exited.job_id in self._strangers:
+            self._strangers.remove(exited.job_id)
+            self._jobinits.acknowledge(exited.job_id)
+            return
         live = self._live.get(exited.job_id)
         if live is None:
             log.error("jobinit reports the end of job %d, which is not ours", exited.job_id)
@@ -214,18 +329,10 @@ class Manager:
         if live.job.status is Status.RUNNING:
             self._spawn(self._end(live))
 
-    def on_jobinit_lost(self) -> None:
-        """jobinit is gone: nobody is left to say how jobs end, nor to start any."""
-        log.critical("jobinit is gone; killing its jobs, as their endings cannot be known")
-        self._jobinit = None
-        for live in list(self._live.values()):
-            if live.job.status is Status.RUNNING and live.exited is None:
-                self._spawn(self._lose(live))
-
     # Starting
 
     def _admit(self) -> None:
-        if self._closing or self._jobinit is None:
+        if self._closing:
             raise ShuttingDownError
         if len(self._live) >= self.policy.maximum_jobs:
             raise ResourceExhaustedError(
@@ -237,17 +344,20 @@ class Manager:
         limits = self._limits_in_force(request.limits)
         path = await asyncio.to_thread(self._check_on_machine, request)
         spec = replace(request, command=path, limits=limits)
-        job = transition.created(self._store.reserve_id(), spec, time.time_ns())
-        live = _LiveJob(job, self._loop.create_future(), self._loop.create_future())
-        self._live[job.id] = live
+        live = self._new_live(transition.created(self._store.reserve_id(), spec, time.time_ns()))
         try:
             await self._start(live, request.command)
         except (StartFailedError, CgroupError, JobinitError, OSError) as error:
             await self._fail_start(live, error)
         except BaseException:
-            del self._live[job.id]
+            del self._live[live.job.id]
             raise
         return live.snapshot()
+
+    def _new_live(self, job: Job) -> _LiveJob:
+        live = _LiveJob(job, self._loop.create_future(), self._loop.create_future())
+        self._live[job.id] = live
+        return live
 
     def _limits_in_force(self, asked: Limits) -> Limits:
         """With the defaults, but for those that this machine cannot enforce (the server has
@@ -282,32 +392,36 @@ class Manager:
                 )
         finally:
             await stored
-        if self._jobinit is None:
-            raise JobinitError("jobinit is gone; restart the server")
-        started = await self._jobinit.start(
-            StartRequest(
-                job_id=job.id,
-                executable=spec.command,
-                argv=(argv0, *spec.args),
-                environment=base_environment(job.id) | dict(spec.environment),
-                working_directory=spec.working_directory,
-                cgroup=str(live.cgroup.path) if live.cgroup else None,
-                merge_output=spec.merge_output,
-            )
+        self._started(live, await self._jobinits.start(self._start_request(live, argv0)))
+
+    def _start_request(self, live: _LiveJob, argv0: str) -> StartRequest:
+        job, spec = live.job, live.job.spec
+        return StartRequest(
+            job_id=job.id,
+            executable=spec.command,
+            argv=(argv0, *spec.args),
+            environment=base_environment(job.id) | dict(spec.environment),
+            working_directory=spec.working_directory,
+            cgroup=str(live.cgroup.path) if live.cgroup else None,
+            merge_output=spec.merge_output,
         )
-        self._started(live, started)
 
     def _started(self, live: _LiveJob, started: Started) -> None:
-        live.pidfd = started.pidfd
-        live.log = self._output.open_log(live.job.id, started.stdout_fd, started.stderr_fd)
-        live.begun.set_result(None)
-        live.job = transition.started(live.job, started.started_ns)
-        # Not waited for: were we killed now, jobinit would know that the job runs.
-        self._spawn(self._store.put(live.job))
+        self._open_log(live, started)
+        self._mark_started(live, started)
         if live.exited:
             self._spawn(self._end(live))
         elif live.kill_at is not None:
             self._send_stop(live)
+
+    def _open_log(self, live: _LiveJob, started: Started) -> None:
+        live.log = self._output.open_log(live.job.id, started.stdout_fd, started.stderr_fd)
+        live.begun.set_result(None)
+
+    def _mark_started(self, live: _LiveJob, started: Started) -> None:
+        live.job = transition.started(live.job, started.started_ns)
+        # Not waited for: were we killed now, jobinit would know that the job runs.
+        self._spawn(self._store.put(live.job))
 
     async def _fail_start(self, live: _LiveJob, error: Exception) -> None:
         if isinstance(error, StartFailedError):
@@ -318,7 +432,8 @@ class Manager:
             step, number = "jobinit", getattr(error, "errno", 0) or errno.EPIPE
         log.warning("job %d did not start: %s", live.job.id, error)
         if live.cgroup:
-            await self._remove_cgroup(live.cgroup)
+            # Where jobinit died over it, it may have started and be alive.
+            live.cgroup.kill()
         job = transition.start_failed(live.job, step, number, str(error), time.time_ns())
         await self._record_end(live, job)
 
@@ -337,16 +452,18 @@ class Manager:
     def _send_stop(self, live: _LiveJob) -> None:
         assert live.kill_at is not None
         if live.exited is None and live.kill_at > self._loop.time():
-            self._spawn(self._signal(live, live.stop_signal))
+            self._spawn(self._store_and_signal(live))
         if live.kill_timer:
             live.kill_timer.cancel()
-        live.kill_timer = self._loop.call_at(
-            live.kill_at, lambda: self._spawn(self._kill(live))
-        )
+        live.kill_timer = self._loop.call_at(live.kill_at, lambda: self._spawn(self._kill(live)))
 
-    async def _signal(self, live: _LiveJob, number: int) -> None:
-        if self._jobinit:
-            await self._jobinit.signal(live.job.id, number)
+    async def _store_and_signal(self, live: _LiveJob) -> None:
+        """In this order: what it dies of would else look like another cause to the next
+        server."""
+        with contextlib.suppress(JobWorkerError):
+            await self._store.put(live.job)
+        if live.exited is None:
+            self._jobinits.signal(live.job.id, live.stop_signal)
 
     async def _kill(self, live: _LiveJob) -> None:
         """All of the job, at once."""
@@ -355,7 +472,7 @@ class Manager:
         if live.cgroup:
             await asyncio.to_thread(live.cgroup.kill)
         else:
-            await self._signal(live, signal.SIGKILL)
+            self._jobinits.signal(live.job.id, signal.SIGKILL)
 
     async def _end(self, live: _LiveJob) -> None:
         """From the exit of the main process to the record of the ending."""
@@ -368,15 +485,21 @@ class Manager:
         log_.drain()
         await self._output.wait_finished(log_)
         accounting, oom = await self._account(live, exited)
-        job = transition.ended(live.job, exited.wait_status, oom, exited.ended_ns)
+        if exited.wait_status is None:
+            detail = "jobinit died, and the kernel could not tell how the job ended"
+            job = transition.lost(live.job, detail, exited.ended_ns)
+        else:
+            job = transition.ended(live.job, exited.wait_status, oom, exited.ended_ns)
         await self._record_end(live, replace(job, accounting=accounting))
 
     async def _empty_cgroup(self, live: _LiveJob, cgroup: Cgroup) -> None:
         """Gives what the main process left behind its time, then kills it."""
-        if await cgroup.wait_unpopulated(self._linger_seconds(live)):
-            return
+        if not await cgroup.wait_unpopulated(self._linger_seconds(live)):
+            await self._kill_cgroup(live, cgroup)
+
+    async def _kill_cgroup(self, live: _LiveJob, cgroup: Cgroup) -> None:
         await asyncio.to_thread(cgroup.kill)
-        while not await cgroup.wait_unpopulated(timeout_seconds=10):
+        while not await cgroup.wait_unpopulated(KILLED_SECONDS):
             log.error("job %d: killed, and still not gone: %s", live.job.id, cgroup.path)
 
     async def _empty_session(self, live: _LiveJob, log_: Log) -> None:
@@ -387,7 +510,7 @@ class Manager:
                 await self._output.wait_finished(log_)
         except TimeoutError:
             pass
-        await self._signal(live, signal.SIGKILL)
+        self._jobinits.signal(live.job.id, signal.SIGKILL)
         live.job = replace(live.job, cleanup_uncertain=True)
 
     def _linger_seconds(self, live: _LiveJob) -> float:
@@ -395,34 +518,21 @@ class Manager:
             return self.policy.linger_seconds
         return max(0.0, live.kill_at - self._loop.time())
 
-    async def _account(self, live: _LiveJob, exited: Exited) -> tuple[Accounting, OomKills]:
-        if live.cgroup is None:
-            accounting = Accounting(
+    async def _account(self, live: _LiveJob, exited: Exited | None) -> tuple[Accounting, OomKills]:
+        of_process = Accounting()
+        if exited:
+            of_process = Accounting(
                 cpu_user_us=exited.cpu_user_us,
                 cpu_system_us=exited.cpu_system_us,
                 memory_peak_bytes=exited.max_rss_bytes,
             )
-            return accounting, OomKills()
         cgroup = live.cgroup
-        accounting, oom = await asyncio.to_thread(
-            lambda: (cgroup.accounting(), cgroup.oom_kills())
-        )
-        await self._remove_cgroup(cgroup)
+        if cgroup is None:
+            return of_process, OomKills()
+        accounting, oom = await asyncio.to_thread(lambda: (cgroup.accounting(), cgroup.oom_kills()))
         if accounting.memory_peak_bytes is None:
-            accounting = replace(accounting, memory_peak_bytes=exited.max_rss_bytes)
+            accounting = replace(accounting, memory_peak_bytes=of_process.memory_peak_bytes)
         return accounting, oom
-
-    async def _lose(self, live: _LiveJob) -> None:
-        """jobinit has died: the job is killed, and how it ended cannot be known."""
-        await self._kill(live)
-        if live.cgroup:
-            await live.cgroup.wait_unpopulated(timeout_seconds=10)
-            await self._remove_cgroup(live.cgroup)
-        if live.log:
-            live.log.drain()
-            await self._output.wait_finished(live.log)
-        job = transition.lost(live.job, "jobinit died, and the job with it", time.time_ns())
-        await self._record_end(live, job)
 
     async def _remove_cgroup(self, cgroup: Cgroup) -> None:
         try:
@@ -433,23 +543,27 @@ class Manager:
     async def _record_end(self, live: _LiveJob, job: Job) -> None:
         """The ending is certain: store it, then let go of everything."""
         live.job = job
-        live.job = live.snapshot()
-        try:
-            await self._store.put(live.job)
-        except JobWorkerError:
-            log.exception("the ending of job %d cannot be stored", job.id)
-        else:
-            if self._jobinit:
-                self._jobinit.acknowledge(job.id)
+        live.job = job = live.snapshot()
+        await self._store_certainly(job)
+        if live.cgroup:
+            await self._remove_cgroup(live.cgroup)
+        self._jobinits.acknowledge(job.id)
         if not live.begun.done():
             live.begun.set_result(None)
         if live.kill_timer:
             live.kill_timer.cancel()
-        if live.pidfd >= 0:
-            os.close(live.pidfd)
-            live.pidfd = -1
         del self._live[job.id]
-        live.over.set_result(live.job)
+        live.over.set_result(job)
+
+    async def _store_certainly(self, job: Job) -> None:
+        """However long the disk refuses: jobinit, too, holds the ending until then."""
+        while True:
+            try:
+                await self._store.put(job)
+                return
+            except StoreError as error:
+                log.error("the ending of job %d waits to be stored: %s", job.id, error)
+                await asyncio.sleep(STORE_RETRY_SECONDS)
 
     # Tasks
 
@@ -470,3 +584,18 @@ class Manager:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
+
+
+def _close(held: Held | None) -> None:
+    if held and held.started:
+        held.started.close()
+
+
+def _why_lost(job: Job) -> str:
+    if job.created_ns < _boot_ns():
+        return "the machine was restarted while the job ran"
+    return "jobinit and the server both died while the job ran"
+
+
+def _boot_ns() -> int:
+    return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)

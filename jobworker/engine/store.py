@@ -470,9 +470,7 @@ def _job_from(row: tuple[Any, ...]) -> Job:
     spec, rest = json.loads(spec), json.loads(rest)
     return Job(
         id=job_id,
-        spec=JobSpec(
-            **spec | {"args": tuple(spec["args"]), "limits": Limits(**spec["limits"])}
-        ),
+        spec=JobSpec(**spec | {"args": tuple(spec["args"]), "limits": Limits(**spec["limits"])}),
         status=Status(status),
         created_ns=created_ns,
         started_ns=started_ns,

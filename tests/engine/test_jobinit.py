@@ -30,7 +30,17 @@ from hypothesis import strategies as st
 
 import jobworker
 from jobworker.engine import jobinit
-from jobworker.engine.jobinit import Ask, Exited, Failed, Held, Jobinit, Started, StartRequest, Tell
+from jobworker.engine.jobinit import (
+    Ask,
+    Exited,
+    Failed,
+    Held,
+    Jobinit,
+    Started,
+    StartRequest,
+    Tell,
+    dial,
+)
 from jobworker.errors import JobinitError, StartFailedError, StartupError, StateFolderError
 
 SOURCE = Path(__file__).parents[2] / "jobinit.c"
@@ -104,7 +114,7 @@ class Server:
         return self._connections[-1]
 
     async def connect(self) -> None:
-        connection = await Jobinit.connect(self.path, self._on_exit, self.lost.set)
+        connection = await Jobinit.greet(dial(self.path), self._on_exit, self.lost.set)
         self._connections.append(connection)
 
     async def reconnect(self) -> dict[int, Held]:
@@ -172,9 +182,9 @@ class Server:
         """Ends and forgets all jobs; jobinit then has nothing to stay for."""
         for held in (await self.adopt()).values():
             if held.ending is None:
-                await self.jobinit.signal(held.job_id, signal.SIGKILL)
+                self.jobinit.signal(held.job_id, signal.SIGKILL)
                 await self.wait_exit(held.job_id)
-                await self.jobinit.signal(held.job_id, signal.SIGKILL)
+                self.jobinit.signal(held.job_id, signal.SIGKILL)
             self.jobinit.acknowledge(held.job_id)
         await self.disconnect()
 
@@ -366,7 +376,7 @@ def test_killed_before_the_exec_is_told_apart(
         if attempt % 2:
             (cgroup / "cgroup.kill").write_text("1")
         else:
-            await server.jobinit.signal(100, signal.SIGKILL)
+            server.jobinit.signal(100, signal.SIGKILL)
         with pytest.raises(StartFailedError) as caught:
             await stuck
         assert (caught.value.step, caught.value.error_number) == ("exec", 0)
@@ -391,7 +401,7 @@ def test_where_no_descriptor_is_left_one_start_fails(launcher: Launcher, tmp_pat
         assert 8 <= len(running) <= 12  # a quarter of the 40 is kept for jobinit itself
         held = await server.reconnect()
         assert {started.job_id for started in running} < set(held)
-        await server.jobinit.signal(running[0].job_id, signal.SIGKILL)
+        server.jobinit.signal(running[0].job_id, signal.SIGKILL)
         await server.wait_exit(running[0].job_id)
         server.jobinit.acknowledge(running[0].job_id)
         await server.start("/bin/sleep", "1000")
@@ -650,7 +660,7 @@ def test_a_signal_reaches_the_whole_group(launcher: Launcher) -> None:
         while ready.count(b"ready") < 2:
             select.select([started.stdout_fd], [], [], DEADLINE_SECONDS)
             ready += os.read(started.stdout_fd, 100)
-        await server.jobinit.signal(started.job_id, signal.SIGUSR1)
+        server.jobinit.signal(started.job_id, signal.SIGUSR1)
         output = await asyncio.to_thread(_read_all, started.stdout_fd)
         assert output == b"got it\n" * 2
         exited = await server.wait_exit(started.job_id)
@@ -664,9 +674,9 @@ def test_without_a_cgroup_what_is_left_of_the_group_gets_the_signal(launcher: La
         started = await server.shell("sleep 1000 & sleep 1000 & exit 0")
         await server.wait_exit(started.job_id)
         assert len(_children(server.pid)) == 2
-        await server.jobinit.signal(started.job_id, signal.SIGKILL)
+        server.jobinit.signal(started.job_id, signal.SIGKILL)
         await asyncio.to_thread(_wait_until, lambda: _children(server.pid) == [])
-        await server.jobinit.signal(started.job_id, signal.SIGKILL)  # to nobody
+        server.jobinit.signal(started.job_id, signal.SIGKILL)  # to nobody
         server.jobinit.acknowledge(started.job_id)
         assert await server.adopt() == {}
 
@@ -676,9 +686,9 @@ def test_without_a_cgroup_what_is_left_of_the_group_gets_the_signal(launcher: La
 def test_a_signal_to_no_job_or_of_no_number_harms_nobody(launcher: Launcher) -> None:
     async def scenario(server: Server) -> None:
         started = await server.start("/bin/sleep", "1000")
-        await server.jobinit.signal(999, signal.SIGKILL)
+        server.jobinit.signal(999, signal.SIGKILL)
         for number in (-1, 0, 65, 1 << 30):
-            await server.jobinit.signal(started.job_id, number)
+            server.jobinit.signal(started.job_id, number)
         held = await server.adopt()
         assert held[started.job_id].ending is None
 
@@ -761,7 +771,7 @@ def test_a_new_server_hears_of_older_jobs_only_when_it_asks(launcher: Launcher) 
         started = await server.start("/bin/sleep", "1000")
         await server.disconnect()
         await server.connect()
-        await server.jobinit.signal(started.job_id, signal.SIGKILL)
+        server.jobinit.signal(started.job_id, signal.SIGKILL)
         await _wait_gone(started.pid)
         assert await server.output("/bin/echo", "later") == "later\n"
         assert started.job_id not in server.exit_count
@@ -803,7 +813,7 @@ def test_to_ask_again_for_a_job_starts_nothing(launcher: Launcher, tmp_path: Pat
         assert len({first.pidfd, first.stdout_fd, second.pidfd, second.stdout_fd}) == 4
         assert os.path.sameopenfile(first.stdout_fd, second.stdout_fd)
         select.select([first.stdout_fd], [], [], DEADLINE_SECONDS)
-        await server.jobinit.signal(request.job_id, signal.SIGKILL)
+        server.jobinit.signal(request.job_id, signal.SIGKILL)
         await server.wait_exit(request.job_id)
         third = await server.ask(request)
         assert (third.pid, third.pidfd) == (first.pid, -1)
@@ -844,7 +854,7 @@ def test_an_acknowledged_job_leaves_nothing(launcher: Launcher) -> None:
         merged = await server.start("/bin/sleep", "1000", merge_output=True)
         await _wait_descriptors(server.pid, IDLE_DESCRIPTORS + 3)
         for job_id in (started.job_id, merged.job_id):
-            await server.jobinit.signal(job_id, signal.SIGKILL)
+            server.jobinit.signal(job_id, signal.SIGKILL)
             await server.wait_exit(job_id)
         await _wait_descriptors(server.pid, IDLE_DESCRIPTORS + 3)
         for job_id in (started.job_id, merged.job_id):
@@ -918,7 +928,7 @@ def test_it_stays_while_it_holds_an_ending(launcher: Launcher) -> None:
 def test_a_server_that_waits_already_is_served_before_it_ends(launcher: Launcher) -> None:
     async def scenario(server: Server) -> None:
         next_server = asyncio.create_task(
-            Jobinit.connect(launcher.path, lambda _: None, lambda: None)
+            Jobinit.greet(dial(launcher.path), lambda _: None, lambda: None)
         )
         await asyncio.sleep(0)  # it is in the backlog
         assert not next_server.done()
@@ -956,7 +966,7 @@ def test_a_missing_binary_is_a_start_up_error(tmp_path: Path) -> None:
 def test_connecting_to_nobody_raises(tmp_path: Path) -> None:
     async def main() -> None:
         with pytest.raises(JobinitError):
-            await Jobinit.connect(tmp_path / "socket", lambda _: None, lambda: None)
+            await Jobinit.greet(dial(tmp_path / "socket"), lambda _: None, lambda: None)
 
     with jobinit.listen(tmp_path / "socket"):
         pass
@@ -1001,7 +1011,7 @@ def test_when_it_dies_the_server_is_told_once(launcher: Launcher, cgroup: Path) 
     lost = []
 
     async def scenario(server: Server) -> None:
-        jobinit_ = await Jobinit.connect(launcher.path, lambda _: None, lambda: lost.append(1))
+        jobinit_ = await Jobinit.greet(dial(launcher.path), lambda _: None, lambda: lost.append(1))
         request = server.request("/bin/true", cgroup=str(cgroup))
         (cgroup / "cgroup.freeze").write_text("1")
         pending = asyncio.create_task(jobinit_.start(request))
@@ -1060,7 +1070,7 @@ def test_nothing_is_lost_when_jobinit_reads_late(launcher: Launcher) -> None:
         started = await server.shell("trap : USR1; while :; do sleep 0.01; done")
         os.kill(server.pid, signal.SIGSTOP)
         for _ in range(2000):
-            await server.jobinit.signal(started.job_id, signal.SIGUSR1)
+            server.jobinit.signal(started.job_id, signal.SIGUSR1)
         starts = [asyncio.create_task(server.shell(f"exit {n % 5}")) for n in range(50)]
         await asyncio.sleep(0)
         assert len(server.jobinit._unsent) > 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from functional.server import Client, Server
@@ -36,7 +37,7 @@ def start_server(tmp_path: Path, certificates: Path) -> Iterator[Callable[..., S
     """Starts a server of the test's own; each ends with the test."""
     servers: list[Server] = []
 
-    def start(**settings: str) -> Server:
+    def start(**settings: Any) -> Server:
         servers.append(Server(tmp_path, certificates, **settings))
         return servers[-1]
 

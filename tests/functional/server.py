@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import selectors
 import signal
 import subprocess
 import sys
@@ -35,8 +34,11 @@ ANSWERS = {
 class Server:
     """`jobworker serve` on a free port of the loopback interface, until `stop`."""
 
-    def __init__(self, folder: Path, certs: Path, **settings: str) -> None:
-        """settings: JOB_WORKER_<NAME>, by name."""
+    def __init__(
+        self, folder: Path, certs: Path, *, open_files: int = 0, port: int = 0, **settings: str
+    ) -> None:
+        """open_files: its hard limit on descriptors, 0: ours. port: 0: any free one.
+        settings: JOB_WORKER_<NAME>, by name."""
         self.state = folder / "state"
         self.certs = certs
         self._log_path = folder / "server.log"
@@ -44,22 +46,28 @@ class Server:
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "SECRET_OF_THE_SERVER": "do not pass on",
-            "JOB_WORKER_ADDR": "127.0.0.1:0",
+            "JOB_WORKER_ADDR": f"127.0.0.1:{port}",
             "JOB_WORKER_CERT_PATH": str(certs),
             "JOB_WORKER_STATE_DIR": str(self.state),
         }
         environ |= {f"JOB_WORKER_{name}": value for name, value in settings.items()}
+        command = [sys.executable, "-m", "jobworker", "serve"]
+        if open_files:
+            command = ["prlimit", f"--nofile={open_files}:{open_files}", *command]
         started = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "jobworker", "serve"],
-            env=environ,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        self.log = ""
+        # A file and no pipe: jobinit shares it, and outlives the server.
+        with self._log_path.open("ab") as log:
+            self._log_start = log.tell()
+            self.process = subprocess.Popen(
+                command, env=environ, cwd=folder, stdin=subprocess.DEVNULL, stderr=log
+            )
         self.port = self._wait_ready()
         self.ready_seconds = time.monotonic() - started
+
+    @property
+    def log(self) -> str:
+        """Its own lines, and not those of a server before it in the same folder."""
+        return self._log_path.read_bytes()[self._log_start :].decode()
 
     @property
     def address(self) -> str:
@@ -72,12 +80,10 @@ class Server:
             yield Client(open_channel)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Returns the exit code. The log is complete afterwards."""
+        """Returns the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        _, rest = self.process.communicate(timeout=END_SECONDS)
-        self.log += rest.decode()
-        return self.process.returncode
+        return self.process.wait(END_SECONDS)
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
@@ -92,19 +98,13 @@ class Server:
         return int(pid)
 
     def _wait_ready(self) -> int:
-        assert self.process.stderr
         deadline = time.monotonic() + READY_SECONDS
-        os.set_blocking(self.process.stderr.fileno(), False)
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stderr, selectors.EVENT_READ)
-            while not (found := re.search(r"listening on \S+:(\d+)", self.log)):
-                left = deadline - time.monotonic()
-                data = self.process.stderr.read() if selector.select(left) else b""
-                if not data:
-                    self.process.kill()
-                    raise AssertionError(f"the server did not get ready: {self.log}")
-                self.log += data.decode()
-        os.set_blocking(self.process.stderr.fileno(), True)
+        while not (found := re.search(r"listening on \S+:(\d+)", self.log)):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                self.process.wait()
+                raise AssertionError(f"the server did not get ready: {self.log}")
+            time.sleep(0.005)
         return int(found[1])
 
 

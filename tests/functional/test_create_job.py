@@ -162,9 +162,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("fields", INVALID.values(), ids=INVALID.keys())
-def test_what_is_invalid_leaves_nothing_behind(
-    client: Client, fields: dict[str, object]
-) -> None:
+def test_what_is_invalid_leaves_nothing_behind(client: Client, fields: dict[str, object]) -> None:
     last = client.create("true")
     code, details = refusal(lambda: client.call("CreateJob", pb.CreateJobReq(**fields)))
     assert code is grpc.StatusCode.INVALID_ARGUMENT, details

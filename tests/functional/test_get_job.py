@@ -39,7 +39,9 @@ def test_accounting(client: Client) -> None:
 
 
 def test_what_was_asked_for_is_in_the_record(client: Client) -> None:
-    job = client.create("true", "a", "b", name="n", environment={"K": "v"}, working_directory="/tmp")
+    job = client.create(
+        "true", "a", "b", name="n", environment={"K": "v"}, working_directory="/tmp"
+    )
     again = client.get(job.id)
     assert list(again.args) == ["a", "b"]
     assert (again.name, dict(again.environment), again.working_directory) == (

@@ -61,7 +61,7 @@ def test_filters(client: Client) -> None:
 )
 def test_invalid(client: Client, fields: dict[str, Any]) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        pages(client, **fields)
+        client.call("ListJobs", pb.ListJobsReq(**fields))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 

@@ -89,9 +89,7 @@ def test_a_setting_that_cannot_be(
 
 
 @pytest.mark.parametrize("file", ["ca-cert.pem", "server-cert.pem", "server-key.pem"])
-def test_a_certificate_file_that_is_missing(
-    tmp_path: Path, certificates: Path, file: str
-) -> None:
+def test_a_certificate_file_that_is_missing(tmp_path: Path, certificates: Path, file: str) -> None:
     folder = tmp_path / "certs"
     shutil.copytree(certificates, folder)
     (folder / file).unlink()
@@ -205,14 +203,7 @@ def test_info(server: Server, client: Client) -> None:
 
 
 def test_as_many_jobs_as_descriptors_allow(start_server: StartServer) -> None:
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (212, 212))
-    try:
-        server = start_server()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (before[0], before[1]))
+    server = start_server(open_files=212)
     with server.connect() as client:
         most = client.info().maximum_jobs
         jobs = [client.create("sleep", "60") for _ in range(most)]

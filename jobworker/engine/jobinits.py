@@ -1,0 +1,298 @@
+"""All jobinits of this server: the one that starts jobs, and older ones whose jobs still run.
+
+A jobinit listens on `jobinit-<version>.sock`, by the version of its protocol. All versions
+understand what it takes to follow a job and to end it, so a newer server takes over the jobs
+of an older jobinit, and starts its own ones with one of its own version. Each ends by itself,
+once it holds no job and no server is connected.
+
+Where a jobinit dies, its jobs go on. This process is their next ancestor if it has spawned that
+jobinit, and then it reaps them; if not, the kernel is asked. A new jobinit starts what comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import logging
+import os
+import resource
+import signal
+import struct
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from socket import socket
+
+from jobworker.engine.jobinit import (
+    PROTOCOL_VERSION,
+    Exited,
+    Held,
+    Jobinit,
+    Started,
+    StartRequest,
+    dial,
+    listen,
+    spawn,
+)
+from jobworker.errors import JobinitError, JobWorkerError
+
+log = logging.getLogger(__name__)
+
+RESPAWN_SECONDS = 1.0  # between two, where each dies at once
+
+PR_SET_CHILD_SUBREAPER = 36
+# Of linux/pidfd.h, since Linux 6.15: struct pidfd_info as it first was, 64 bytes.
+PIDFD_GET_INFO = 0xC040FF0B
+PIDFD_INFO_EXIT = 1 << 3
+PIDFD_INFO = struct.Struct("=Q52xi")  # mask, ..., exit_code
+# The kernel knows the code once the parent, whoever that is, has reaped.
+ASK_AGAIN_SECONDS = (0.0, 0.001, 0.01, 0.05, 0.2, 0.5)
+
+
+@dataclass(slots=True)
+class _Hold:
+    """Who holds a job. The pidfd is ours to close."""
+
+    jobinit: Jobinit | None  # None: it has died
+    pid: int = 0  # 0: not known to have started
+    pidfd: int = -1
+    is_ended: bool = False  # and told so
+
+
+class Jobinits:
+    """From `prepare`, which belongs before the import of grpc, by `connect` to `close`."""
+
+    def __init__(self, folder: Path, binary: Path) -> None:
+        """folder: for the sockets. binary: the program of our version."""
+        self._folder = folder
+        self._binary = binary
+        self._path = folder / f"jobinit-{PROTOCOL_VERSION}.sock"
+        self._dialled: dict[Path, socket] = {}
+        self._jobs_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._holds: dict[int, _Hold] = {}
+        self._orphans: dict[int, int] = {}  # pid -> job id
+        self._on_exit: Callable[[Exited], None]
+        self._loop: asyncio.AbstractEventLoop
+        self._current: asyncio.Future[Jobinit]
+        self._all: list[Jobinit] = []
+        self._spawned_at = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closing = False
+
+    def prepare(self) -> None:
+        """Finds those that are there, and spawns ours where it is missing. Raises StartupError
+        or JobinitError."""
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        for path in self._folder.glob("jobinit-*.sock"):
+            try:
+                self._dialled[path] = dial(path)
+            except JobinitError:  # it has ended
+                path.unlink(missing_ok=True)
+        if self._path not in self._dialled:
+            self._spawn()
+
+    async def connect(self, on_exit: Callable[[Exited], None]) -> list[Held]:
+        """Returns the jobs that are held from before. on_exit: is called once for each of
+        these and of `start` that ends, unless its ending is told here. Raises JobinitError."""
+        self._loop = asyncio.get_running_loop()
+        self._on_exit = on_exit
+        self._current = self._loop.create_future()
+        signal.signal(signal.SIGCHLD, self._on_child)
+        held: list[Held] = []
+        for path, connection in self._dialled.items():
+            jobinit = await self._greet(connection)
+            if path == self._path:
+                self._current.set_result(jobinit)
+            for each in await jobinit.adopt():
+                self._hold(jobinit, each.job_id, each.started)
+                self._holds[each.job_id].is_ended = each.ending is not None
+                held.append(each)
+        self._dialled.clear()
+        return held
+
+    async def start(self, request: StartRequest) -> Started:
+        """As `Jobinit.start`. The pidfd stays ours."""
+        hold = self._holds.get(request.job_id)
+        jobinit = hold.jobinit if hold and hold.jobinit else await self._our_jobinit()
+        self._hold(jobinit, request.job_id, None)
+        started = await jobinit.start(request)
+        self._hold(jobinit, request.job_id, started)
+        return started
+
+    def signal(self, job_id: int, number: int) -> None:
+        """To the job's main process and its group, as `Jobinit.signal`."""
+        hold = self._holds.get(job_id)
+        if hold and hold.jobinit:
+            hold.jobinit.signal(job_id, number)
+        elif hold and hold.pidfd >= 0:
+            # As long as it has not been reaped, its number is its group's.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(hold.pidfd, number)
+                os.killpg(hold.pid, number)
+
+    def acknowledge(self, job_id: int) -> None:
+        """The ending is recorded: nobody need hold the job any longer."""
+        hold = self._holds.pop(job_id, None)
+        if hold is None:
+            return
+        if hold.pidfd >= 0:
+            os.close(hold.pidfd)
+        if hold.jobinit:
+            hold.jobinit.acknowledge(job_id)
+
+    def is_known(self, job_id: int) -> bool:
+        """Whether anybody is left to tell how the job ends."""
+        return job_id in self._holds
+
+    async def close(self) -> None:
+        """They go on for as long as they hold jobs."""
+        self._is_closing = True
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for task in self._tasks:
+            task.cancel()
+        for jobinit in self._all:
+            await jobinit.close()
+        for job_id, hold in self._holds.items():
+            if hold.pidfd >= 0:
+                if job_id in self._orphans.values():
+                    self._loop.remove_reader(hold.pidfd)
+                os.close(hold.pidfd)
+        self._holds.clear()
+
+    # Ours
+
+    async def _our_jobinit(self) -> Jobinit:
+        return await asyncio.shield(self._current)
+
+    def _spawn(self) -> None:
+        self._spawned_at = time.monotonic()
+        now = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with listen(self._path) as listener:
+            # It hands on to the jobs what it inherits.
+            resource.setrlimit(resource.RLIMIT_NOFILE, self._jobs_open_files)
+            try:
+                spawn(self._binary, listener)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, now)
+            self._dialled[self._path] = dial(self._path)
+
+    async def _greet(self, connection: socket) -> Jobinit:
+        jobinit: Jobinit
+
+        def lost() -> None:
+            self._on_lost(jobinit)
+
+        jobinit = await Jobinit.greet(connection, self._on_exited, lost)
+        self._all.append(jobinit)
+        return jobinit
+
+    def _hold(self, jobinit: Jobinit, job_id: int, started: Started | None) -> None:
+        if started:
+            self._holds[job_id] = _Hold(jobinit, started.pid, started.pidfd)
+        else:
+            self._holds.setdefault(job_id, _Hold(jobinit))
+
+    def _on_exited(self, exited: Exited) -> None:
+        hold = self._holds.get(exited.job_id)
+        if hold and not hold.is_ended:
+            hold.is_ended = True
+            self._on_exit(exited)
+
+    # Where one has died
+
+    def _on_lost(self, jobinit: Jobinit) -> None:
+        if self._is_closing:
+            return
+        self._all.remove(jobinit)
+        bereaved = [job_id for job_id, hold in self._holds.items() if hold.jobinit is jobinit]
+        log.critical(
+            "jobinit (process %d) is gone; %d jobs of it go on", jobinit.pid, len(bereaved)
+        )
+        for job_id in bereaved:
+            hold = self._holds[job_id]
+            hold.jobinit = None
+            if hold.is_ended:
+                continue
+            if hold.pidfd < 0:
+                self._tell(job_id, None)
+                continue
+            self._orphans[hold.pid] = job_id
+            self._loop.add_reader(hold.pidfd, self._on_orphan_ended, job_id)
+        if self._current.done() and self._current.result() is jobinit:
+            self._current = self._loop.create_future()
+            self._start_task(self._respawn())
+
+    async def _respawn(self) -> None:
+        while True:
+            await asyncio.sleep(max(0.0, self._spawned_at + RESPAWN_SECONDS - time.monotonic()))
+            try:
+                self._spawn()
+                jobinit = await self._greet(self._dialled.pop(self._path))
+            except JobWorkerError as error:
+                log.critical("no new jobinit, so no job can be started: %s", error)
+                continue
+            log.warning("a new jobinit (process %d) starts jobs", jobinit.pid)
+            self._current.set_result(jobinit)
+            return
+
+    def _on_orphan_ended(self, job_id: int) -> None:
+        hold = self._holds[job_id]
+        self._loop.remove_reader(hold.pidfd)
+        self._orphans.pop(hold.pid, None)
+        try:
+            self._tell(job_id, _reap(hold.pidfd))
+        except ChildProcessError:  # not ours to reap
+            self._start_task(self._ask_kernel(job_id, hold.pidfd))
+
+    async def _ask_kernel(self, job_id: int, pidfd: int) -> None:
+        for seconds in ASK_AGAIN_SECONDS:
+            await asyncio.sleep(seconds)
+            wait_status = _exit_of(pidfd)
+            if wait_status is not None:
+                break
+        self._tell(job_id, wait_status)
+
+    def _tell(self, job_id: int, wait_status: int | None) -> None:
+        self._loop.call_soon(self._on_exited, Exited(job_id, wait_status, time.time_ns()))
+
+    def _on_child(self, *_: object) -> None:
+        """SIGCHLD: as a sub-reaper this process also inherits what jobs leave behind."""
+        self._loop.call_soon_threadsafe(self._reap_all)
+
+    def _reap_all(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if dead.si_pid in self._orphans:
+                    self._on_orphan_ended(self._orphans[dead.si_pid])
+                else:
+                    os.waitpid(dead.si_pid, os.WNOHANG)
+
+    def _start_task(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _reap(pidfd: int) -> int:
+    """The wait status. Raises ChildProcessError where it is not our child."""
+    ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    if ended is None:
+        raise ChildProcessError
+    if ended.si_code == os.CLD_EXITED:
+        return ended.si_status << 8
+    return ended.si_status | (0x80 if ended.si_code == os.CLD_DUMPED else 0)
+
+
+def _exit_of(pidfd: int) -> int | None:
+    """The wait status of a process that somebody else has reaped; None: not known (yet)."""
+    info = bytearray(PIDFD_INFO.size)
+    PIDFD_INFO.pack_into(info, 0, PIDFD_INFO_EXIT, 0)
+    try:
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
+    except OSError:  # an older kernel, or not yet reaped
+        return None
+    mask, wait_status = PIDFD_INFO.unpack(info)
+    return wait_status if mask & PIDFD_INFO_EXIT else None
