@@ -131,7 +131,7 @@ class Settings:
 
     address: str = _setting(
         "addr",
-        "0.0.0.0:50051",  # noqa: S104 as existing users have it
+        "0.0.0.0:50051",
         parse_address,
         "Where clients connect, HOST:PORT.",
     )
@@ -249,7 +249,10 @@ def _read_file(path: Path) -> dict[str, str]:
         raise SettingError("the configuration file", path, problem, "check its name") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(
-            "the configuration file", path, f"is not TOML: {error}", 'write lines such as linger = "2s"'
+            "the configuration file",
+            path,
+            f"is not TOML: {error}",
+            'write lines such as linger = "2s"',
         ) from error
     known = [option.name for _, option in options()]
     for name, value in values.items():

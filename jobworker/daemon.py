@@ -164,9 +164,7 @@ def _prepare_grpc() -> None:
 
 def _policy(settings: Settings) -> Policy:
     return Policy(
-        default_limits=Limits(
-            settings.default_cpu, settings.default_memory, settings.default_io
-        ),
+        default_limits=Limits(settings.default_cpu, settings.default_memory, settings.default_io),
         linger_seconds=settings.linger_seconds,
         stop_grace_seconds=settings.stop_grace_seconds,
         maximum_jobs=_maximum_jobs(),

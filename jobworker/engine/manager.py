@@ -81,9 +81,7 @@ class _LiveJob:
 class Manager:
     """All jobs of this server."""
 
-    def __init__(
-        self, policy: Policy, cgroups: CgroupTree, output: Output, store: Store
-    ) -> None:
+    def __init__(self, policy: Policy, cgroups: CgroupTree, output: Output, store: Store) -> None:
         self.policy = policy
         self.cgroups = cgroups
         self._output = output
@@ -173,9 +171,7 @@ class Manager:
             await cgroup.wait_unpopulated(timeout_seconds=10)
             await asyncio.to_thread(cgroup.remove)
         for job in await self._store.unended():
-            stdout_bytes, stderr_bytes = await asyncio.to_thread(
-                self._output.recover_sizes, job.id
-            )
+            stdout_bytes, stderr_bytes = await asyncio.to_thread(self._output.recover_sizes, job.id)
             lost = transition.lost(job, "the server ended before the job did", time.time_ns())
             log.warning("job %d is lost: the server ended before it did", job.id)
             await self._store.put(
@@ -192,9 +188,7 @@ class Manager:
         if self._live:
             log.warning("stopping %d jobs, as the server ends", len(self._live))
         for live in list(self._live.values()):
-            self._request_end(
-                live, Cause.STOPPED, signal.SIGTERM, self.policy.stop_grace_seconds
-            )
+            self._request_end(live, Cause.STOPPED, signal.SIGTERM, self.policy.stop_grace_seconds)
         while self._tasks or self._live:
             pending: list[Awaitable[Any]] = [*self._tasks]
             pending += [live.over for live in self._live.values()]
@@ -340,9 +334,7 @@ class Manager:
             self._spawn(self._signal(live, live.stop_signal))
         if live.kill_timer:
             live.kill_timer.cancel()
-        live.kill_timer = self._loop.call_at(
-            live.kill_at, lambda: self._spawn(self._kill(live))
-        )
+        live.kill_timer = self._loop.call_at(live.kill_at, lambda: self._spawn(self._kill(live)))
 
     async def _signal(self, live: _LiveJob, number: int) -> None:
         if self._jobinit:
@@ -404,9 +396,7 @@ class Manager:
             )
             return accounting, OomKills()
         cgroup = live.cgroup
-        accounting, oom = await asyncio.to_thread(
-            lambda: (cgroup.accounting(), cgroup.oom_kills())
-        )
+        accounting, oom = await asyncio.to_thread(lambda: (cgroup.accounting(), cgroup.oom_kills()))
         await self._remove_cgroup(cgroup)
         if accounting.memory_peak_bytes is None:
             accounting = replace(accounting, memory_peak_bytes=exited.max_rss_bytes)

@@ -160,7 +160,8 @@ def _page_query(
 ) -> tuple[str, list[object]]:
     """Each status is a query of its own, so that every one of them goes along an index and
     stops after `count` rows, however many jobs there are."""
-    conditions, common = ["TRUE"], []
+    conditions = ["TRUE"]
+    common: list[object] = []
     if before_id is not None:
         conditions.append("id < ?")
         common.append(before_id)
@@ -470,9 +471,7 @@ def _job_from(row: tuple[Any, ...]) -> Job:
     spec, rest = json.loads(spec), json.loads(rest)
     return Job(
         id=job_id,
-        spec=JobSpec(
-            **spec | {"args": tuple(spec["args"]), "limits": Limits(**spec["limits"])}
-        ),
+        spec=JobSpec(**spec | {"args": tuple(spec["args"]), "limits": Limits(**spec["limits"])}),
         status=Status(status),
         created_ns=created_ns,
         started_ns=started_ns,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from functional.server import Client, Server
 
+from functional.server import Client, Server
 from jobworker import certs
 
 

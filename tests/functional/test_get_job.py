@@ -39,7 +39,9 @@ def test_accounting(client: Client) -> None:
 
 
 def test_what_was_asked_for_is_in_the_record(client: Client) -> None:
-    job = client.create("true", "a", "b", name="n", environment={"K": "v"}, working_directory="/tmp")
+    job = client.create(
+        "true", "a", "b", name="n", environment={"K": "v"}, working_directory="/tmp"
+    )
     again = client.get(job.id)
     assert list(again.args) == ["a", "b"]
     assert (again.name, dict(again.environment), again.working_directory) == (
@@ -54,4 +56,4 @@ def test_an_unknown_job(client: Client, job_id: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         client.get(job_id)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    assert repr(job_id) in caught.value.details()
+    assert repr(job_id) in (caught.value.details() or "")

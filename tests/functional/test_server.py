@@ -89,9 +89,7 @@ def test_a_setting_that_cannot_be(
 
 
 @pytest.mark.parametrize("file", ["ca-cert.pem", "server-cert.pem", "server-key.pem"])
-def test_a_certificate_file_that_is_missing(
-    tmp_path: Path, certificates: Path, file: str
-) -> None:
+def test_a_certificate_file_that_is_missing(tmp_path: Path, certificates: Path, file: str) -> None:
     folder = tmp_path / "certs"
     shutil.copytree(certificates, folder)
     (folder / file).unlink()
