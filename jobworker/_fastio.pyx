@@ -857,16 +857,16 @@ cdef class Pump:
 
     cdef void stop_threads(self) noexcept:
         cdef uint64_t one = 1
-        cdef int i
+        cdef int _number
         if self.closed:
             return
         self.closed = True
         self.state.stopping = True
         with nogil:
-            for i in range(self.state.thread_count):
+            for _number in range(self.state.thread_count):
                 write(self.state.wake, &one, 8)
-            for i in range(self.state.thread_count):
-                pthread_join(self.state.threads[i], NULL)
+            for _number in range(self.state.thread_count):
+                pthread_join(self.state.threads[_number], NULL)
 
     cdef LogState *take_state(self) except NULL:
         cdef LogState *state = self.state.unused
@@ -1081,7 +1081,8 @@ cdef uint64_t find_ring_run(LogState *log, uint64_t offset) noexcept nogil:
     return low
 
 
-cdef void copy_from_ring(LogState *log, char *target, uint64_t offset, size_t length) noexcept nogil:
+cdef void copy_from_ring(
+        LogState *log, char *target, uint64_t offset, size_t length) noexcept nogil:
     cdef size_t place = offset % log.ring_bytes
     cdef size_t part = min(length, log.ring_bytes - place)
     memcpy(target, log.ring + place, part)

@@ -138,7 +138,7 @@ class Settings:
 
     address: str = _setting(
         "addr",
-        "0.0.0.0:50051",  # noqa: S104 as existing users have it
+        "0.0.0.0:50051",
         parse_address,
         "Where clients connect, HOST:PORT.",
     )

@@ -228,7 +228,7 @@ def ended(
     _require(job, Status.RUNNING, "end")
     exit_code = (wait_status >> 8) & 0xFF if wait_status & 0x7F == 0 else -1
     signal_number = wait_status & 0x7F
-    cause, detail = _cause_of(job, exit_code, signal_number, oom)
+    cause, detail = _cause_of(job, signal_number, oom)
     return replace(
         job,
         status=_status_of(cause, exit_code),
@@ -262,7 +262,7 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _cause_of(job: Job, exit_code: int, signal_number: int, oom: OomKills) -> tuple[Cause, str]:
+def _cause_of(job: Job, signal_number: int, oom: OomKills) -> tuple[Cause, str]:
     if job.end_requested is not None:
         return job.end_requested, ""
     # oom_kill also counts a helper process that died while the job itself went on to a
@@ -271,7 +271,8 @@ def _cause_of(job: Job, exit_code: int, signal_number: int, oom: OomKills) -> tu
         if oom.by_limit:
             limit = job.spec.limits.memory_mib
             return Cause.OUT_OF_MEMORY, f"out of memory: its limit of {limit} MiB was reached"
-        return Cause.OUT_OF_MEMORY, "out of memory: the machine had none left, its own limit was not reached"
+        detail = "out of memory: the machine had none left, its own limit was not reached"
+        return Cause.OUT_OF_MEMORY, detail
     if signal_number:
         return Cause.SIGNALLED, f"ended by {signal_name(signal_number)}"
     return Cause.EXITED, ""

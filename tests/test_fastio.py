@@ -74,7 +74,9 @@ class Job:
     def expected(self, stream: int = 0) -> bytes:
         return b"".join(data for of, data in self.written if stream in (0, of))
 
-    def read(self, offset: int = 0, max_bytes: int = 1 << 20, stream: int = 0) -> list[pb.DataChunk]:
+    def read(
+        self, offset: int = 0, max_bytes: int = 1 << 20, stream: int = 0
+    ) -> list[pb.DataChunk]:
         """All there is now: from memory where it can be had, else from disk."""
         chunks = []
         while True:
@@ -336,9 +338,7 @@ def test_a_full_disk_holds_the_job_and_loses_nothing(pump: Pump, folder: int) ->
 
 
 @pytest.mark.parametrize("kind", ["log", "idx"])
-def test_a_damaged_file_is_an_error_and_not_wrong_bytes(
-    pump: Pump, folder: int, kind: str
-) -> None:
+def test_a_damaged_file_is_an_error_and_not_wrong_bytes(pump: Pump, folder: int, kind: str) -> None:
     job = Job(pump, folder)
     job.write(STDOUT, b"x" * 100)
     os.truncate(f"/proc/self/fd/{folder}/1.0.{kind}", 5)

@@ -285,4 +285,7 @@ def _runs_of(directory: int, job_id: int, first: int) -> list[tuple[int, int]]:
         for place, _ in RUN.iter_unpack(records)
     ]
     ends = [min(offset, end) for _, offset in runs[1:]] + [end]
-    return [(stream, max(0, limit - offset)) for (stream, offset), limit in zip(runs, ends)]
+    return [
+        (stream, max(0, limit - offset))
+        for (stream, offset), limit in zip(runs, ends, strict=False)
+    ]

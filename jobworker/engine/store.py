@@ -160,7 +160,8 @@ def _page_query(
 ) -> tuple[str, list[object]]:
     """Each status is a query of its own, so that every one of them goes along an index and
     stops after `count` rows, however many jobs there are."""
-    conditions, common = ["TRUE"], []
+    conditions = ["TRUE"]
+    common: list[object] = []
     if before_id is not None:
         conditions.append("id < ?")
         common.append(before_id)

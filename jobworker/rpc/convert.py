@@ -78,7 +78,7 @@ def job_to(job: Job) -> pb.Job:
         endTime=rfc3339(job.ended_ns),
         exitCode=job.exit_code,
         name=spec.name,
-        cause=job.cause or 0,
+        cause=job.cause.name if job.cause else None,
         signal=job.signal,
         failed_step=job.failed_step,
         failed_errno=job.failed_errno,

@@ -14,10 +14,10 @@ from jobworker.errors import PermissionDeniedError
 
 def identify(context: grpc.aio.ServicerContext[Any, Any]) -> Identity:
     """Raises PermissionDeniedError where the connection has no certificate."""
-    pems = context.auth_context().get("x509_pem_cert")
-    if not pems:
+    pem = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
+    if pem is None:
         raise PermissionDeniedError("the connection has no client certificate")
-    return _identity_of(pems[0])
+    return _identity_of(pem)
 
 
 @functools.lru_cache(maxsize=1024)

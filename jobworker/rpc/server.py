@@ -6,7 +6,6 @@ the daemon sees to it.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 

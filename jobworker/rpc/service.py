@@ -143,7 +143,7 @@ UnaryMethod = Callable[[Any, Identity], Awaitable[Any]]
 StreamMethod = Callable[[Any, Identity, Context], Awaitable[None]]
 
 
-class ServiceHandler(grpc.GenericRpcHandler):  # type: ignore[misc]
+class ServiceHandler(grpc.GenericRpcHandler):
     """All RPCs of the service in one generic handler: the server waits, for each call, on
     every method that was registered by itself (grpc #41796)."""
 

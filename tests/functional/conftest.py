@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from functional.server import Client, Server
 
+from functional.server import Client, Server
 from jobworker import certs
 
 

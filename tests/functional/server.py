@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -21,7 +21,7 @@ READY_SECONDS = 20
 END_SECONDS = 30
 CALL_SECONDS = 30
 
-ANSWERS = {
+ANSWERS: dict[str, Any] = {
     "CreateJob": pb.Job,
     "GetJob": pb.Job,
     "StopJob": pb.StopJobRes,
@@ -121,6 +121,14 @@ def channel(address: str, certs: Path, name: str) -> grpc.Channel:
     return grpc.secure_channel(address, credentials, options)
 
 
+class Stream(Protocol):
+    """The answer of a call that streams."""
+
+    def __iter__(self) -> Iterator[pb.DataChunk]: ...
+    def __next__(self) -> pb.DataChunk: ...
+    def cancel(self) -> bool: ...
+
+
 class Client:
     """Calls by name; no comfort, so that the tests see what is on the wire."""
 
@@ -128,7 +136,7 @@ class Client:
         self._channel = open_channel
 
     def call(self, rpc: str, request: Any) -> Any:
-        method = self._channel.unary_unary(
+        method: Callable[..., Any] = self._channel.unary_unary(
             f"/job_worker.JobService/{rpc}",
             lambda message: message.SerializeToString(),
             ANSWERS[rpc].FromString,
@@ -136,25 +144,29 @@ class Client:
         return method(request, timeout=CALL_SECONDS)
 
     def create(self, command: str, *args: str, **fields: Any) -> pb.Job:
-        return self.call("CreateJob", pb.CreateJobReq(command=command, args=args, **fields))
+        job: pb.Job = self.call("CreateJob", pb.CreateJobReq(command=command, args=args, **fields))
+        return job
 
     def shell(self, script: str, **fields: Any) -> pb.Job:
         return self.create("sh", "-c", script, **fields)
 
     def get(self, job_id: str) -> pb.Job:
-        return self.call("GetJob", pb.GetJobReq(id=job_id))
+        job: pb.Job = self.call("GetJob", pb.GetJobReq(id=job_id))
+        return job
 
     def stop(self, job_id: str, **fields: Any) -> pb.StopJobRes:
-        return self.call("StopJob", pb.StopJobReq(id=job_id, **fields))
+        stopped: pb.StopJobRes = self.call("StopJob", pb.StopJobReq(id=job_id, **fields))
+        return stopped
 
     def jobs(self) -> list[pb.Job]:
         return list(self.call("GetJobs", pb.EmptyRequest()).jobs)
 
     def info(self) -> pb.ServerInfo:
-        return self.call("GetServerInfo", pb.EmptyRequest())
+        info: pb.ServerInfo = self.call("GetServerInfo", pb.EmptyRequest())
+        return info
 
-    def stream(self, job_id: str, timeout: float = 60, **fields: Any) -> Iterator[pb.DataChunk]:
-        method = self._channel.unary_stream(
+    def stream(self, job_id: str, timeout: float = 60, **fields: Any) -> Stream:
+        method: Callable[..., Stream] = self._channel.unary_stream(
             "/job_worker.JobService/GetJobsStream",
             lambda message: message.SerializeToString(),
             pb.DataChunk.FromString,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,7 +19,7 @@ from jobworker.pb import job_worker_pb2 as pb
 def refusal(call: Callable[[], object]) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as caught:
         call()
-    return caught.value.code(), caught.value.details()
+    return caught.value.code(), caught.value.details() or ""
 
 
 def test_the_answer_is_the_running_job(client: Client) -> None:
@@ -139,7 +141,7 @@ def test_a_foreign_interpreter_that_is_missing_is_a_failed_start(
     assert client.output(job.id) == b""
 
 
-INVALID = {
+INVALID: dict[str, dict[str, Any]] = {
     "empty": {"command": ""},
     "nul in command": {"command": "ec\0ho"},
     "nul in argument": {"command": "echo", "args": ["a\0b"]},
@@ -162,7 +164,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("fields", INVALID.values(), ids=INVALID.keys())
-def test_what_is_invalid_leaves_nothing_behind(client: Client, fields: dict[str, object]) -> None:
+def test_what_is_invalid_leaves_nothing_behind(client: Client, fields: dict[str, Any]) -> None:
     last = client.create("true")
     code, details = refusal(lambda: client.call("CreateJob", pb.CreateJobReq(**fields)))
     assert code is grpc.StatusCode.INVALID_ARGUMENT, details
@@ -177,7 +179,7 @@ def test_a_limit_that_cannot_hold_is_refused(client: Client) -> None:
     if not asked:
         pytest.skip("this machine has all controllers")
     for field, controller in asked:
-        code, details = refusal(lambda field=field: client.create("true", **{field: 1 << 20}))
+        code, details = refusal(partial(client.create, "true", **{field: 1 << 20}))
         assert code is grpc.StatusCode.FAILED_PRECONDITION
         assert field in details
         assert repr(controller.name) in details

@@ -56,4 +56,4 @@ def test_an_unknown_job(client: Client, job_id: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         client.get(job_id)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    assert repr(job_id) in caught.value.details()
+    assert repr(job_id) in (caught.value.details() or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import grpc
@@ -16,7 +17,7 @@ def pages(client: Client, **fields: Any) -> list[list[str]]:
     """The ids on each page."""
     found, token = [], ""
     while True:
-        answer = client.call("ListJobs", pb.ListJobsReq(page_token=token, **fields))
+        answer = client.call("ListJobs", pb.ListJobsReq(**{"page_token": token} | fields))
         found.append([job.id for job in answer.jobs])
         token = answer.next_page_token
         if not token:
@@ -34,7 +35,7 @@ def test_pages(start_server: Callable[..., Server]) -> None:
         assert ids(client) == newest_first
         found = pages(client, page_size=10)
         assert [len(page) for page in found] == [10, 10, 5]
-        assert sum(found, []) == newest_first
+        assert list(chain(*found)) == newest_first
         assert [job.id for job in client.jobs()] == newest_first
 
 

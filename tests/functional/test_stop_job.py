@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -99,7 +100,7 @@ def test_stopping_an_ended_job_names_its_state(client: Client) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         client.stop(job.id)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert "COMPLETED" in caught.value.details()
+    assert "COMPLETED" in (caught.value.details() or "")
 
 
 @pytest.mark.parametrize("job_id", ["999999999", "", "abc", "-1", "1.5", "9" * 30])
@@ -139,7 +140,7 @@ def test_linger_gives_what_is_left_its_time(client: Client) -> None:
     assert output == b"the tail\n"
 
 
-def test_what_lingers_too_long_is_killed(start_server: type[Server]) -> None:
+def test_what_lingers_too_long_is_killed(start_server: Callable[..., Server]) -> None:
     server = start_server(LINGER="0.3")
     with server.connect() as client:
         job, output = client.run("sleep 60 & echo $!")
@@ -148,7 +149,7 @@ def test_what_lingers_too_long_is_killed(start_server: type[Server]) -> None:
             assert not is_running(int(output))
 
 
-def test_a_stop_during_linger_is_a_stop(start_server: type[Server]) -> None:
+def test_a_stop_during_linger_is_a_stop(start_server: Callable[..., Server]) -> None:
     server = start_server(LINGER="30")
     with server.connect() as client:
         if not client.info().cgroup:

@@ -41,8 +41,10 @@ JOB = Job(
 def test_the_fixed_fields_have_their_fixed_numbers() -> None:
     """What an existing client reads: WIRE numbers, checked against bytes on the wire."""
     fields = pb.Job.DESCRIPTOR.fields_by_name
-    names = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS")
-    names += ("status", "startTime", "endTime", "exitCode")
+    names = [
+        *("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS"),
+        *("status", "startTime", "endTime", "exitCode"),
+    ]
     assert [fields[name].number for name in names] == list(range(1, 11))
 
 
