@@ -111,14 +111,14 @@ class Started:
 @dataclass(frozen=True, slots=True)
 class Exited:
     """The main process of a job has ended. The usage is that of it and of those children
-    that it has waited for; None is what nobody is left to tell."""
+    that it has waited for."""
 
     job_id: int
-    wait_status: int | None  # as of wait(2)
+    wait_status: int  # as of wait(2)
     ended_ns: int
-    cpu_user_us: int | None = None
-    cpu_system_us: int | None = None
-    max_rss_bytes: int | None = None  # of the largest of the processes
+    cpu_user_us: int
+    cpu_system_us: int
+    max_rss_bytes: int  # of the largest of the processes
 
 
 @dataclass(frozen=True, slots=True)

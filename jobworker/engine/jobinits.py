@@ -52,6 +52,18 @@ PIDFD_INFO = struct.Struct("=Q52xi")  # mask, ..., exit_code
 ASK_AGAIN_SECONDS = (0.0, 0.001, 0.01, 0.05, 0.2, 0.5)
 
 
+@dataclass(frozen=True, slots=True)
+class OrphanExited:
+    """The main process of a job whose jobinit has died has ended."""
+
+    job_id: int
+    wait_status: int | None  # as of wait(2); None: nobody can tell
+    ended_ns: int  # when it was noticed
+
+
+OnExit = Callable[[Exited | OrphanExited], None]
+
+
 @dataclass(slots=True)
 class _Hold:
     """Who holds a job. The pidfd is ours to close."""
@@ -74,7 +86,7 @@ class Jobinits:
         self._jobs_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._holds: dict[int, _Hold] = {}
         self._orphans: dict[int, int] = {}  # pid -> job id
-        self._on_exit: Callable[[Exited], None]
+        self._on_exit: OnExit
         self._loop: asyncio.AbstractEventLoop
         self._current: asyncio.Future[Jobinit]
         self._all: list[Jobinit] = []
@@ -94,7 +106,7 @@ class Jobinits:
         if self._path not in self._dialled:
             self._spawn()
 
-    async def connect(self, on_exit: Callable[[Exited], None]) -> list[Held]:
+    async def connect(self, on_exit: OnExit) -> list[Held]:
         """Returns the jobs that are held from before. on_exit: is called once for each of
         these and of `start` that ends, unless its ending is told here. Raises JobinitError."""
         self._loop = asyncio.get_running_loop()
@@ -187,6 +199,7 @@ class Jobinits:
 
         jobinit = await Jobinit.greet(connection, self._on_exited, lost)
         self._all.append(jobinit)
+        log.info("jobinit is process %d", jobinit.pid)
         return jobinit
 
     def _hold(self, jobinit: Jobinit, job_id: int, started: Started | None) -> None:
@@ -195,7 +208,7 @@ class Jobinits:
         else:
             self._holds.setdefault(job_id, _Hold(jobinit))
 
-    def _on_exited(self, exited: Exited) -> None:
+    def _on_exited(self, exited: Exited | OrphanExited) -> None:
         hold = self._holds.get(exited.job_id)
         if hold and not hold.is_ended:
             hold.is_ended = True
@@ -234,7 +247,7 @@ class Jobinits:
             except JobWorkerError as error:
                 log.critical("no new jobinit, so no job can be started: %s", error)
                 continue
-            log.warning("a new jobinit (process %d) starts jobs", jobinit.pid)
+            log.warning("a new jobinit starts jobs")
             self._current.set_result(jobinit)
             return
 
@@ -248,6 +261,7 @@ class Jobinits:
             self._start_task(self._ask_kernel(job_id, hold.pidfd))
 
     async def _ask_kernel(self, job_id: int, pidfd: int) -> None:
+        wait_status = None
         for seconds in ASK_AGAIN_SECONDS:
             await asyncio.sleep(seconds)
             wait_status = _exit_of(pidfd)
@@ -256,7 +270,7 @@ class Jobinits:
         self._tell(job_id, wait_status)
 
     def _tell(self, job_id: int, wait_status: int | None) -> None:
-        self._loop.call_soon(self._on_exited, Exited(job_id, wait_status, time.time_ns()))
+        self._loop.call_soon(self._on_exited, OrphanExited(job_id, wait_status, time.time_ns()))
 
     def _on_child(self, *_: object) -> None:
         """SIGCHLD: as a sub-reaper this process also inherits what jobs leave behind."""

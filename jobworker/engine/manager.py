@@ -30,7 +30,7 @@ from jobworker._fastio import Log
 from jobworker.engine.cgroup import Cgroup, CgroupTree
 from jobworker.engine.command import base_environment, check_working_directory, resolve
 from jobworker.engine.jobinit import Exited, Failed, Held, Started, StartRequest
-from jobworker.engine.jobinits import Jobinits
+from jobworker.engine.jobinits import Jobinits, OrphanExited
 from jobworker.engine.output import Output, Reader
 from jobworker.engine.recovery import Decision, decide
 from jobworker.engine.store import Store
@@ -77,7 +77,7 @@ class _LiveJob:
     over: asyncio.Future[Job]
     cgroup: Cgroup | None = None
     log: Log | None = None
-    exited: Exited | None = None
+    exited: Exited | OrphanExited | None = None
     stop_signal: int = 0  # to be sent as soon as there is somebody to send it to
     kill_at: float | None = None  # on the loop's clock; None: nobody asked for the end
     kill_timer: asyncio.TimerHandle | None = None
@@ -315,7 +315,7 @@ class Manager:
 
     # What jobinit reports
 
-    def on_exit(self, exited: Exited) -> None:
+    def on_exit(self, exited: Exited | OrphanExited) -> None:
         """A job's main process has ended."""
         if exited.job_id in self._strangers:
             self._strangers.remove(exited.job_id)
@@ -518,9 +518,11 @@ class Manager:
             return self.policy.linger_seconds
         return max(0.0, live.kill_at - self._loop.time())
 
-    async def _account(self, live: _LiveJob, exited: Exited | None) -> tuple[Accounting, OomKills]:
+    async def _account(
+        self, live: _LiveJob, exited: Exited | OrphanExited | None
+    ) -> tuple[Accounting, OomKills]:
         of_process = Accounting()
-        if exited:
+        if isinstance(exited, Exited):
             of_process = Accounting(
                 cpu_user_us=exited.cpu_user_us,
                 cpu_system_us=exited.cpu_system_us,

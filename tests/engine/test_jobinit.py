@@ -1023,7 +1023,7 @@ def test_when_it_dies_the_server_is_told_once(launcher: Launcher, cgroup: Path) 
             await jobinit_.start(request)
         with pytest.raises(JobinitError):
             await jobinit_.adopt()
-        await jobinit_.signal(1, signal.SIGTERM)
+        jobinit_.signal(1, signal.SIGTERM)
         jobinit_.acknowledge(1)
         await jobinit_.close()
 

@@ -44,3 +44,6 @@ def start_server(tmp_path: Path, certificates: Path) -> Iterator[Callable[..., S
     yield start
     for server in servers:
         server.stop()
+    # Where jobs were to go on, and the test did not come to their end.
+    if any(server.keeps_jobs for server in servers):
+        Server(tmp_path, certificates).stop()

@@ -49,8 +49,10 @@ class Server:
             "JOB_WORKER_ADDR": f"127.0.0.1:{port}",
             "JOB_WORKER_CERT_PATH": str(certs),
             "JOB_WORKER_STATE_DIR": str(self.state),
+            "JOB_WORKER_STOP_JOBS": "yes",  # so that no test leaves any
         }
         environ |= {f"JOB_WORKER_{name}": value for name, value in settings.items()}
+        self.keeps_jobs = environ["JOB_WORKER_STOP_JOBS"] == "no"
         command = [sys.executable, "-m", "jobworker", "serve"]
         if open_files:
             command = ["prlimit", f"--nofile={open_files}:{open_files}", *command]
@@ -93,9 +95,8 @@ class Server:
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def jobinit_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        (pid,) = children.read_text().split()
-        return int(pid)
+        """The one that starts jobs now."""
+        return int(re.findall(r"jobinit is process (\d+)", self.log)[-1])
 
     def _wait_ready(self) -> int:
         deadline = time.monotonic() + READY_SECONDS
@@ -146,6 +147,15 @@ class Client:
     def create(self, command: str, *args: str, **fields: Any) -> pb.Job:
         job: pb.Job = self.call("CreateJob", pb.CreateJobReq(command=command, args=args, **fields))
         return job
+
+    def create_soon(self, command: str, *args: str) -> Any:
+        """A future of `create`."""
+        method = self._channel.unary_unary(
+            "/job_worker.JobService/CreateJob",
+            lambda message: message.SerializeToString(),
+            pb.Job.FromString,
+        )
+        return method.future(pb.CreateJobReq(command=command, args=args), timeout=CALL_SECONDS)
 
     def shell(self, script: str, **fields: Any) -> pb.Job:
         return self.create("sh", "-c", script, **fields)

@@ -248,17 +248,3 @@ def test_the_next_server_knows_the_jobs(start_server: StartServer) -> None:
         assert client.output(done.id) == output
         assert client.get(running.id).status == "STOPPED"
         assert int(client.create("true").id) == int(running.id) + 1
-
-
-def test_what_a_killed_server_leaves_is_ended_and_lost(start_server: StartServer) -> None:
-    server = start_server()
-    with server.connect() as client:
-        job = client.shell("echo before; exec sleep 60")
-        next(client.stream(job.id))
-    server.stop(signal.SIGKILL)
-    with start_server().connect() as client:
-        lost = client.get(job.id)
-        assert (lost.status, lost.cause, lost.exitCode) == ("FAILED", pb.LOST, -1)
-        assert lost.stdout_bytes == 7
-        assert client.output(job.id) == b"before\n"
-        assert int(client.create("true").id) > int(job.id)

@@ -1,0 +1,301 @@
+"""A server may end in any way and at any time: its jobs go on, and the next one takes over."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from functional.server import Client, Server
+from jobworker.pb import job_worker_pb2 as pb
+
+StartServer = Callable[..., Server]
+
+# Numbered lines on both streams, until the file `sys.argv[1]` is there; the digest of each
+# stream in the file `sys.argv[2]`.
+NUMBERS = """
+import hashlib, os, sys, time
+digests = {1: hashlib.sha256(), 2: hashlib.sha256()}
+number = 0
+while not os.path.exists(sys.argv[1]):
+    for stream in (1, 2, 2, 1):
+        line = b"%d %d\\n" % (stream, number)
+        digests[stream].update(line)
+        while line:
+            line = line[os.write(stream, line):]
+        number += 1
+    if number % 1000 == 0:
+        time.sleep(0.002)
+with open(sys.argv[2], "w") as file:
+    file.write(digests[1].hexdigest() + " " + digests[2].hexdigest())
+sys.exit(7)
+"""
+
+
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+def restart(request: pytest.FixtureRequest, start_server: StartServer) -> Callable[[], Server]:
+    """Ends the server in one way or the other, and starts the next."""
+    servers: list[Server] = []
+
+    def start_next() -> Server:
+        if servers:
+            servers[-1].stop(request.param)
+        servers.append(start_server(STOP_JOBS="no"))
+        return servers[-1]
+
+    return start_next
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def release(path: Path) -> None:
+    path.touch()
+
+
+def test_a_running_job_runs_on(restart: Callable[[], Server], tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with restart().connect() as client:
+        job = client.shell(f"echo before; while ! [ -e {gate} ]; do sleep 0.05; done; exit 3")
+        next(client.stream(job.id))
+    with restart().connect() as client:
+        again = client.get(job.id)
+        assert again == job or again.stdout_bytes == 7
+        assert again.status == "RUNNING"
+        release(gate)
+        ended = client.wait(job.id)
+        assert (ended.status, ended.cause, ended.exitCode) == ("FAILED", pb.EXITED, 3)
+        assert client.output(job.id) == b"before\n"
+
+
+def test_what_ends_meanwhile_is_known_exactly(
+    restart: Callable[[], Server], start_server: StartServer, tmp_path: Path
+) -> None:
+    scripts = {
+        "exit 0": ("COMPLETED", 0, 0),
+        "exit 42": ("FAILED", 42, 0),
+        "kill -SEGV $$": ("FAILED", -1, signal.SIGSEGV),
+    }
+    gate, server = tmp_path / "gate", restart()
+    with server.connect() as client:
+        jobs = {
+            client.shell(f"while ! [ -e {gate} ]; do sleep 0.02; done; echo end; {script}").id: want
+            for script, want in scripts.items()
+        }
+        pids = [int(client.output(client.shell("echo $PPID").id))]
+    server.stop(signal.SIGKILL)
+    opened_ns = time.time_ns()
+    release(gate)
+    wait_for_no_children(pids[0])
+    ended_ns = time.time_ns()
+    time.sleep(0.1)
+    with restart().connect() as client:
+        for job_id, (status, code, number) in jobs.items():
+            ended = client.wait(job_id)
+            assert (ended.status, ended.exitCode, ended.signal) == (status, code, number)
+            assert opened_ns <= ended.end_time_ns <= ended_ns
+            assert client.output(job_id) == b"end\n"
+
+
+def wait_for_no_children(pid: int) -> None:
+    """Until all jobs of this jobinit are reaped."""
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_output_is_exact_over_many_kills(start_server: StartServer, tmp_path: Path) -> None:
+    """And so it is for a reader that resumes by offset each time."""
+    gate, digests = tmp_path / "gate", tmp_path / "digests"
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        job = client.create("python3", "-c", NUMBERS, str(gate), str(digests))
+    reader = Follower(job.id)
+    for _ in range(5):
+        with server.connect() as client:
+            before = reader.received
+            with contextlib.suppress(grpc.RpcError):
+                for chunk in client.stream(job.id, from_offset=reader.received):
+                    reader.take(chunk)
+                    if reader.received > before + 50_000:
+                        server.stop(signal.SIGKILL)
+        server = start_server(STOP_JOBS="no")
+    release(gate)
+    with server.connect() as client:
+        for chunk in client.stream(job.id, from_offset=reader.received):
+            reader.take(chunk)
+        late = Follower(job.id)
+        for chunk in client.stream(job.id):
+            late.take(chunk)
+        assert client.get(job.id).exitCode == 7
+    expected = digests.read_text().split()
+    assert reader.digests() == late.digests() == expected
+
+
+class Follower:
+    """Takes chunks, and makes sure that each continues the one before."""
+
+    def __init__(self, job_id: str) -> None:
+        self.received = 0
+        self._streams = {pb.STDOUT: hashlib.sha256(), pb.STDERR: hashlib.sha256()}
+
+    def take(self, chunk: pb.DataChunk) -> None:
+        assert chunk.offset == self.received
+        assert chunk.lost_bytes == 0
+        place = 0
+        for run in chunk.runs:
+            self._streams[run.stream].update(chunk.payload[place : place + run.length])
+            place += run.length
+        assert place == len(chunk.payload)
+        self.received = chunk.next_offset
+
+    def digests(self) -> list[str]:
+        return [self._streams[stream].hexdigest() for stream in (pb.STDOUT, pb.STDERR)]
+
+
+def test_a_job_gets_no_sigpipe_while_no_server_is_there(
+    restart: Callable[[], Server], tmp_path: Path
+) -> None:
+    """It fills its pipe, waits, and goes on."""
+    marks = tmp_path / "before", tmp_path / "after"
+    server = restart()
+    with server.connect() as client:
+        job = client.shell(
+            f"while ! [ -e {tmp_path}/go ]; do sleep 0.02; done;"
+            f"touch {marks[0]}; head -c 3000000 /dev/zero; touch {marks[1]}"
+        )
+    server.stop(signal.SIGKILL)
+    (tmp_path / "go").touch()
+    wait_for(marks[0])
+    with restart().connect() as client:
+        ended = client.wait(job.id)
+        assert (ended.exitCode, ended.stdout_bytes) == (0, 3_000_000)
+    assert marks[1].exists()
+
+
+def test_a_stop_stays_the_cause(start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        job = client.shell('trap "" TERM; echo up; while :; do sleep 0.05; done')
+        next(client.stream(job.id))
+        stopper = threading.Thread(target=stop_quietly, args=[client, job.id])
+        stopper.start()
+        time.sleep(0.3)
+        server.stop(signal.SIGKILL)
+        stopper.join()
+    server = start_server(STOP_JOBS="no", STOP_GRACE="0.2")
+    with server.connect() as client:
+        ended = client.wait(job.id)
+        assert (ended.status, ended.cause) == ("STOPPED", pb.STOPPED)
+
+
+def stop_quietly(client: Client, job_id: str) -> None:
+    with contextlib.suppress(grpc.RpcError):
+        client.stop(job_id, grace_milliseconds=60_000)
+
+
+def test_1000_jobs_are_taken_over_within_a_second(start_server: StartServer) -> None:
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        calls = [client.create_soon("sleep", "300") for _ in range(1000)]
+        ids = [call.result().id for call in calls]
+    server.stop(signal.SIGKILL)
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        assert client.info().running_jobs == 1000
+        assert {client.get(job_id).status for job_id in ids[::50]} == {"RUNNING"}
+    assert "took over 1000 jobs" in server.log
+    assert server.ready_seconds < 3  # about a second; the machine may be busy
+    server.stop()
+    start_server().stop()  # ends them
+
+
+@pytest.fixture
+def bereaved(start_server: StartServer) -> Iterator[Server]:
+    server = start_server(STOP_JOBS="no")
+    yield server
+
+
+def test_where_jobinit_dies_its_jobs_go_on(start_server: StartServer, tmp_path: Path) -> None:
+    """The server is its parent, and reaps the jobs itself."""
+    server = start_server(STOP_JOBS="no")
+    check_without_jobinit(server, tmp_path)
+
+
+def test_where_jobinit_of_an_older_server_dies(start_server: StartServer, tmp_path: Path) -> None:
+    """The server is not its parent: the kernel is asked, and may not know."""
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        client.create("sleep", "60")  # keeps jobinit
+    server.stop(signal.SIGKILL)
+    check_without_jobinit(start_server(STOP_JOBS="no"), tmp_path, may_be_unknown=True)
+
+
+def check_without_jobinit(server: Server, tmp_path: Path, *, may_be_unknown: bool = False) -> None:
+    gate = tmp_path / "gate"
+    wait = f"while ! [ -e {gate} ]; do sleep 0.02; done; echo end;"
+    with server.connect() as client:
+        jobs = {client.shell(wait + script).id: code for script, code in SCRIPTS.items()}
+        os.kill(server.jobinit_pid(), signal.SIGKILL)
+        new = client.create("echo", "new")
+        assert client.output(new.id) == b"new\n"
+        stopped = client.create("sleep", "60")
+        assert client.stop(stopped.id).status == "STOPPED"
+        assert {client.get(job_id).status for job_id in jobs} == {"RUNNING"}
+        release(gate)
+        for job_id, code in jobs.items():
+            ended = client.wait(job_id)
+            assert client.output(job_id) == b"end\n"
+            if ended.cause == pb.LOST:
+                assert may_be_unknown
+                assert ended.exitCode == -1
+            else:
+                assert (ended.exitCode, ended.signal) == code
+    assert "jobinit" in server.log
+    assert "is gone" in server.log
+
+
+SCRIPTS = {"exit 0": (0, 0), "exit 9": (9, 0), "kill -TERM $$": (-1, signal.SIGTERM)}
+
+
+def test_where_both_die_the_job_is_lost_with_its_output(start_server: StartServer) -> None:
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        job = client.shell("echo before; exec sleep 60")
+        next(client.stream(job.id))
+        jobinit = server.jobinit_pid()
+    server.stop(signal.SIGKILL)
+    os.kill(jobinit, signal.SIGKILL)
+    with start_server(STOP_JOBS="no").connect() as client:
+        lost = client.wait(job.id)
+        assert (lost.status, lost.cause, lost.exitCode) == ("FAILED", pb.LOST, -1)
+        assert "both died" in lost.detail
+        assert lost.stdout_bytes == 7
+        assert client.output(job.id) == b"before\n"
+        assert int(client.create("true").id) > int(job.id)
+
+
+def test_a_job_without_a_record_is_killed(start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        client.create("sleep", "61")
+        jobinit = server.jobinit_pid()
+    server.stop(signal.SIGKILL)
+    for path in server.state.glob("jobs.db*"):
+        path.unlink()
+    server = start_server(STOP_JOBS="no")
+    wait_for_no_children(jobinit)
+    assert "no record" in server.log
