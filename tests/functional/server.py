@@ -150,7 +150,7 @@ class Client:
 
     def create_soon(self, command: str, *args: str) -> Any:
         """A future of `create`."""
-        method = self._channel.unary_unary(
+        method: Any = self._channel.unary_unary(
             "/job_worker.JobService/CreateJob",
             lambda message: message.SerializeToString(),
             pb.Job.FromString,

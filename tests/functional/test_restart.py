@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -221,12 +221,6 @@ def test_1000_jobs_are_taken_over_within_a_second(start_server: StartServer) -> 
     assert server.ready_seconds < 3  # about a second; the machine may be busy
     server.stop()
     start_server().stop()  # ends them
-
-
-@pytest.fixture
-def bereaved(start_server: StartServer) -> Iterator[Server]:
-    server = start_server(STOP_JOBS="no")
-    yield server
 
 
 def test_where_jobinit_dies_its_jobs_go_on(start_server: StartServer, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from functional.server import Client, Server, channel
 from jobworker import certs
-from jobworker.pb import job_worker_pb2 as pb
 
 StartServer = Callable[..., Server]
 
