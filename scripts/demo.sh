@@ -1,0 +1,79 @@
+#!/bin/sh
+# A server of its own, and one job from its start to its ending: `make demo`.
+# All that it makes is in a scratch folder, and gone afterwards.
+set -eu
+
+cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"
+folder=$(mktemp -d)
+server=
+
+main() {
+    trap clean_up EXIT
+    trap 'exit 130' INT TERM
+
+    step "Certificates: an authority, a server, an admin and a viewer"
+    run jobworker certs init "$folder/certs"
+
+    step "A server"
+    start_server
+    run jobworker info
+
+    step "A job with limits, streamed as it runs"
+    limits=$(limits_that_hold)
+    run jobworker create $limits --name demo sh -c '
+        echo "I am process $$, in a session and a cgroup of my own:"
+        grep -o "jobworker.*" /proc/self/cgroup || echo "(no cgroup v2 here)"
+        for i in 1 2 3 4 5; do echo "line $i, $(date +%T)"; sleep 1; done
+        echo "and one on stderr" >&2
+        exit 3'
+    run jobworker stream 1
+    step "How it ended, and what it used"
+    run jobworker get 1
+
+    step "The end of the server"
+    kill "$server"
+    wait "$server"
+    server=
+    tail -n 2 "$folder/log"
+}
+
+start_server() {
+    JOB_WORKER_ADDR=127.0.0.1:0 JOB_WORKER_STATE_DIR="$folder/state" JOB_WORKER_STOP_JOBS=yes \
+        JOB_WORKER_CERT_PATH="$folder/certs" jobworker serve 2>"$folder/log" &
+    server=$!
+    until port=$(sed -n 's/.*listening on .*:\([0-9]*\)$/\1/p' "$folder/log") && [ -n "$port" ]; do
+        kill -0 "$server" 2>/dev/null || { cat "$folder/log" >&2; exit 1; }
+        sleep 0.05
+    done
+    sed 's/^/    /' "$folder/log"
+    export JOB_WORKER_SERVER="localhost:$port" JOB_WORKER_CERT_PATH="$folder/certs"
+}
+
+# The flags of those limits that this machine can enforce; the server says why of the others.
+limits_that_hold() {
+    jobworker -o json info | python3 -c '
+import json, sys
+flags = {"cpu": "--max-cpu=50", "memory": "--max-memory=64", "io": "--max-iobps=1000000"}
+for controller in json.load(sys.stdin)["controllers"]:
+    flag = flags.get(controller["name"])
+    if flag and controller["available"]:
+        print(flag)
+    elif flag:
+        print(f"Without {flag}: {controller[\"name\"]} is {controller[\"problem\"]}", file=sys.stderr)
+'
+}
+
+step() { printf '\n== %s\n' "$1"; }
+
+run() {
+    printf '$ %s\n' "$*"
+    "$@"
+}
+
+clean_up() {
+    [ -z "$server" ] || { kill "$server" 2>/dev/null && wait "$server" || :; }
+    rm -rf "$folder"
+}
+
+main
