@@ -232,8 +232,11 @@ class Manager:
     async def _stop_all(self) -> None:
         if self._live:
             log.warning("stopping %d jobs, as the server ends", len(self._live))
-        for live in list(self._live.values()):
-            self._request_end(live, Cause.STOPPED, signal.SIGTERM, self.policy.stop_grace_seconds)
+        for live in self._live.values():
+            if not live.job.is_ended:
+                self._request_end(
+                    live, Cause.STOPPED, signal.SIGTERM, self.policy.stop_grace_seconds
+                )
         while self._live:
             await asyncio.wait([live.over for live in self._live.values()])
 
