@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pwd
 import stat
@@ -15,7 +16,12 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 def base_environment(job_id: int) -> dict[str, str]:
     """The variables that every job gets; a request's own are stronger. Nothing of the
     server's environment is among them."""
-    user = pwd.getpwuid(os.getuid())
+    return _of_user(os.getuid()) | {"JOB_ID": str(job_id)}
+
+
+@functools.cache
+def _of_user(user_id: int) -> dict[str, str]:
+    user = pwd.getpwuid(user_id)
     return {
         "PATH": PATH,
         "HOME": user.pw_dir,
@@ -23,7 +29,6 @@ def base_environment(job_id: int) -> dict[str, str]:
         "LOGNAME": user.pw_name,
         "SHELL": "/bin/sh",
         "LANG": "C.UTF-8",
-        "JOB_ID": str(job_id),
     }
 
 

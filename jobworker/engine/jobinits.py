@@ -82,6 +82,7 @@ class Jobinits:
         self._folder = folder
         self._binary = binary
         self._path = folder / f"jobinit-{PROTOCOL_VERSION}.sock"
+        self.was_there = False  # one of an earlier server
         self._dialled: dict[Path, socket] = {}
         self._jobs_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._holds: dict[int, _Hold] = {}
@@ -103,6 +104,7 @@ class Jobinits:
                 self._dialled[path] = dial(path)
             except JobinitError:  # it has ended
                 path.unlink(missing_ok=True)
+        self.was_there = bool(self._dialled)
         if self._path not in self._dialled:
             self._spawn()
 
@@ -154,10 +156,6 @@ class Jobinits:
             os.close(hold.pidfd)
         if hold.jobinit:
             hold.jobinit.acknowledge(job_id)
-
-    def is_known(self, job_id: int) -> bool:
-        """Whether anybody is left to tell how the job ends."""
-        return job_id in self._holds
 
     async def close(self) -> None:
         """They go on for as long as they hold jobs."""

@@ -53,6 +53,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 KILLED_SECONDS = 10.0  # what a killed cgroup may take to be empty, before that is worth a line
+STORE_RUNNING_SECONDS = 0.2
 STORE_RETRY_SECONDS = 1.0
 # What the ending of a job may take when the server ends; the next one would do it again.
 SETTLE_SECONDS = 3.0
@@ -243,7 +244,7 @@ class Manager:
     # What an earlier server left
 
     def _take_over(self, job_id: int, record: Job | None, held: Held | None) -> None:
-        decision = decide(record, held)
+        decision = decide(record, held, is_jobinit_there=self._jobinits.was_there)
         if decision is Decision.RECORDED:
             _close(held)
             self._jobinits.acknowledge(job_id)
@@ -294,7 +295,7 @@ class Manager:
             await self._kill_cgroup(live, live.cgroup)
         sizes = await asyncio.to_thread(self._output.recover_sizes, live.job.id)
         live.job = replace(live.job, stdout_bytes=sizes[0], stderr_bytes=sizes[1])
-        accounting = await self._account(live, None)
+        accounting = self._account(live, None)
         job = transition.lost(live.job, _why_lost(live.job), time.time_ns())
         await self._record_end(live, replace(job, accounting=accounting[0]))
 
@@ -423,8 +424,13 @@ class Manager:
 
     def _mark_started(self, live: _LiveJob, started: Started) -> None:
         live.job = transition.started(live.job, started.started_ns)
-        # Not waited for: were we killed now, jobinit would know that the job runs.
-        self._spawn(self._store.put(live.job))
+        # Not at once: were we killed now, jobinit would know that the job runs; and of those
+        # that are over soon, the ending is all that need be stored.
+        self._loop.call_later(STORE_RUNNING_SECONDS, self._store_running, live)
+
+    def _store_running(self, live: _LiveJob) -> None:
+        if not live.job.is_ended:
+            self._spawn(self._store.put(live.job))
 
     async def _fail_start(self, live: _LiveJob, error: Exception) -> None:
         if isinstance(error, StartFailedError):
@@ -487,7 +493,7 @@ class Manager:
             await self._empty_session(live, log_)
         log_.drain()
         await self._output.wait_finished(log_)
-        accounting, oom = await self._account(live, exited)
+        accounting, oom = self._account(live, exited)
         if exited.wait_status is None:
             detail = "jobinit died, and the kernel could not tell how the job ended"
             job = transition.lost(live.job, detail, exited.ended_ns)
@@ -521,7 +527,7 @@ class Manager:
             return self.policy.linger_seconds
         return max(0.0, live.kill_at - self._loop.time())
 
-    async def _account(
+    def _account(
         self, live: _LiveJob, exited: Exited | OrphanExited | None
     ) -> tuple[Accounting, OomKills]:
         of_process = Accounting()
@@ -534,7 +540,8 @@ class Manager:
         cgroup = live.cgroup
         if cgroup is None:
             return of_process, OomKills()
-        accounting, oom = await asyncio.to_thread(lambda: (cgroup.accounting(), cgroup.oom_kills()))
+        # Not in a thread: these files are memory, and the way there would cost more.
+        accounting, oom = cgroup.accounting(), cgroup.oom_kills()
         if accounting.memory_peak_bytes is None:
             accounting = replace(accounting, memory_peak_bytes=of_process.memory_peak_bytes)
         return accounting, oom

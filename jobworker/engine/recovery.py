@@ -20,19 +20,21 @@ class Decision(enum.Enum):
     AWAIT = "jobinit is starting it: ask again, which starts nothing twice"
     NEVER_RAN = "jobinit could not start it"
     NEVER_ASKED = "its server ended before it asked jobinit to start it"
-    LOST = "nobody is left to tell how it ended"
+    LOST = "nobody is left to tell how it ended, or whether it ran"
     RECORDED = "its ending is recorded: jobinit need not hold it any longer"
     STRANGER = "nobody knows it: it is killed"
 
 
-def decide(record: Job | None, held: Held | None) -> Decision:
-    """record: None where there is none. held: None where no jobinit holds it."""
+def decide(record: Job | None, held: Held | None, *, is_jobinit_there: bool) -> Decision:
+    """record: None where there is none. held: None where no jobinit holds it.
+    is_jobinit_there: the jobinit of the earlier server is, so what it does not hold never ran."""
     if record is None:
         return Decision.STRANGER
     if record.is_ended:
         return Decision.RECORDED
     if held is None:
-        return Decision.NEVER_ASKED if record.status is Status.INITIALIZING else Decision.LOST
+        is_new = record.status is Status.INITIALIZING
+        return Decision.NEVER_ASKED if is_new and is_jobinit_there else Decision.LOST
     if held.started is not None:
         return Decision.FOLLOW
     if isinstance(held.ending, Failed):

@@ -3,6 +3,7 @@ killed at random moments. What was acknowledged must be true in the end."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import sys
@@ -132,12 +133,12 @@ class Farm:
         try:
             while not self._over.is_set():
                 number += 1
-                self.call(lambda client, number=number: self._create(client, number))
+                self.call(functools.partial(self._create, number))
                 time.sleep(self.chance.uniform(0.02, 0.2))
         except Exception as error:  # noqa: BLE001 told by `finish`
             self._failure = f"creating: {type(error).__name__}: {error}"
 
-    def _create(self, client: Client, number: int) -> None:
+    def _create(self, number: int, client: Client) -> None:
         kind = KINDS[number % len(KINDS)]
         # A create whose answer was lost has perhaps run: its next try pledges elsewhere.
         pledge = self.folder / f"pledge-{number}-{time.monotonic_ns()}"
