@@ -172,14 +172,16 @@ class Manager:
             await asyncio.to_thread(cgroup.kill)
             await cgroup.wait_unpopulated(timeout_seconds=10)
             await asyncio.to_thread(cgroup.remove)
-        for job in await self._store.unended():
-            stdout_bytes, stderr_bytes = await asyncio.to_thread(
-                self._output.recover_sizes, job.id
-            )
+        jobs = await self._store.unended()
+        extents = await asyncio.to_thread(self._output.recover, [job.id for job in jobs])
+        for job in jobs:
+            extent = extents[job.id]
             lost = transition.lost(job, "the server ended before the job did", time.time_ns())
             log.warning("job %d is lost: the server ended before it did", job.id)
             await self._store.put(
-                replace(lost, stdout_bytes=stdout_bytes, stderr_bytes=stderr_bytes)
+                replace(
+                    lost, stdout_bytes=extent.stdout_bytes, stderr_bytes=extent.stderr_bytes
+                )
             )
 
     def use(self, jobinit: Jobinit) -> None:
