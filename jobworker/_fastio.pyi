@@ -1,9 +1,11 @@
 """The native core: bytes, descriptors, and the layout of a DataChunk. See _fastio.pyx.
 
 No call here blocks on a disk or a lock for longer than a memory copy takes, except
-`read_message` (reads from disk; give it to a thread) and `Pump.close` (joins its threads).
+`read_message` and `read_extent` (read from disk; give them to a thread) and `Pump.close`
+(joins its threads).
 """
 
+from collections.abc import Iterable
 from typing import Final
 
 STDOUT: Final = 1
@@ -13,19 +15,19 @@ STDERR: Final = 2
 ARRIVED: Final = 1
 FINISHED: Final = 2
 TROUBLE: Final = 4
+LIMIT: Final = 8
 
 SEGMENT_BYTES: Final = 67108864
 
 class Pump:
     """The native threads that drain all jobs' pipes to disk."""
 
-    def __init__(
-        self, directory: int, ring_budget: int, segment_bytes: int = SEGMENT_BYTES
-    ) -> None:
+    def __init__(self, directory: int, ring_budget: int, drops_when_full: bool = False) -> None:
         """directory: an open directory descriptor that stays the caller's, for the files
         `<job>.<first offset>.log` and `.idx`; must outlive the pump.
         ring_budget: bytes of memory for the hot tails of all logs together.
-        segment_bytes: the size of a full segment; the same for the life of a directory.
+        drops_when_full: what comes while the disk is full is dropped, and counted. Else it
+        stays in the job's pipes, and the job waits.
         """
 
     def fileno(self) -> int:
@@ -37,10 +39,13 @@ class Pump:
         ARRIVED: bytes came, and `Log.wait_from` had asked for it.
         FINISHED: both pipes are closed and all their bytes are on disk. Comes once.
         TROUBLE: `Log.error` has changed.
+        LIMIT: bytes came for which `max_bytes` has no room; they and all after them are
+        dropped. Comes once, and not of a ring.
         """
 
     def close(self) -> None:
-        """Stops the threads, and closes the pipes of logs that are not finished."""
+        """Stops the threads, and closes the pipes of logs that are not finished. What they had
+        not taken from a pipe stays there, for whoever else holds its read end."""
 
 class Log:
     """One job's output, from the moment its pipes are ours until all of it is on disk.
@@ -48,19 +53,51 @@ class Log:
     Offsets count the bytes of both streams together, in the order in which they came.
     """
 
-    def __init__(self, pump: Pump, job: int, stdout: int, stderr: int) -> None:
+    def __init__(
+        self,
+        pump: Pump,
+        job: int,
+        stdout: int,
+        stderr: int,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        max_bytes: int = 0,
+        is_ring: bool = False,
+        resumed: Extent | None = None,
+    ) -> None:
         """Takes the non-blocking read ends of the job's pipes, and owns them from here on;
-        stderr is -1 where one pipe carries both."""
+        stderr is -1 where one pipe carries both.
+
+        segment_bytes: the size of a full segment, the same for the life of the log.
+        max_bytes: of segments and indexes together; 0: no limit.
+        is_ring: beyond `max_bytes` the oldest segments give way, but for the newest. Else
+        what comes is dropped.
+        resumed: goes on where an earlier process was when it died or was closed.
+        """
 
     @property
     def job(self) -> int: ...
     @property
+    def segment_bytes(self) -> int: ...
+    @property
     def end(self) -> int:
-        """The bytes on disk so far: one more than the offset of the last."""
+        """The bytes that came so far, dropped ones too: one more than the offset of the last."""
+
+    @property
+    def told_end(self) -> int:
+        """How far readers can go: `end`, but not into a gap that may still grow."""
 
     @property
     def stream_bytes(self) -> tuple[int, int]:
-        """How many of them are stdout's, and how many stderr's."""
+        """How many of them were stdout's, and how many stderr's."""
+
+    @property
+    def lost_bytes(self) -> int:
+        """How many of them were dropped: by the quota, or while the disk was full."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """The size of all its files."""
 
     @property
     def finished(self) -> bool:
@@ -70,7 +107,7 @@ class Log:
     @property
     def error(self) -> int:
         """The errno with which the disk refuses the job's bytes, which then wait in its
-        pipes, and are tried again; 0 while all is well."""
+        pipes and are tried again, or are dropped; 0 while all is well."""
 
     def drain(self) -> None:
         """To be called once nothing of the job is left to write: takes what its pipes hold at
@@ -92,6 +129,7 @@ class Log:
         """A finished DataChunk that starts at `offset`, from memory, and where the next one
         starts. None: it is not in memory, use `read_message`. (None, offset): there is
         nothing yet. (None, more): what is in between is all of the other stream.
+        Dropped bytes are told in a chunk without payload, which says how many.
 
         max_bytes: of payload. stream: STDOUT, STDERR, or 0 for both.
         """
@@ -107,6 +145,43 @@ def read_message(
 ) -> tuple[bytes | None, int]:
     """The same from disk, also for a job that ended long ago. Blocks, without the GIL.
 
-    end: of the log, from `Log.end` or the job's record.
-    Raises OSError where a file is missing, or shorter than `end` says.
+    end: of the log, from `Log.told_end` or the job's record.
+    segment_bytes: of the log.
+    What is in no segment counts as dropped. Raises OSError where an index is damaged.
+    """
+
+def read_packed(
+    segment: bytes, index: bytes, end: int, offset: int, max_bytes: int, stream: int = 0
+) -> tuple[bytes | None, int]:
+    """The same from the bytes of the two files of a log that is one segment."""
+
+class Extent:
+    """How far a log goes that an earlier process wrote."""
+
+    @property
+    def segment_bytes(self) -> int:
+        """0 where nothing of it is on disk."""
+
+    @property
+    def stdout_bytes(self) -> int: ...
+    @property
+    def stderr_bytes(self) -> int: ...
+    @property
+    def end(self) -> int:
+        """Of both streams together."""
+
+    @property
+    def lost_bytes(self) -> int:
+        """How many of them were dropped."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """The size of all its files."""
+
+def read_extent(directory: int, job: int, firsts: Iterable[int]) -> Extent:
+    """By what is on disk. Blocks, without the GIL. Nobody may be writing.
+
+    firsts: the first offsets of its segments.
+    Exact after the death of a process at any moment, but for what that one had dropped since
+    it last could say so in an index. Raises OSError where a file cannot be read.
     """

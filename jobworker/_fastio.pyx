@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, auto_pickle=False
 """Moves the bytes: from a job's pipes to its log on disk, and from there to its readers.
 
     pipe ──splice──▶ segment ──pread──▶ ring ──encode──▶ finished DataChunk messages
@@ -13,26 +13,48 @@ Order is everything here. An index record is an intent: it is written before the
 describes are moved, so that a run reaches to the next record and the last run to the end of
 the segment. Bytes are moved by splice, so they are in the pipe or on disk and never only in
 this process. They are published (`end` grows) after that. So whoever kills this process,
-whenever, both the bytes and whose they are can be read back exactly.
+whenever, both the bytes and whose they are can be read back exactly, and the next process
+goes on where this one was.
+
+A quota, or a full disk, can have bytes dropped. Dropped bytes have offsets like all others:
+what of [0, end) is in no segment, or in a gap, was dropped, and readers are told how much.
+A gap is a run of no stream in the index, of which the last record says how far it goes. It
+is written after its bytes were dropped, once a turn: who is killed in between has counted up
+to TURN_BYTES too few, at offsets that no reader had been given.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EAGAIN, EBADMSG, EINTR, EIO, errno
+from libc.errno cimport (
+    EAGAIN, EBADMSG, EDQUOT, EFBIG, EINTR, EIO, ENOENT, ENOSPC, errno)
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy
+from libc.stdlib cimport calloc, free, malloc, strtoull
+from libc.string cimport memcmp, memcpy, memset, strcmp, strncmp
 from posix.stat cimport fstat, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.types cimport off_t
 from posix.unistd cimport close, pread, pwrite, read, write
 
 cdef extern from "<fcntl.h>" nogil:
-    enum: O_CLOEXEC, O_CREAT, O_RDONLY, O_RDWR, F_SETPIPE_SZ, SPLICE_F_MOVE, SPLICE_F_NONBLOCK
+    enum: O_CLOEXEC, O_CREAT, O_DIRECTORY, O_RDONLY, O_RDWR, O_WRONLY
+    enum: F_SETPIPE_SZ, SPLICE_F_MOVE, SPLICE_F_NONBLOCK
+    int c_open "open"(const char *path, int flags, ...)
     int openat(int directory, const char *path, int flags, ...)
     int fcntl(int fd, int command, ...)
     ssize_t splice(int source, off_t *source_offset, int target, off_t *target_offset,
                    size_t length, unsigned int flags)
+
+cdef extern from "<unistd.h>" nogil:
+    int unlinkat(int directory, const char *path, int flags)
+
+cdef extern from "<dirent.h>" nogil:
+    ctypedef struct DIR:
+        pass
+    struct dirent:
+        char *d_name
+    DIR *fdopendir(int fd)
+    dirent *readdir(DIR *folder)
+    int closedir(DIR *folder)
 
 cdef extern from "<sys/ioctl.h>" nogil:
     enum: FIONREAD
@@ -93,6 +115,7 @@ STDERR = 2
 ARRIVED = 1   # bytes, for a reader that waits
 FINISHED = 2  # all there will ever be is on disk, both pipes are closed
 TROUBLE = 4   # `Log.error` has changed: the disk refuses, or takes bytes again
+LIMIT = 8     # the quota is used up, and is no ring: from now on all is dropped
 
 SEGMENT_BYTES = 64 << 20
 
@@ -100,11 +123,13 @@ cdef enum:
     NEWS_ARRIVED = 1
     NEWS_FINISHED = 2
     NEWS_TROUBLE = 4
+    NEWS_LIMIT = 8
 
     THREADS = 4                   # one stuck in a slow disk leaves three
     STACK_BYTES = 128 << 10
     TURN_BYTES = 1 << 20          # what one pipe may move before the next has its turn
     RETRY_MILLISECONDS = 100      # between tries while the disk is full: nothing wakes us
+    RETRY_NS = 100_000_000
     DEFAULT_PIPE_BYTES = 64 << 10
     LOUD_PIPE_BYTES = 1 << 20
     LOUD_PIPES = 64               # at most so many pipes of that size: it is kernel memory
@@ -114,8 +139,9 @@ cdef enum:
     MESSAGE_RUNS = 1024           # of a message read from disk, at most 24 KiB of it
     SHARED_MESSAGES = 4           # a log keeps so many for readers that come to the same place
 
-    INDEX_HEADER_BYTES = 16
+    HEADER_BYTES = 48             # as many as sizeof(Header)
     RUN_BYTES = 16
+    INDEX_ROOM_BYTES = 96         # what moving bytes once may add to the indexes, at the most
     STREAM_SHIFT = 56
     NAME_BYTES = 64
 
@@ -125,10 +151,21 @@ cdef uint64_t COARSE_SLOT_NS = 1_000_000_000  # once the index would outgrow the
 cdef const char *INDEX_MAGIC = "jwindex\x01"  # the last byte is the version of the format
 
 
-# A run of bytes of one stream, as it stands in the index: 16 bytes, host byte order.
+# The head of an index; host byte order, like all of it. What it counts is counted up to the
+# first record, so that the newest index is enough to know all about a log's size.
+cdef struct Header:
+    char magic[8]
+    uint64_t first            # the offset that names the segment
+    uint64_t segment_bytes    # of a full one
+    uint64_t stream_bytes[2]  # what the job had written
+    uint64_t stored_bytes     # how many of them had been put on disk, ever
+
+# A run of bytes of one stream, as it stands in the index: 16 bytes.
 cdef struct Run:
     uint64_t place    # offset of its first byte, and the stream in the top 8 bits
-    uint64_t time_ns  # when that byte came, since the epoch
+    # When that byte came, since the epoch; of a gap (stream 0): how many of its bytes were
+    # stdout's.
+    uint64_t time_ns
 
 # The two files of one segment, open during one turn.
 cdef struct Files:
@@ -142,7 +179,8 @@ cdef struct PumpState:
     int wake              # semaphore: one count for each kicked log, or for each thread at the end
     int bell              # readable while somebody has news for Python
     int directory
-    uint64_t segment_bytes
+    int nowhere           # /dev/null, for what is dropped
+    bint drops_when_full  # else the job waits
     bint stopping
     LogState *kicked      # to be served though no pipe is readable
     LogState *retrying    # the disk refused their bytes
@@ -164,20 +202,34 @@ cdef struct LogState:
     void *owner            # the Log; borrowed, the Pump holds it until it is finished
     LogState *next_unused
     uint64_t job
+    uint64_t segment_bytes
+    uint64_t max_bytes     # of segments and indexes together; 0: no limit
+    bint is_ring           # beyond it the oldest segment gives way; else what comes is dropped
 
     # Only the serving thread touches these. `serving` makes it one at a time.
     Run run                # the newest index record
     bint run_is_new        # no byte of it has been published yet
-    uint64_t index_first   # the segment that `index_bytes` belongs to
-    uint64_t index_bytes
+    uint64_t index_first   # the segment that records go to
+    uint64_t index_bytes   # 0: we have not looked at its index yet
+    uint64_t gap_position  # in that index, of the record of the open gap; 0: it has none
+    uint64_t gap_stdout_bytes
+    uint64_t segment_size  # of that segment
+    uint64_t time_ns       # of the newest run, whatever became of it
+    uint64_t drop_until_ns  # the disk was full a moment ago; monotonic
+    bint was_limited       # and Python was told so
     bint was_enlarged[2]   # we asked for a larger pipe
     bint is_loud[2]        # and got it
     bint serving
     int pending            # streams whose turn came while the log was being served
 
     int pipes[2]           # our read ends; -1 once closed
-    uint64_t end           # what readers may see
+    uint64_t end           # one more than the offset of the newest byte
+    uint64_t kept_end      # [kept_end, end) is a gap that is still open, if anything
     uint64_t stream_bytes[2]
+    uint64_t start         # all before it was dropped with its segments
+    uint64_t stored_bytes     # put on disk, ever
+    uint64_t forgotten_bytes  # how many of them were before `start`
+    uint64_t disk_bytes    # the size of all files
     bint draining          # nobody may write any more: take what is in the pipes and finish
     uint64_t drain_left[2]
     bint finished
@@ -260,6 +312,7 @@ cdef void serve_pipe(LogState *log, int stream, bint draining) noexcept nogil:
     cdef int64_t left = TURN_BYTES
     cdef int64_t waiting, moved
     cdef bint over = False
+    cdef bint refused = False
     cdef int error = 0
     cdef Files files
     files.first = 0
@@ -274,39 +327,74 @@ cdef void serve_pipe(LogState *log, int stream, bint draining) noexcept nogil:
         if waiting == 0:
             over = draining or is_hung_up(pipe)
             break
-        moved = move_bytes(log, stream, min(waiting, left), &files)
-        if moved < 0:
-            if moved != -EAGAIN and moved != -EINTR:
-                error = <int> -moved
-                break
+        moved = take_bytes(log, stream, min(waiting, left), &files, &error)
+        if moved == -EAGAIN or moved == -EINTR:
             continue
+        if moved < 0:
+            error = <int> -moved
+            refused = True
+            break
         left -= moved
         if draining:
             log.drain_left[stream] -= moved
+    if log.kept_end < log.end:
+        record_gap(log, &files)
     close_files(&files)
     note_error(log, error)
     if over:
         close_pipe(log, stream)
-    elif error:
+    elif refused:
         retry_later(log)
     else:
         watch_pipe(log, stream, EPOLL_CTL_MOD)
 
 
-cdef int64_t move_bytes(LogState *log, int stream, int64_t length, Files *files) noexcept nogil:
+cdef int64_t take_bytes(LogState *log, int stream, int64_t length, Files *files,
+                        int *error) noexcept nogil:
+    """Moves bytes to the disk or, where the quota or a full disk says so, drops them. Returns
+    how many, or -errno. error: why the disk had them dropped."""
+    cdef uint64_t first = segment_of(log, log.end)
+    cdef int64_t fitting, moved
+    if log.drop_until_ns:
+        # Not at every turn of a gap, or there would be more records than bytes.
+        if monotonic_ns() < log.drop_until_ns:
+            error[0] = error[0] or log.error
+            return drop_bytes(log, stream, length)
+        log.drop_until_ns = 0
+    fitting = min(length, <int64_t> (first + log.segment_bytes - log.end))
+    if log.max_bytes:
+        fitting = make_room(log, first, fitting)
+        if fitting == 0:
+            note_limit(log)
+            return drop_bytes(log, stream, length)
+    moved = move_bytes(log, stream, fitting, first, files)
+    if moved < 0 and is_full(<int> -moved) and log.pump.drops_when_full:
+        error[0] = <int> -moved
+        log.drop_until_ns = monotonic_ns() + RETRY_NS
+        return drop_bytes(log, stream, length)
+    return moved
+
+
+cdef uint64_t segment_of(LogState *log, uint64_t offset) noexcept nogil:
+    """The first offset of its segment."""
+    return offset - offset % log.segment_bytes
+
+
+cdef bint is_full(int error) noexcept nogil:
+    return error == ENOSPC or error == EDQUOT or error == EFBIG
+
+
+cdef int64_t move_bytes(LogState *log, int stream, int64_t length, uint64_t first,
+                        Files *files) noexcept nogil:
     """Moves up to `length` bytes into one segment. Returns how many, or -errno."""
-    cdef uint64_t segment_bytes = log.pump.segment_bytes
-    cdef uint64_t first = log.end - log.end % segment_bytes
-    cdef off_t position
+    cdef off_t position = log.end - first
     cdef ssize_t moved
     cdef int error
-    error = open_files(log, first, files)
+    error = open_files(log, first, O_RDWR | O_CREAT, files)
     if error == 0:
         error = write_intent(log, stream, files)
     if error:
         return -error
-    length = min(length, <int64_t> (first + segment_bytes - log.end))
-    position = log.end - first
     moved = splice(log.pipes[stream], NULL, files.segment, &position, length,
                    SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
     if moved < 0:
@@ -319,36 +407,101 @@ cdef int64_t move_bytes(LogState *log, int stream, int64_t length, Files *files)
 
 cdef int write_intent(LogState *log, int stream, Files *files) noexcept nogil:
     """Says in the index whose the next bytes are, where that or the time slot changed."""
-    cdef uint64_t now = realtime_ns()
+    # The clock may be set back; the order of times stays right.
+    cdef uint64_t now = max(realtime_ns(), log.time_ns)
     cdef uint64_t slot = FINE_SLOT_NS
-    cdef uint64_t position
-    cdef bint starts_segment = log.index_first != files.first or log.index_bytes == 0
-    cdef Run run
-    if now < log.run.time_ns:
-        now = log.run.time_ns  # the clock was set back; the order of times stays right
-    if not starts_segment:
-        # Time resolution is given up before the index outgrows what it describes.
-        if log.index_bytes > (64 << 10) + (log.end - files.first) // 8:
-            slot = COARSE_SLOT_NS
-        if run_stream(&log.run) == stream + 1 and now // slot == log.run.time_ns // slot:
-            return 0
-        position = log.index_bytes
-        if run_offset(&log.run) == log.end:
-            position -= RUN_BYTES  # the last intent came to nothing: replace it
+    cdef int error
+    if log.index_first != files.first or log.index_bytes == 0:
+        error = take_up_index(log, files)
+        if error:
+            return error
+    # Time resolution is given up before the index outgrows what it describes.
+    if log.index_bytes > (64 << 10) + (log.end - files.first) // 8:
+        slot = COARSE_SLOT_NS
+    if (log.kept_end == log.end and run_stream(&log.run) == stream + 1
+            and now // slot == log.run.time_ns // slot):
+        return 0
+    return write_records(log, stream + 1, now, files)
+
+
+cdef int take_up_index(LogState *log, Files *files) noexcept nogil:
+    """Makes this segment the one that records go to. An earlier process may have begun it.
+    Returns errno, or 0."""
+    cdef struct_stat segment, index
+    cdef Header header
+    cdef Run last
+    cdef uint64_t index_bytes = HEADER_BYTES
+    cdef bint is_new = not load_header(files.index, files.first, &header)
+    last.place = last.time_ns = 0
+    if fstat(files.segment, &segment) < 0 or fstat(files.index, &index) < 0:
+        return errno
+    if is_new:
+        fill_header(log, files.first, &header)
+        if pwrite(files.index, &header, HEADER_BYTES, 0) != HEADER_BYTES:
+            return errno or EIO
     else:
-        if pwrite(files.index, INDEX_MAGIC, 8, 0) != 8:
+        # A piece of a record at the end is written over.
+        index_bytes = index.st_size - (index.st_size - HEADER_BYTES) % RUN_BYTES
+        if index_bytes > HEADER_BYTES and pread(
+                files.index, &last, RUN_BYTES, index_bytes - RUN_BYTES) != RUN_BYTES:
             return errno or EIO
-        if pwrite(files.index, &files.first, 8, 8) != 8:
-            return errno or EIO
-        position = INDEX_HEADER_BYTES
-    run.place = log.end | (<uint64_t> (stream + 1) << STREAM_SHIFT)
-    run.time_ns = now
-    if pwrite(files.index, &run, RUN_BYTES, position) != RUN_BYTES:
-        return errno or EIO
-    log.run = run
-    log.run_is_new = True
     log.index_first = files.first
-    log.index_bytes = position + RUN_BYTES
+    log.index_bytes = index_bytes
+    log.segment_size = segment.st_size
+    log.gap_position = 0
+    log.run_is_new = index_bytes > HEADER_BYTES and run_offset(&last) == log.kept_end
+    if run_stream(&last):
+        log.time_ns = max(log.time_ns, last.time_ns)
+    log.run.place = run_offset(&last)  # of no stream: the next bytes get a record in any case
+    if is_new:
+        count_disk_bytes(log, HEADER_BYTES)
+    return 0
+
+
+cdef void fill_header(LogState *log, uint64_t first, Header *header) noexcept nogil:
+    """Counts up to the first record, which may be that of a gap."""
+    cdef uint64_t start = max(log.kept_end, first)
+    memset(header, 0, sizeof(Header))
+    memcpy(header.magic, INDEX_MAGIC, 8)
+    header.first = first
+    header.segment_bytes = log.segment_bytes
+    header.stream_bytes[0] = log.stream_bytes[0] - gap_stdout_bytes(log, start)
+    header.stream_bytes[1] = start - header.stream_bytes[0]
+    header.stored_bytes = log.stored_bytes
+
+
+cdef uint64_t gap_stdout_bytes(LogState *log, uint64_t start) noexcept nogil:
+    """How many bytes of the open gap, from `start` on, count as stdout's."""
+    return min(log.gap_stdout_bytes, log.end - start)
+
+
+cdef int write_records(LogState *log, int stream, uint64_t time_ns, Files *files) noexcept nogil:
+    """Says whose the bytes from `end` on are, and before that, where there is one, how large
+    the gap is that ends there. stream: 0 where that gap goes on. Returns errno, or 0."""
+    cdef Run records[2]
+    cdef int count = 0
+    cdef uint64_t gap_start = max(log.kept_end, files.first)
+    cdef uint64_t position = log.index_bytes
+    if log.gap_position:
+        position = log.gap_position  # the gap has grown
+    elif log.run_is_new:
+        position -= RUN_BYTES        # the last intent came to nothing: replace it
+    if gap_start < log.end:
+        records[0].place = gap_start
+        records[0].time_ns = gap_stdout_bytes(log, gap_start)
+        count = 1
+    records[count].place = log.end | (<uint64_t> stream << STREAM_SHIFT)
+    records[count].time_ns = time_ns
+    count += 1
+    if pwrite(files.index, records, count * RUN_BYTES, position) != count * RUN_BYTES:
+        return errno or EIO
+    log.run = records[count - 1]
+    log.run_is_new = True
+    log.gap_position = position if count == 2 else 0
+    log.time_ns = max(log.time_ns, time_ns)
+    position += count * RUN_BYTES
+    count_disk_bytes(log, position - log.index_bytes)
+    log.index_bytes = position
     return 0
 
 
@@ -372,8 +525,12 @@ cdef void publish(LogState *log, int stream, int64_t length, Files *files) noexc
         elif log.run_is_new:
             push_run(log, &log.run)
     log.run_is_new = False
-    log.end = end
+    log.end = log.kept_end = end
+    log.gap_position = log.gap_stdout_bytes = 0
     log.stream_bytes[stream] += length
+    log.stored_bytes += length
+    log.disk_bytes += end - files.first - log.segment_size
+    log.segment_size = end - files.first
     if log.ring != NULL and length * 2 > <int64_t> log.ring_bytes:
         grow_ring(log)
     if log.waited_for:
@@ -394,6 +551,94 @@ cdef bint fill_ring(LogState *log, uint64_t end, uint64_t length, Files *files) 
         offset += part
     return True
 
+
+cdef void count_disk_bytes(LogState *log, uint64_t more) noexcept nogil:
+    pthread_mutex_lock(&log.lock)
+    log.disk_bytes += more
+    pthread_mutex_unlock(&log.lock)
+
+
+# What is dropped
+
+cdef int64_t drop_bytes(LogState *log, int stream, int64_t length) noexcept nogil:
+    """Takes bytes out of the pipe; a gap gets their offsets. Nobody is told: readers learn of
+    a gap when it is over. Returns how many, or -errno."""
+    cdef ssize_t moved = splice(log.pipes[stream], NULL, log.pump.nowhere, NULL, length,
+                                SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
+    if moved < 0:
+        return -errno
+    if moved == 0:
+        return -EAGAIN
+    pthread_mutex_lock(&log.lock)
+    log.end += moved
+    log.stream_bytes[stream] += moved
+    if stream == 0:
+        log.gap_stdout_bytes += moved
+    if log.ring != NULL:
+        restart_ring(log, log.end)
+    pthread_mutex_unlock(&log.lock)
+    return moved
+
+
+cdef void record_gap(LogState *log, Files *files) noexcept nogil:
+    """The gap as it is now, for whoever comes after us. Where the disk has no room for it, or
+    nothing of the log is on disk, only we know of it, and try again after the next bytes."""
+    if open_files(log, log.index_first, O_RDWR, files):
+        return
+    if log.index_bytes == 0 and take_up_index(log, files):
+        return
+    write_records(log, 0, 0, files)
+
+
+cdef int64_t make_room(LogState *log, uint64_t current, int64_t length) noexcept nogil:
+    """How many of `length` bytes for the segment `current` the quota has room for."""
+    cdef int64_t room
+    if log.is_ring:
+        while (log.disk_bytes + length + INDEX_ROOM_BYTES > log.max_bytes
+                and drop_segment(log, current)):
+            pass
+        return length
+    room = <int64_t> (log.max_bytes - log.disk_bytes) - INDEX_ROOM_BYTES
+    return max(0, min(length, room))
+
+
+cdef bint drop_segment(LogState *log, uint64_t current) noexcept nogil:
+    """The oldest, unless it is `current`."""
+    cdef int directory = log.pump.directory
+    cdef uint64_t first = segment_of(log, log.start)
+    cdef uint64_t following = first + log.segment_bytes
+    cdef uint64_t size
+    cdef Header header
+    if first >= current:
+        return False
+    size = file_bytes(directory, log.job, first)
+    if not read_header(directory, log.job, following, &header):
+        if following < current:
+            following = find_segment(directory, log.job, following)
+        if following > current or not read_header(directory, log.job, following, &header):
+            fill_header(log, current, &header)  # there is none: all so far is dropped
+    # Readers are told first, and then find no file.
+    pthread_mutex_lock(&log.lock)
+    log.start = header.stream_bytes[0] + header.stream_bytes[1]
+    log.forgotten_bytes = header.stored_bytes
+    log.disk_bytes -= min(size, log.disk_bytes)
+    pthread_mutex_unlock(&log.lock)
+    # In this order: an index alone is nothing, a segment alone would be bytes of nobody.
+    remove_file(log, first, b"log")
+    remove_file(log, first, b"idx")
+    return True
+
+
+cdef void note_limit(LogState *log) noexcept nogil:
+    if log.was_limited:
+        return
+    log.was_limited = True
+    pthread_mutex_lock(&log.lock)
+    tell(log, NEWS_LIMIT)
+    pthread_mutex_unlock(&log.lock)
+
+
+# Pipes and files
 
 cdef int64_t bytes_waiting(int pipe) noexcept nogil:
     cdef int waiting = 0
@@ -423,17 +668,17 @@ cdef void enlarge_pipe(LogState *log, int stream) noexcept nogil:
     pthread_mutex_unlock(&pump.lock)
 
 
-cdef int open_files(LogState *log, uint64_t first, Files *files) noexcept nogil:
+cdef int open_files(LogState *log, uint64_t first, int flags, Files *files) noexcept nogil:
     """Opens the segment and the index that `first` names; they stay open for one turn only,
     so that a job that writes nothing costs no descriptor. Returns errno, or 0."""
-    if files.segment >= 0 and files.first == first:
+    if files.index >= 0 and files.first == first:
         return 0
     close_files(files)
     files.first = first
-    files.segment = open_file(log.pump.directory, log.job, first, b"log", O_RDWR | O_CREAT)
+    files.segment = open_file(log.pump.directory, log.job, first, b"log", flags)
     if files.segment < 0:
         return errno
-    files.index = open_file(log.pump.directory, log.job, first, b"idx", O_RDWR | O_CREAT)
+    files.index = open_file(log.pump.directory, log.job, first, b"idx", flags)
     if files.index < 0:
         return errno
     return 0
@@ -442,9 +687,89 @@ cdef int open_files(LogState *log, uint64_t first, Files *files) noexcept nogil:
 cdef int open_file(int directory, uint64_t job, uint64_t first, const char *kind,
                    int flags) noexcept nogil:
     cdef char name[NAME_BYTES]
+    name_file(name, job, first, kind)
+    return openat(directory, name, flags | O_CLOEXEC, 0o600)
+
+
+cdef void name_file(char *name, uint64_t job, uint64_t first, const char *kind) noexcept nogil:
     snprintf(name, NAME_BYTES, "%llu.%llu.%s",
              <unsigned long long> job, <unsigned long long> first, kind)
-    return openat(directory, name, flags | O_CLOEXEC, 0o600)
+
+
+cdef uint64_t file_bytes(int directory, uint64_t job, uint64_t first) noexcept nogil:
+    """Of a segment and its index; what does not exist has none."""
+    return (file_size(open_file(directory, job, first, b"log", O_RDONLY))
+            + file_size(open_file(directory, job, first, b"idx", O_RDONLY)))
+
+
+cdef uint64_t file_size(int fd) noexcept nogil:
+    """Closes it."""
+    cdef struct_stat info
+    if fd < 0:
+        return 0
+    if fstat(fd, &info) < 0:
+        info.st_size = 0
+    close(fd)
+    return info.st_size
+
+
+cdef void remove_file(LogState *log, uint64_t first, const char *kind) noexcept nogil:
+    cdef char name[NAME_BYTES]
+    name_file(name, log.job, first, kind)
+    unlinkat(log.pump.directory, name, 0)
+
+
+cdef uint64_t find_segment(int directory, uint64_t job, uint64_t offset) noexcept nogil:
+    """The first of a job's segments that starts at `offset` or later; OFFSET_MASK: none does."""
+    cdef uint64_t found = OFFSET_MASK
+    cdef uint64_t first
+    cdef char prefix[NAME_BYTES]
+    cdef char *rest = NULL
+    cdef dirent *entry
+    cdef DIR *folder = open_folder(directory)
+    cdef size_t length = snprintf(prefix, NAME_BYTES, "%llu.", <unsigned long long> job)
+    if folder == NULL:
+        return found
+    while True:
+        entry = readdir(folder)
+        if entry == NULL:
+            break
+        if strncmp(entry.d_name, prefix, length) != 0:
+            continue
+        first = strtoull(entry.d_name + length, &rest, 10)
+        if strcmp(rest, b".log") == 0 and offset <= first < found:
+            found = first
+    closedir(folder)
+    return found
+
+
+cdef DIR *open_folder(int directory) noexcept nogil:
+    """A descriptor of its own: the place in a folder belongs to its descriptor."""
+    cdef int fd = openat(directory, b".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    cdef DIR *folder
+    if fd < 0:
+        return NULL
+    folder = fdopendir(fd)
+    if folder == NULL:
+        close(fd)
+    return folder
+
+
+cdef bint read_header(int directory, uint64_t job, uint64_t first,
+                      Header *header) noexcept nogil:
+    cdef int index = open_file(directory, job, first, b"idx", O_RDONLY)
+    cdef bint found
+    if index < 0:
+        return False
+    found = load_header(index, first, header)
+    close(index)
+    return found
+
+
+cdef bint load_header(int index, uint64_t first, Header *header) noexcept nogil:
+    """False where it has none: it was never written, or is no index of ours."""
+    return (pread(index, header, HEADER_BYTES, 0) == HEADER_BYTES
+            and memcmp(header.magic, INDEX_MAGIC, 8) == 0 and header.first == first)
 
 
 cdef void close_files(Files *files) noexcept nogil:
@@ -650,11 +975,13 @@ cdef void release(PumpState *pump, size_t size) noexcept nogil:
 
 # A DataChunk (proto/job_worker.proto), encoded by hand: payload, offset, next_offset, runs.
 # The payload stands first, so that what a client of the old protocol reads is a prefix.
+# Dropped bytes are told in a chunk of their own: offset, next_offset, lost_bytes.
 cdef enum:
     TAG_PAYLOAD = 0x0A
     TAG_OFFSET = 0x10
     TAG_NEXT_OFFSET = 0x18
     TAG_RUN = 0x22
+    TAG_LOST_BYTES = 0x28
     TAG_RUN_STREAM = 0x08
     TAG_RUN_LENGTH = 0x10
     TAG_RUN_TIME = 0x19
@@ -717,12 +1044,16 @@ cdef char *put_varint(char *place, uint64_t value) noexcept nogil:
     return place + 1
 
 
+cdef char *put_offsets(char *place, uint64_t offset, uint64_t next_offset) noexcept nogil:
+    place[0] = TAG_OFFSET
+    place = put_varint(place + 1, offset)
+    place[0] = TAG_NEXT_OFFSET
+    return put_varint(place + 1, next_offset)
+
+
 cdef char *put_tail(char *place, const Span *span) noexcept nogil:
     cdef size_t i, length
-    place[0] = TAG_OFFSET
-    place = put_varint(place + 1, span.offset)
-    place[0] = TAG_NEXT_OFFSET
-    place = put_varint(place + 1, span.limit)
+    place = put_offsets(place, span.offset, span.limit)
     for i in range(span.run_count):
         length = span_run_length(span, i)
         if length == 0:
@@ -751,6 +1082,15 @@ cdef object new_message(const Span *span, char **payload):
     return message
 
 
+cdef object lost_message(uint64_t offset, uint64_t limit):
+    """(message, next offset): all from `offset` to `limit` was dropped."""
+    cdef char message[NAME_BYTES]
+    cdef char *place = put_offsets(message, limit, limit)
+    place[0] = TAG_LOST_BYTES
+    place = put_varint(place + 1, limit - offset)
+    return PyBytes_FromStringAndSize(message, place - message), limit
+
+
 cdef uint64_t cut(uint64_t offset, uint64_t end, uint64_t max_bytes) noexcept nogil:
     """Where a message from `offset` ends: at a multiple of its largest size, so that readers
     who catch up come to the same places, and share their messages from there on."""
@@ -758,30 +1098,27 @@ cdef uint64_t cut(uint64_t offset, uint64_t end, uint64_t max_bytes) noexcept no
 
 
 cdef class Pump:
-    """The native threads that drain all jobs' pipes to disk.
-
-    directory: an open directory descriptor, for the segments and indexes; stays the caller's.
-    ring_budget: bytes, of the hot tails of all logs together.
-    """
+    """The native threads that drain all jobs' pipes to disk."""
 
     cdef PumpState state
     cdef dict logs  # job id -> Log, until it is finished: the threads know only addresses
     cdef bint closed
 
-    def __cinit__(self, int directory, size_t ring_budget, uint64_t segment_bytes=SEGMENT_BYTES):
+    def __cinit__(self, int directory, size_t ring_budget, bint drops_when_full=False):
         cdef epoll_event event
         self.logs = {}
         self.closed = True
-        self.state.epoll = self.state.wake = self.state.bell = -1
+        self.state.epoll = self.state.wake = self.state.bell = self.state.nowhere = -1
         self.state.directory = directory
         self.state.ring_budget = ring_budget
-        self.state.segment_bytes = segment_bytes
+        self.state.drops_when_full = drops_when_full
         pthread_mutex_init(&self.state.lock, NULL)
         self.closed = False
         self.state.epoll = epoll_create1(EPOLL_CLOEXEC)
         self.state.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE)
         self.state.bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.state.epoll < 0 or self.state.wake < 0 or self.state.bell < 0:
+        self.state.nowhere = c_open(b"/dev/null", O_WRONLY | O_CLOEXEC)
+        if min(self.state.epoll, self.state.wake, self.state.bell, self.state.nowhere) < 0:
             raise_errno()
         event.events = EPOLLIN | EPOLLEXCLUSIVE
         event.data.u64 = 0
@@ -812,7 +1149,8 @@ cdef class Pump:
     def __dealloc__(self):
         cdef LogState *log
         self.stop_threads()
-        for descriptor in (self.state.epoll, self.state.wake, self.state.bell):
+        for descriptor in (
+                self.state.epoll, self.state.wake, self.state.bell, self.state.nowhere):
             if descriptor >= 0:
                 close(descriptor)
         while self.state.unused != NULL:
@@ -853,20 +1191,21 @@ cdef class Pump:
         self.stop_threads()
         for log in self.logs.values():
             (<Log> log).abandon()
+        self.state.news = NULL  # nobody holds those logs any more
         self.logs.clear()
 
     cdef void stop_threads(self) noexcept:
         cdef uint64_t one = 1
-        cdef int _number
+        cdef int i
         if self.closed:
             return
         self.closed = True
         self.state.stopping = True
         with nogil:
-            for _number in range(self.state.thread_count):
+            for _ in range(self.state.thread_count):
                 write(self.state.wake, &one, 8)
-            for _number in range(self.state.thread_count):
-                pthread_join(self.state.threads[_number], NULL)
+            for i in range(self.state.thread_count):
+                pthread_join(self.state.threads[i], NULL)
 
     cdef LogState *take_state(self) except NULL:
         cdef LogState *state = self.state.unused
@@ -889,15 +1228,24 @@ cdef class Log:
     cdef LogState *state
     cdef dict shared  # (offset, largest size) -> (message, next offset), the newest few
 
-    def __cinit__(self, Pump pump, uint64_t job, int stdout, int stderr):
+    def __cinit__(self, Pump pump, uint64_t job, int stdout, int stderr, *,
+                  uint64_t segment_bytes=SEGMENT_BYTES, uint64_t max_bytes=0,
+                  bint is_ring=False, Extent resumed=None):
         if pump.closed:
             raise ValueError("the pump is closed")
         if job in pump.logs:
             raise ValueError(f"job {job} has a log already")
+        if segment_bytes == 0:
+            raise ValueError("a segment has a size")
         self.pump = pump
         self.shared = {}
         self.state = pump.take_state()
         self.reset_state(job, stdout, stderr)
+        self.state.segment_bytes = segment_bytes
+        self.state.max_bytes = max_bytes
+        self.state.is_ring = is_ring
+        if resumed is not None:
+            resume(self.state, resumed)
         pump.logs[job] = self
         for stream in range(2):
             if self.state.pipes[stream] >= 0:
@@ -911,9 +1259,13 @@ cdef class Log:
         state.job = job
         state.run.place = state.run.time_ns = 0
         state.run_is_new = False
-        state.index_first = state.index_bytes = 0
+        state.index_first = state.index_bytes = state.segment_size = 0
+        state.gap_position = state.gap_stdout_bytes = 0
+        state.time_ns = state.drop_until_ns = 0
+        state.was_limited = False
         state.pending = 0
-        state.end = 0
+        state.end = state.kept_end = state.start = 0
+        state.stored_bytes = state.forgotten_bytes = state.disk_bytes = 0
         state.pipes[0] = stdout
         state.pipes[1] = stderr
         for stream in range(2):
@@ -948,11 +1300,37 @@ cdef class Log:
         return self.state.job
 
     @property
+    def segment_bytes(self):
+        return self.state.segment_bytes
+
+    @property
     def end(self):
         pthread_mutex_lock(&self.state.lock)
         end = self.state.end
         pthread_mutex_unlock(&self.state.lock)
         return end
+
+    @property
+    def told_end(self):
+        pthread_mutex_lock(&self.state.lock)
+        end = told_end(self.state)
+        pthread_mutex_unlock(&self.state.lock)
+        return end
+
+    @property
+    def lost_bytes(self):
+        cdef LogState *state = self.state
+        pthread_mutex_lock(&state.lock)
+        lost = state.end - (state.stored_bytes - state.forgotten_bytes)
+        pthread_mutex_unlock(&state.lock)
+        return lost
+
+    @property
+    def disk_bytes(self):
+        pthread_mutex_lock(&self.state.lock)
+        size = self.state.disk_bytes
+        pthread_mutex_unlock(&self.state.lock)
+        return size
 
     @property
     def stream_bytes(self):
@@ -1007,7 +1385,7 @@ cdef class Log:
         cdef LogState *state = self.state
         cdef bint waits
         pthread_mutex_lock(&state.lock)
-        waits = state.end <= offset and not state.finished
+        waits = told_end(state) <= offset and not state.finished
         if waits:
             state.waited_for = True
         pthread_mutex_unlock(&state.lock)
@@ -1024,6 +1402,8 @@ cdef class Log:
         pthread_mutex_lock(&state.lock)
         try:
             found = ring_message(state, offset, max_bytes, stream)
+            if found is None and offset < state.start:
+                found = lost_message(offset, state.start)
         finally:
             pthread_mutex_unlock(&state.lock)
         if shares and found is not None and found[0] is not None:
@@ -1033,6 +1413,22 @@ cdef class Log:
         return found
 
 
+cdef void resume(LogState *log, Extent extent) noexcept:
+    log.stream_bytes[0] = extent.stdout_bytes
+    log.stream_bytes[1] = extent.stderr_bytes
+    log.end = log.kept_end = extent.stdout_bytes + extent.stderr_bytes
+    log.start = extent.start
+    log.stored_bytes = extent.stored_bytes
+    log.forgotten_bytes = extent.forgotten_bytes
+    log.disk_bytes = extent.disk_bytes
+    log.index_first = extent.newest
+
+
+cdef uint64_t told_end(const LogState *log) noexcept nogil:
+    """How far readers may go: not into a gap of which nobody knows yet how far it goes."""
+    return log.end if log.finished else log.kept_end
+
+
 cdef object ring_message(LogState *log, uint64_t offset, uint64_t max_bytes, int stream):
     """(message or None, next offset) from the ring; None where the ring does not have it."""
     cdef Run runs[RING_RUNS]
@@ -1040,7 +1436,7 @@ cdef object ring_message(LogState *log, uint64_t offset, uint64_t max_bytes, int
     cdef uint64_t first, i
     cdef char *place = NULL
     cdef size_t length
-    if offset >= log.end:
+    if offset >= told_end(log):
         return None, offset
     if log.ring == NULL or offset < log.ring_start:
         return None
@@ -1081,8 +1477,8 @@ cdef uint64_t find_ring_run(LogState *log, uint64_t offset) noexcept nogil:
     return low
 
 
-cdef void copy_from_ring(
-        LogState *log, char *target, uint64_t offset, size_t length) noexcept nogil:
+cdef void copy_from_ring(LogState *log, char *target, uint64_t offset,
+                         size_t length) noexcept nogil:
     cdef size_t place = offset % log.ring_bytes
     cdef size_t part = min(length, log.ring_bytes - place)
     memcpy(target, log.ring + place, part)
@@ -1091,103 +1487,195 @@ cdef void copy_from_ring(
 
 # ── history: messages from the segments on disk ─────────────────────────────────────────
 
+# A file of a segment, or the same bytes where they are kept in some other way.
+cdef struct Source:
+    int fd            # -1: in memory
+    const char *data
+    uint64_t size     # at the time when it was opened
+
+
 def read_message(int directory, uint64_t job, uint64_t end, uint64_t offset,
                  uint64_t max_bytes, int stream=0, uint64_t segment_bytes=SEGMENT_BYTES):
     cdef uint64_t first = offset - offset % segment_bytes
-    cdef Run runs[MESSAGE_RUNS]
-    cdef Span span
-    cdef char *payload = NULL
+    cdef uint64_t limit = min(end, first + segment_bytes)
+    cdef Source segment, index
     cdef int error
     if offset >= end:
         return None, offset
+    with nogil:
+        error = open_sources(directory, job, first, &segment, &index)
+        if error == ENOENT:
+            limit = min(end, find_segment(directory, job, first + segment_bytes))
+    if error == ENOENT:
+        return lost_message(offset, limit)  # its segment was dropped
+    if error:
+        raise_damage(error, f"{job}.{first}")
+    try:
+        return source_message(&segment, &index, first, limit, end, offset, max_bytes, stream)
+    except OSError as damage:
+        raise_damage(damage.errno, f"{job}.{first}")
+    finally:
+        close(segment.fd)
+        close(index.fd)
+
+
+def read_packed(bytes segment, bytes index, uint64_t end, uint64_t offset, uint64_t max_bytes,
+                int stream=0):
+    cdef Source segment_source, index_source
+    if offset >= end:
+        return None, offset
+    segment_source.fd = index_source.fd = -1
+    segment_source.data = PyBytes_AS_STRING(segment)
+    segment_source.size = len(segment)
+    index_source.data = PyBytes_AS_STRING(index)
+    index_source.size = len(index)
+    return source_message(&segment_source, &index_source, 0, end, end, offset, max_bytes, stream)
+
+
+cdef int open_sources(int directory, uint64_t job, uint64_t first, Source *segment,
+                      Source *index) noexcept nogil:
+    """Returns errno, or 0. The segment first: whatever it holds by then, the index tells of."""
+    cdef int error = open_source(directory, job, first, b"log", segment)
+    if error:
+        return error
+    error = open_source(directory, job, first, b"idx", index)
+    if error:
+        close(segment.fd)
+    return error
+
+
+cdef int open_source(int directory, uint64_t job, uint64_t first, const char *kind,
+                     Source *source) noexcept nogil:
+    cdef struct_stat info
+    cdef int error
+    source.data = NULL
+    source.fd = open_file(directory, job, first, kind, O_RDONLY)
+    if source.fd < 0:
+        return errno
+    if fstat(source.fd, &info) < 0:
+        error = errno
+        close(source.fd)
+        return error
+    source.size = info.st_size
+    return 0
+
+
+cdef int read_source(const Source *source, void *place, size_t length,
+                     uint64_t position) noexcept nogil:
+    """Returns errno, or 0; EBADMSG where there is less."""
+    if position + length > source.size:
+        return EBADMSG
+    if source.fd >= 0:
+        return pread_all(source.fd, <char *> place, length, position)
+    memcpy(place, source.data + position, length)
+    return 0
+
+
+cdef object source_message(const Source *segment, const Source *index, uint64_t first,
+                           uint64_t limit, uint64_t end, uint64_t offset, uint64_t max_bytes,
+                           int stream):
+    """(message or None, next offset). limit: where the segment, or the log, ends."""
+    cdef Run runs[MESSAGE_RUNS]
+    cdef Span span
+    cdef char *payload = NULL
+    cdef bint is_lost = True
+    cdef int error = 0
     span.offset = offset
-    span.limit = cut(offset, min(end, first + segment_bytes), max_bytes)
+    span.limit = limit
     span.only = stream
     span.runs = runs
     span.run_count = 0
-    with nogil:
-        error = load_runs(directory, job, first, &span)
-    if error:
-        raise_damage(error, job, first, "idx")
+    if first + segment.size > offset:
+        with nogil:
+            error = load_runs(index, first, &span)
+        if error:
+            raise OSError(error, "")
+        is_lost = trim_to_gap(&span, end)
+    if is_lost:
+        return lost_message(offset, span.limit)
+    span.limit = cut(offset, min(span.limit, first + segment.size), max_bytes)
     if span_payload_bytes(&span) == 0:
         return None, span.limit
     message = new_message(&span, &payload)
     with nogil:
-        error = load_payload(directory, job, first, &span, payload)
+        error = load_payload(segment, first, &span, payload)
     if error:
-        raise_damage(error, job, first, "log")
+        raise OSError(error, "")
     return message, span.limit
 
 
-cdef int load_runs(int directory, uint64_t job, uint64_t first, Span *span) noexcept nogil:
+cdef bint trim_to_gap(Span *span, uint64_t end) noexcept nogil:
+    """Shortens the span to what is all there, or all dropped. Returns whether it is dropped."""
+    cdef size_t i
+    if span.run_count == 0:
+        return True
+    if run_offset(&span.runs[0]) > span.offset:
+        span.limit = min(span.limit, run_offset(&span.runs[0]))
+        return True
+    if run_stream(&span.runs[0]) == 0:
+        # The gap may go on behind this segment.
+        if span.run_count > 1:
+            span.limit = min(end, run_offset(&span.runs[1]))
+        return True
+    for i in range(1, span.run_count):
+        if run_stream(&span.runs[i]) == 0:
+            span.limit = min(span.limit, run_offset(&span.runs[i]))
+            break
+    return False
+
+
+cdef int load_runs(const Source *index, uint64_t first, Span *span) noexcept nogil:
     """Fills the span's runs from the index, and shortens the span to what they cover.
     Returns errno, or 0."""
-    cdef int index = open_file(directory, job, first, b"idx", O_RDONLY)
-    cdef int error
-    if index < 0:
-        return errno
-    error = load_runs_from(index, span)
-    close(index)
-    return error
-
-
-cdef int load_runs_from(int index, Span *span) noexcept nogil:
-    cdef struct_stat info
-    cdef char header[INDEX_HEADER_BYTES]
-    cdef uint64_t low, high, middle
+    cdef Header header
+    cdef uint64_t count, low, high, middle
     cdef Run run
-    cdef ssize_t got
-    if pread(index, header, INDEX_HEADER_BYTES, 0) != INDEX_HEADER_BYTES:
+    if index.size < HEADER_BYTES or read_source(index, &header, HEADER_BYTES, 0):
         return EBADMSG
-    if memcmp(header, INDEX_MAGIC, 8) != 0 or fstat(index, &info) < 0:
+    if memcmp(header.magic, INDEX_MAGIC, 8) != 0 or header.first != first:
         return EBADMSG
+    count = (index.size - HEADER_BYTES) // RUN_BYTES
     low = 0
-    high = (info.st_size - INDEX_HEADER_BYTES) // RUN_BYTES
-    while high - low > 1:
+    high = count
+    while high > low + 1:
         middle = (low + high) // 2
-        if pread(index, &run, RUN_BYTES, index_position(middle)) != RUN_BYTES:
+        if read_source(index, &run, RUN_BYTES, index_position(middle)):
             return EBADMSG
         if run_offset(&run) <= span.offset:
             low = middle
         else:
             high = middle
-    got = pread(index, span.runs, MESSAGE_RUNS * RUN_BYTES, index_position(low))
-    if got < RUN_BYTES or run_offset(&span.runs[0]) > span.offset:
+    count = min(count - low, MESSAGE_RUNS)
+    if read_source(index, span.runs, count * RUN_BYTES, index_position(low)):
         return EBADMSG
-    limit_to_runs(span, got // RUN_BYTES)
+    limit_to_runs(span, count)
     return 0
 
 
 cdef off_t index_position(uint64_t number) noexcept nogil:
-    return INDEX_HEADER_BYTES + number * RUN_BYTES
+    return HEADER_BYTES + number * RUN_BYTES
 
 
 cdef void limit_to_runs(Span *span, size_t loaded) noexcept nogil:
-    """Drops the runs behind the span. Where as many were loaded as there is room for, the
-    last one is only good for saying where the one before it ends."""
+    """Where as many were loaded as there is room for, the last one is only good for saying
+    where the one before it ends."""
     if loaded == MESSAGE_RUNS and run_offset(&span.runs[loaded - 1]) < span.limit:
         loaded -= 1
         span.limit = run_offset(&span.runs[loaded])
-    while loaded > 1 and run_offset(&span.runs[loaded - 1]) >= span.limit:
-        loaded -= 1
     span.run_count = loaded
 
 
-cdef int load_payload(int directory, uint64_t job, uint64_t first, const Span *span,
+cdef int load_payload(const Source *segment, uint64_t first, const Span *span,
                       char *place) noexcept nogil:
-    cdef int segment = open_file(directory, job, first, b"log", O_RDONLY)
     cdef uint64_t offset
     cdef size_t i, length
     cdef int error = 0
-    if segment < 0:
-        return errno
     for i in range(span.run_count):
         length = span_run_length(span, i)
         offset = max(span.offset, run_offset(&span.runs[i]))
         if error == 0 and length:
-            error = pread_all(segment, place, length, offset - first)
+            error = read_source(segment, place, length, offset - first)
         place += length
-    close(segment)
     return error
 
 
@@ -1205,12 +1693,120 @@ cdef int pread_all(int fd, char *place, size_t length, off_t position) noexcept 
     return 0
 
 
+# ── how far a log goes, by its files ────────────────────────────────────────────────────
+
+cdef class Extent:
+    """How far a log goes that an earlier process wrote."""
+
+    cdef readonly uint64_t segment_bytes
+    cdef readonly uint64_t stdout_bytes
+    cdef readonly uint64_t stderr_bytes
+    cdef readonly uint64_t disk_bytes
+    cdef uint64_t start
+    cdef uint64_t stored_bytes
+    cdef uint64_t forgotten_bytes
+    cdef uint64_t newest  # first offset of the newest segment
+
+    @property
+    def end(self):
+        return self.stdout_bytes + self.stderr_bytes
+
+    @property
+    def lost_bytes(self):
+        return self.end - (self.stored_bytes - self.forgotten_bytes)
+
+
+def read_extent(int directory, uint64_t job, firsts):
+    cdef Extent extent = Extent()
+    cdef Header header, newest
+    cdef uint64_t first
+    cdef bint has_index
+    cdef bint is_oldest = True
+    cdef int error
+    for first in sorted(firsts):
+        with nogil:
+            extent.disk_bytes += file_bytes(directory, job, first)
+            has_index = read_header(directory, job, first, &header)
+        if not has_index:
+            continue  # begun, and no byte of it was written
+        if is_oldest:
+            extent.start = header.stream_bytes[0] + header.stream_bytes[1]
+            extent.forgotten_bytes = header.stored_bytes
+            is_oldest = False
+        newest = header
+    if is_oldest:
+        return extent
+    extent.newest = newest.first
+    with nogil:
+        error = count_runs(directory, job, &newest)
+    if error:
+        raise_damage(error, f"{job}.{newest.first}")
+    extent.segment_bytes = newest.segment_bytes
+    extent.stdout_bytes = newest.stream_bytes[0]
+    extent.stderr_bytes = newest.stream_bytes[1]
+    extent.stored_bytes = newest.stored_bytes
+    return extent
+
+
+cdef int count_runs(int directory, uint64_t job, Header *header) noexcept nogil:
+    """Adds what the segment holds to what its header counts. Returns errno, or 0."""
+    cdef Source segment, index
+    cdef int error = open_sources(directory, job, header.first, &segment, &index)
+    if error:
+        return error
+    error = count_runs_from(&segment, &index, header)
+    close(segment.fd)
+    close(index.fd)
+    return error
+
+
+cdef int count_runs_from(const Source *segment, const Source *index,
+                         Header *header) noexcept nogil:
+    """A run reaches to the next one, the last to the end of the segment. After a loss of
+    power the segment may be shorter than its index says: the rest is lost, and counted."""
+    cdef Run runs[MESSAGE_RUNS]
+    cdef Run run
+    cdef uint64_t position = HEADER_BYTES
+    cdef uint64_t end = header.first + segment.size
+    cdef size_t count, i
+    run.place = run.time_ns = 0
+    while True:
+        count = min(MESSAGE_RUNS, (index.size - position) // RUN_BYTES)
+        if count == 0:
+            break
+        if read_source(index, runs, count * RUN_BYTES, position):
+            return EBADMSG
+        if position == HEADER_BYTES:
+            run = runs[0]
+        for i in range(count):
+            count_run(header, &run, run_offset(&runs[i]), end)
+            run = runs[i]
+        position += count * RUN_BYTES
+    if position > HEADER_BYTES:
+        count_run(header, &run, max(end, run_offset(&run)), end)
+    return 0
+
+
+cdef void count_run(Header *header, const Run *run, uint64_t limit,
+                    uint64_t end) noexcept nogil:
+    """One that reaches to `limit`, in a segment that holds bytes up to `end`."""
+    cdef uint64_t offset = run_offset(run)
+    cdef uint64_t length = limit - offset if limit > offset else 0
+    cdef int stream = run_stream(run)
+    if stream == 0:
+        header.stream_bytes[0] += min(run.time_ns, length)
+        header.stream_bytes[1] += length - min(run.time_ns, length)
+        return
+    header.stream_bytes[(stream - 1) & 1] += length
+    if end > offset:
+        header.stored_bytes += min(limit, end) - offset
+
+
 cdef raise_errno():
     raise OSError(errno, "cannot set up the output threads")
 
 
-cdef raise_damage(int error, uint64_t job, uint64_t first, str kind):
-    name = f"{job}.{first}.{kind}"
+cdef raise_damage(int error, str name):
     if error == EBADMSG:
         raise OSError(error, "shorter than, or different from, what was written", name)
     raise OSError(error, "cannot read the output of a job", name)

@@ -7,6 +7,7 @@ import resource
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -54,7 +55,13 @@ class Job:
         for descriptor in ours:
             os.set_blocking(descriptor, False)
         self.their_fds: dict[int, int] = dict(zip((STDOUT, STDERR), theirs, strict=False))
-        self.log = Log(self.pump, self.id, ours[0], -1 if self.merged else ours[1])
+        self.log = Log(
+            self.pump,
+            self.id,
+            ours[0],
+            -1 if self.merged else ours[1],
+            segment_bytes=self.segment_bytes,
+        )
 
     @property
     def size(self) -> int:
@@ -92,7 +99,7 @@ class Job:
 
     def read_disk(self, offset: int, max_bytes: int, stream: int) -> tuple[bytes | None, int]:
         return read_message(
-            self.folder, self.id, self.log.end, offset, max_bytes, stream, self.segment_bytes
+            self.folder, self.id, self.log.told_end, offset, max_bytes, stream, self.segment_bytes
         )
 
 
@@ -298,7 +305,7 @@ def test_a_merged_pipe_counts_as_stdout(pump: Pump, folder: int) -> None:
 
 
 def test_many_megabytes_over_several_segments(folder: int, tmp_path: Path) -> None:
-    pump = Pump(folder, 8 << 20, 1 << 20)
+    pump = Pump(folder, 8 << 20)
     job = Job(pump, folder, segment_bytes=1 << 20)
     job.log.add_reader()
     data = os.urandom(7_654_321)
@@ -337,13 +344,22 @@ def test_a_full_disk_holds_the_job_and_loses_nothing(pump: Pump, folder: int) ->
     job.close()
 
 
-@pytest.mark.parametrize("kind", ["log", "idx"])
-def test_a_damaged_file_is_an_error_and_not_wrong_bytes(pump: Pump, folder: int, kind: str) -> None:
+def test_a_damaged_index_is_an_error_and_not_wrong_bytes(pump: Pump, folder: int) -> None:
     job = Job(pump, folder)
     job.write(STDOUT, b"x" * 100)
-    os.truncate(f"/proc/self/fd/{folder}/1.0.{kind}", 5)
+    os.truncate(f"/proc/self/fd/{folder}/1.0.idx", 5)
     with pytest.raises(OSError, match="shorter than"):
         job.read_disk(0, 1024, 0)
+    job.close()
+
+
+def test_what_a_segment_has_lost_is_told(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    job.write(STDOUT, b"x" * 100)
+    os.truncate(f"/proc/self/fd/{folder}/1.0.log", 5)
+    chunks = job.read()
+    assert payload(chunks) == b"x" * 5
+    assert [chunk.lost_bytes for chunk in chunks] == [0, 95]
     job.close()
 
 
@@ -354,6 +370,84 @@ def test_closing_the_pump_closes_the_pipes(folder: int) -> None:
     with pytest.raises(BrokenPipeError):
         os.write(job.their_fds[STDOUT], b"x")
     job.close()
+
+
+# What a killed process leaves, and how the next one goes on.
+
+# A process that moves the output of job 1 until it is killed.
+MOVER = """
+import os, signal, sys
+from jobworker._fastio import Log, Pump, read_extent
+folder, stdout, stderr, segment_bytes = map(int, sys.argv[1:5])
+firsts = [int(first) for first in sys.argv[5:]]
+pump = Pump(folder, 1 << 20)
+extent = read_extent(folder, 1, firsts)
+log = Log(pump, 1, stdout, stderr, segment_bytes=segment_bytes, resumed=extent)
+signal.pause()
+"""
+
+
+def segments(folder: int, job: int = 1) -> list[int]:
+    names = [name.split(".") for name in os.listdir(folder)]
+    return sorted(int(first) for of, first, kind in names if of == str(job) and kind == "log")
+
+
+def read_all(folder: int, end: int, segment_bytes: int, stream: int = 0) -> list[pb.DataChunk]:
+    offset, chunks = 0, []
+    while offset < end:
+        message, offset = read_message(folder, 1, end, offset, 1 << 20, stream, segment_bytes)
+        if message is not None:
+            chunks.append(pb.DataChunk.FromString(message))
+    return chunks
+
+
+def test_killed_at_any_moment_and_gone_on_with(folder: int) -> None:
+    """Each byte once, in order, of the right stream, after ten kills."""
+    segment_bytes = 100_000
+    ours, theirs = zip(os.pipe(), os.pipe(), strict=True)
+    for descriptor in ours:
+        os.set_blocking(descriptor, False)
+    program = "i=0; while :; do echo out $((++i)); echo err $i >&2; done"
+    with subprocess.Popen(["bash", "-c", program], stdout=theirs[0], stderr=theirs[1]) as job:
+        for descriptor in theirs:
+            os.close(descriptor)
+        for kill in range(10):
+            before = _index_bytes(folder)
+            mover = subprocess.Popen(
+                [
+                    *(sys.executable, "-c", MOVER, str(folder), *map(str, ours)),
+                    *(str(segment_bytes), *map(str, segments(folder))),
+                ],
+                pass_fds=(folder, *ours),
+            )
+            while _index_bytes(folder) == before:
+                assert mover.poll() is None
+            time.sleep(kill / 1000)  # anywhere in what it does
+            mover.kill()
+            mover.wait()
+        job.kill()
+    pump = Pump(folder, 1 << 20)
+    extent = _fastio.read_extent(folder, 1, segments(folder))
+    log = Log(pump, 1, *ours, segment_bytes=segment_bytes, resumed=extent)
+    wait_finished(pump, log)
+    pump.close()
+    for stream, name in ((STDOUT, "out"), (STDERR, "err")):
+        data = payload(read_all(folder, log.end, segment_bytes, stream))
+        count = data.count(b"\n")
+        assert count > 10_000
+        assert data == "".join(f"{name} {i}\n" for i in range(1, count + 1)).encode()
+        assert log.stream_bytes[stream - 1] == len(data)
+    assert log.lost_bytes == 0
+    assert log.disk_bytes == disk_bytes(folder)
+
+
+def disk_bytes(folder: int) -> int:
+    return sum(os.stat(name, dir_fd=folder).st_size for name in os.listdir(folder))
+
+
+def _index_bytes(folder: int) -> int:
+    names = [name for name in os.listdir(folder) if name.endswith(".idx")]
+    return sum(os.stat(name, dir_fd=folder).st_size for name in names)
 
 
 # A property test: the log against a list.
@@ -383,7 +477,7 @@ def test_any_reader_of_any_log_gets_what_was_written(
     reader_from: int,
 ) -> None:
     folder = os.open(tmp_path_factory.mktemp("logs"), os.O_RDONLY | os.O_DIRECTORY)
-    pump = Pump(folder, 1 << 20, SMALL_SEGMENT)
+    pump = Pump(folder, 1 << 20)
     job = Job(pump, folder, segment_bytes=SMALL_SEGMENT)
     try:
         for number, (stream, data) in enumerate(writes):

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from jobworker import job as transition
-from jobworker._fastio import Log
+from jobworker._fastio import Extent, Log
 from jobworker.engine.cgroup import Cgroup, CgroupTree
 from jobworker.engine.command import base_environment, check_working_directory, resolve
 from jobworker.engine.jobinit import Exited, Failed, Held, Started, StartRequest
@@ -206,15 +206,16 @@ class Manager:
     async def recover(self, held: list[Held]) -> None:
         """Takes over what an earlier server left. held: of `Jobinits.connect`."""
         records = {job.id: job for job in await self._store.unended()}
+        extents = await asyncio.to_thread(self._output.recover, list(records))
         ended = 0
         for each in held:
             record = records.pop(each.job_id, None) or await self._store.get(each.job_id)
             ended += each.ending is not None
-            self._take_over(each.job_id, record, each)
+            self._take_over(each.job_id, record, each, extents.get(each.job_id))
         if held:
             log.info("took over %d jobs, of which %d have ended meanwhile", len(held), ended)
         for record in records.values():
-            self._take_over(record.id, record, None)
+            self._take_over(record.id, record, None, extents[record.id])
         self._kill_leftovers()
 
     async def close(self, *, stop_jobs: bool) -> None:
@@ -243,7 +244,9 @@ class Manager:
 
     # What an earlier server left
 
-    def _take_over(self, job_id: int, record: Job | None, held: Held | None) -> None:
+    def _take_over(
+        self, job_id: int, record: Job | None, held: Held | None, extent: Extent | None
+    ) -> None:
         decision = decide(record, held, is_jobinit_there=self._jobinits.was_there)
         if decision is Decision.RECORDED:
             _close(held)
@@ -256,7 +259,7 @@ class Manager:
         live.cgroup = self.cgroups.find(job_id)
         if decision is Decision.FOLLOW:
             assert held is not None and held.started is not None
-            self._follow(live, held.started, held.ending)
+            self._follow(live, held.started, held.ending, extent)
         elif decision is Decision.AWAIT:
             self._spawn(self._start_again(live))
         elif decision is Decision.NEVER_RAN:
@@ -266,10 +269,16 @@ class Manager:
             problem = "the server ended before it could start the job; create it again"
             self._spawn(self._fail_start(live, JobinitError(problem)))
         else:
-            self._spawn(self._lose(live))
+            self._spawn(self._lose(live, extent))
 
-    def _follow(self, live: _LiveJob, started: Started, ending: Exited | Failed | None) -> None:
-        self._open_log(live, started)
+    def _follow(
+        self,
+        live: _LiveJob,
+        started: Started,
+        ending: Exited | Failed | None,
+        extent: Extent | None,
+    ) -> None:
+        self._open_log(live, started, extent)
         if live.job.status is Status.INITIALIZING:
             self._mark_started(live, started)
         if isinstance(ending, Exited):
@@ -288,13 +297,15 @@ class Manager:
         except (StartFailedError, JobinitError) as error:
             await self._fail_start(live, error)
 
-    async def _lose(self, live: _LiveJob) -> None:
+    async def _lose(self, live: _LiveJob, extent: Extent | None) -> None:
         """Neither jobinit nor a record knows how the job ended, if it has."""
         log.warning("job %d is lost: nobody is left to tell how it ended", live.job.id)
         if live.cgroup:
             await self._kill_cgroup(live, live.cgroup)
-        sizes = await asyncio.to_thread(self._output.recover_sizes, live.job.id)
-        live.job = replace(live.job, stdout_bytes=sizes[0], stderr_bytes=sizes[1])
+        if extent:
+            live.job = replace(
+                live.job, stdout_bytes=extent.stdout_bytes, stderr_bytes=extent.stderr_bytes
+            )
         accounting = self._account(live, None)
         job = transition.lost(live.job, _why_lost(live.job), time.time_ns())
         await self._record_end(live, replace(job, accounting=accounting[0]))
@@ -418,8 +429,10 @@ class Manager:
         elif live.kill_at is not None:
             self._send_stop(live)
 
-    def _open_log(self, live: _LiveJob, started: Started) -> None:
-        live.log = self._output.open_log(live.job.id, started.stdout_fd, started.stderr_fd)
+    def _open_log(self, live: _LiveJob, started: Started, resumed: Extent | None = None) -> None:
+        live.log = self._output.open_log(
+            live.job.id, started.stdout_fd, started.stderr_fd, resumed=resumed
+        )
         live.begun.set_result(None)
 
     def _mark_started(self, live: _LiveJob, started: Started) -> None:

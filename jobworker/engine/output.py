@@ -8,16 +8,20 @@ and a slow reader holds up nobody and misses nothing.
 from __future__ import annotations
 
 import asyncio
+import enum
 import errno
 import logging
 import os
-import struct
+import re
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jobworker import _fastio
-from jobworker._fastio import Log
+from jobworker._fastio import Extent, Log
 from jobworker.errors import ShuttingDownError, StateFolderError
 
 logger = logging.getLogger(__name__)
@@ -33,46 +37,119 @@ UNWRITTEN_BUDGET_BYTES = 32 << 20
 
 HISTORY_THREADS = 2
 
-INDEX_HEADER_BYTES = 16
-RUN = struct.Struct("=QQ")
-STREAM_SHIFT = 56
+FILE_NAME = re.compile(r"(\d+)\.(\d+)\.(log|idx)")
+
+# Of a job with a quota, in segments: no index outgrows its segment more than sixteenfold, so
+# the newest segment alone never exceeds a quota that is not tiny.
+SMALLEST_SEGMENT_BYTES = 64 << 10
+SEGMENTS_PER_QUOTA = 17
+# Beyond so many possible names of files it is faster to look which there are.
+MOST_GUESSED_SEGMENTS = 4096
+
+# What a log may have at the most to be kept in some other way than in two files.
+LARGEST_PACKED_BYTES = 16 << 10
+
+
+# With these errors a disk says that it has no room.
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class LogPolicy(enum.StrEnum):
+    """What happens once a job's log has reached its quota."""
+
+    RING = "ring"  # the oldest segments give way
+    HEAD = "head"  # what comes is dropped
+    STOP = "stop"  # what comes is dropped, and `Output.on_log_limit` is called
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Of one job's log; the same for its life, and needed to read it."""
+
+    max_bytes: int = 0  # of all its files; 0: no limit
+    policy: LogPolicy = LogPolicy.RING
+
+    @property
+    def segment_bytes(self) -> int:
+        """A power of two."""
+        if not self.max_bytes:
+            return _fastio.SEGMENT_BYTES
+        largest = 1 << (self.max_bytes // SEGMENTS_PER_QUOTA).bit_length() >> 1
+        return max(SMALLEST_SEGMENT_BYTES, min(largest, _fastio.SEGMENT_BYTES))
+
+
+UNLIMITED = Quota()
+
+
+class Packed(NamedTuple):
+    """A small log of an ended job: the bytes of its two files."""
+
+    segment_data: bytes
+    index_data: bytes
 
 
 class Output:
     """The logs of all jobs, in one folder."""
 
-    def __init__(self, folder: Path, ring_budget_bytes: int) -> None:
+    def __init__(self, folder: Path, ring_budget_bytes: int, drops_when_full: bool = False) -> None:
         """Belongs to the running event loop. Raises StateFolderError where the folder cannot
-        hold logs."""
+        hold logs.
+
+        drops_when_full: what jobs write while the disk is full is dropped; else they wait.
+        """
         self.unwritten_bytes = 0
         self.is_closing = False
+        # Called with the id of a job whose log has reached a quota of policy STOP.
+        self.on_log_limit: Callable[[int], None] | None = None
+        self._drops_when_full = drops_when_full
+        self._stop_at_limit: set[int] = set()
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
         self._directory = _open_folder(folder)
         self._threads = ThreadPoolExecutor(HISTORY_THREADS, thread_name_prefix="history")
-        self._pump = _fastio.Pump(self._directory, ring_budget_bytes)
+        self._pump = _fastio.Pump(self._directory, ring_budget_bytes, drops_when_full)
         self._loop.add_reader(self._pump.fileno(), self._take_news)
 
-    def open_log(self, job_id: int, stdout_fd: int, stderr_fd: int) -> Log:
-        """Takes over the read ends of a job's pipes; stderr_fd is -1 for a merged one."""
-        return Log(self._pump, job_id, stdout_fd, stderr_fd)
+    def open_log(
+        self,
+        job_id: int,
+        stdout_fd: int,
+        stderr_fd: int,
+        quota: Quota = UNLIMITED,
+        resumed: Extent | None = None,
+    ) -> Log:
+        """Takes over the read ends of a job's pipes; stderr_fd is -1 for a merged one.
+
+        resumed: from `recover`, for a job that an earlier server started.
+        """
+        if quota.policy is LogPolicy.STOP:
+            self._stop_at_limit.add(job_id)
+        return Log(
+            self._pump,
+            job_id,
+            stdout_fd,
+            stderr_fd,
+            segment_bytes=quota.segment_bytes,
+            max_bytes=quota.max_bytes,
+            is_ring=quota.policy is LogPolicy.RING,
+            resumed=resumed,
+        )
 
     async def wait_finished(self, log: Log) -> None:
         """Returns once both pipes are closed and all their bytes are on disk."""
         while not log.finished:
             await self._news_of(log)
 
-    def recover_sizes(self, job_id: int) -> tuple[int, int]:
-        """The bytes of stdout and of stderr that are on disk, by the index; blocking.
+    def recover(self, job_ids: Iterable[int]) -> dict[int, Extent]:
+        """How far the logs of these jobs go, by what an earlier server left on disk. Blocks.
 
-        For a job whose server died: the index is written before the bytes it describes, so
-        the segments' sizes say how far it holds.
+        To be called before any log is opened. Raises OSError where files cannot be read.
         """
-        sizes = [0, 0, 0]
-        for first in sorted(_segments_of(self._directory, job_id)):
-            for stream, length in _runs_of(self._directory, job_id, first):
-                sizes[stream] += length
-        return sizes[_fastio.STDOUT], sizes[_fastio.STDERR]
+        found = _segments(self._directory)
+        return {
+            job_id: _fastio.read_extent(self._directory, job_id, found.get(job_id, ()))
+            for job_id in job_ids
+        }
 
     def interrupt_readers(self) -> None:
         """All readers that have caught up, now and from now on, end with ShuttingDownError."""
@@ -90,7 +167,13 @@ class Output:
             _resolve(futures)
 
     async def message_from_disk(
-        self, job_id: int, end: int, offset: int, max_bytes: int, stream: int
+        self,
+        job_id: int,
+        end: int,
+        offset: int,
+        max_bytes: int,
+        stream: int,
+        segment_bytes: int,
     ) -> tuple[bytes | None, int]:
         """`_fastio.read_message` in a thread: a slow disk delays nobody else."""
         return await self._loop.run_in_executor(
@@ -102,13 +185,14 @@ class Output:
             offset,
             max_bytes,
             stream,
+            segment_bytes,
         )
 
     async def wait_from(self, log: Log, offset: int) -> bool:
         """False once there will never be a byte at `offset`; True when it is worth a look."""
         if log.wait_from(offset):
             await self._news_of(log)
-        return not log.finished or offset < log.end
+        return not log.finished or offset < log.told_end
 
     async def _news_of(self, log: Log) -> None:
         future = self._loop.create_future()
@@ -119,7 +203,21 @@ class Output:
         for log, bits in self._pump.news():
             _resolve(self._waiting.pop(log.job, ()))
             if bits & _fastio.TROUBLE:
-                _report_trouble(log)
+                self._report_trouble(log)
+            if bits & _fastio.LIMIT and log.job in self._stop_at_limit and self.on_log_limit:
+                self.on_log_limit(log.job)
+            if bits & _fastio.FINISHED:
+                self._stop_at_limit.discard(log.job)
+
+    def _report_trouble(self, log: Log) -> None:
+        if not log.error:
+            logger.warning("job %d: its output can be written again", log.job)
+            return
+        reason = os.strerror(log.error)
+        if self._drops_when_full and log.error in FULL:
+            logger.error("job %d loses output, which cannot be written: %s", log.job, reason)
+        else:
+            logger.error("job %d waits, as its output cannot be written: %s", log.job, reason)
 
 
 class Reader:
@@ -134,10 +232,14 @@ class Reader:
         offset: int = 0,
         stream: int = 0,
         follow: bool = True,
+        quota: Quota = UNLIMITED,
+        packed: Packed | None = None,
     ) -> None:
         """log: of a job that has not ended; None: the job has ended, and wrote `end` bytes.
         stream: _fastio.STDOUT, STDERR, or 0 for both.
         follow: False ends at what is there now.
+        quota: of the job's log.
+        packed: the log of an ended job, where it is no longer in files.
         """
         self.offset = offset
         self._output = output
@@ -146,6 +248,8 @@ class Reader:
         self._end = log.end if log else end
         self._stream = stream
         self._follow = follow and log is not None
+        self._quota = quota
+        self._packed = packed
         self._max_bytes = FIRST_MESSAGE_BYTES
         self._handed_bytes = 0
         self._handed_at = 0.0
@@ -153,7 +257,8 @@ class Reader:
             log.add_reader()
 
     async def next(self) -> bytes | None:
-        """The next finished DataChunk; None when there are no more.
+        """The next finished DataChunk; None when there are no more. Where bytes were dropped,
+        one without payload says how many.
 
         Asking for the next says that the one before has been written. Raises
         ShuttingDownError where it would have to wait and the server is about to end.
@@ -183,11 +288,20 @@ class Reader:
         """Steps to the end of the next message; None where that has no byte for us."""
         found = None
         if self._log and self._follow:
-            self._end = self._log.end
+            self._end = self._log.told_end
             found = self._log.message(self.offset, self._max_bytes, self._stream)
+        if self._packed:
+            found = _fastio.read_packed(
+                *self._packed, self._end, self.offset, self._max_bytes, self._stream
+            )
         if found is None:
             found = await self._output.message_from_disk(
-                self._job_id, self._end, self.offset, self._max_bytes, self._stream
+                self._job_id,
+                self._end,
+                self.offset,
+                self._max_bytes,
+                self._stream,
+                self._quota.segment_bytes,
             )
         message, self.offset = found
         return message
@@ -222,14 +336,6 @@ def _resolve(futures: list[asyncio.Future[None]] | tuple[()]) -> None:
             future.set_result(None)
 
 
-def _report_trouble(log: Log) -> None:
-    if log.error:
-        reason = os.strerror(log.error)
-        logger.error("job %d waits, as its output cannot be written: %s", log.job, reason)
-    else:
-        logger.warning("job %d goes on: its output can be written again", log.job)
-
-
 def _open_folder(folder: Path) -> int:
     folder.mkdir(mode=0o700, exist_ok=True)
     directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -262,30 +368,18 @@ def _try_splice(folder: Path, directory: int) -> None:
             os.close(descriptor)
 
 
-def _segments_of(directory: int, job_id: int) -> list[int]:
-    """The first offsets of a job's segments."""
-    prefix, suffix = f"{job_id}.", ".log"
-    return [
-        int(name[len(prefix) : -len(suffix)])
-        for name in os.listdir(directory)
-        if name.startswith(prefix) and name.endswith(suffix)
-    ]
-
-
-def _runs_of(directory: int, job_id: int, first: int) -> list[tuple[int, int]]:
-    """(stream, length) of each run in one segment."""
-    name = f"{job_id}.{first}"
-    end = first + os.stat(f"{name}.log", dir_fd=directory).st_size
-    index = os.open(f"{name}.idx", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-    with open(index, "rb") as file:
-        records = file.read()[INDEX_HEADER_BYTES:]
-    records = records[: len(records) // RUN.size * RUN.size]
-    runs = [
-        (place >> STREAM_SHIFT, place & ((1 << STREAM_SHIFT) - 1))
-        for place, _ in RUN.iter_unpack(records)
-    ]
-    ends = [min(offset, end) for _, offset in runs[1:]] + [end]
-    return [
-        (stream, max(0, limit - offset))
-        for (stream, offset), limit in zip(runs, ends, strict=False)
-    ]
+def _segments(directory: int) -> dict[int, list[int]]:
+    """By job, the first offsets of its segments. An index without its segment, which a server
+    left that was killed while it removed both, is removed."""
+    found: dict[int, list[int]] = {}
+    names = set(os.listdir(directory))
+    for name in names:
+        match = FILE_NAME.fullmatch(name)
+        if match is None:
+            continue  # not ours
+        job_id, first, kind = match.groups()
+        if kind == "log":
+            found.setdefault(int(job_id), []).append(int(first))
+        elif f"{job_id}.{first}.log" not in names:
+            os.unlink(name, dir_fd=directory)
+    return found

@@ -56,6 +56,11 @@ async def rest(reader: Reader) -> bytes:
     return payload
 
 
+def sizes(output: Output, job_id: int) -> tuple[int, int]:
+    extent = output.recover([job_id])[job_id]
+    return extent.stdout_bytes, extent.stderr_bytes
+
+
 async def landed(log: Log, size: int) -> None:
     while log.end < size:
         await asyncio.sleep(0)
@@ -90,7 +95,7 @@ def test_an_ended_job_is_read_from_disk(tmp_path: Path) -> None:
         assert await rest(Reader(output, 1, None, 6)) == b"outerr"
         assert await rest(Reader(output, 1, None, 6, offset=2)) == b"terr"
         assert await rest(Reader(output, 1, None, 6, stream=STDERR)) == b"err"
-        assert output.recover_sizes(1) == (3, 3)
+        assert sizes(output, 1) == (3, 3)
 
     run(tmp_path, test)
 
@@ -157,11 +162,11 @@ def test_sizes_are_recovered_from_a_torn_index(tmp_path: Path) -> None:
             await landed(pipes.log, 5 * (number + 1))
         pipes.close()
         await output.wait_finished(pipes.log)
-        assert output.recover_sizes(1) == (25, 25)
+        assert sizes(output, 1) == (25, 25)
         with open(tmp_path / "output" / "1.0.idx", "ab") as index:
             index.write(b"torn")
-        assert output.recover_sizes(1) == (25, 25)
-        assert output.recover_sizes(2) == (0, 0)
+        assert sizes(output, 1) == (25, 25)
+        assert sizes(output, 2) == (0, 0)
 
     run(tmp_path, test)
 
