@@ -99,6 +99,7 @@ class Job:
     accounting: Accounting | None = None
     stdout_bytes: int = 0
     stderr_bytes: int = 0
+    log_bytes: int = 0  # what output and index of an ended job take in the state folder
     cleanup_uncertain: bool = False
 
     @property
