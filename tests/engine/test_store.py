@@ -444,6 +444,12 @@ def test_ids_after_a_power_loss(tmp_path: Path, count: int) -> None:
     assert take(copy, 1)[0] <= 3 + count + 2 * store_module.ID_BLOCK
 
 
+def test_a_killed_process_costs_no_id(tmp_path: Path) -> None:
+    """The machine goes on, and with it what last-run says."""
+    ids = copy_of_a_running_store(tmp_path, tmp_path / "copy", 10)
+    assert take(tmp_path / "copy", 1) == [ids[-1] + 1]
+
+
 @pytest.mark.parametrize("removed", [{"jobs.db"}, {"last-run"}, {"jobs.db", "last-run"}])
 def test_ids_after_files_were_deleted(tmp_path: Path, removed: set[str]) -> None:
     ids = take(tmp_path, 10)

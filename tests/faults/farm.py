@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -132,7 +133,7 @@ class Farm:
         try:
             while not self._over.is_set():
                 number += 1
-                self.call(lambda client, number=number: self._create(client, number))
+                self.call(partial(self._create, number=number))
                 time.sleep(self.chance.uniform(0.02, 0.2))
         except Exception as error:  # noqa: BLE001 told by `finish`
             self._failure = f"creating: {type(error).__name__}: {error}"
