@@ -9,12 +9,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.farm import Farm
 
+from faults.farm import Farm
 from functional.server import Server
 
 KILLS = int(os.environ.get("JOBWORKER_KILLS", "20"))
@@ -23,13 +23,13 @@ SECONDS = 120 + 3 * KILLS
 
 
 @pytest.fixture
-def farm(start_server: Callable[..., Server], tmp_path: Path) -> Iterator[Farm]:
+def farm(start_server: Callable[..., Server], tmp_path: Path) -> Farm:
     def start(port: int) -> Server:
         return start_server(port=port, STOP_JOBS="no", DEFAULT_MEMORY="0", DEFAULT_CPU="0")
 
     seed = int(os.environ.get("JOBWORKER_SEED", str(time.time_ns() % 1_000_000)))
-    print(f"JOBWORKER_SEED={seed}", file=sys.stderr)
-    yield Farm(start, tmp_path, seed)
+    sys.stderr.write(f"JOBWORKER_SEED={seed}\n")
+    return Farm(start, tmp_path, seed)
 
 
 def kill_server(server: Server) -> None:
