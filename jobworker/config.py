@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _setting(
 def parse_address(text: str) -> str:
     """`host:port`, `[::1]:port`, or `:port` for all addresses."""
     host, separator, port = text.rpartition(":")
-    if not separator or not port.isdecimal() or int(port) > 65535:
+    if not separator or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise ValueError("use HOST:PORT, such as 0.0.0.0:50051; port 0 takes any free one")
     if ":" in host and not re.fullmatch(r"\[[0-9a-fA-F:.%\w]+\]", host):
         raise ValueError("put an IPv6 address in brackets, such as [::1]:50051")
@@ -65,28 +66,32 @@ def parse_address(text: str) -> str:
 
 def _parse_number(least: int, most: int = INT32_MAX) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if not least <= number <= most:
+        is_number = re.fullmatch(r"[+-]?[0-9]{1,18}", text.strip())
+        number = int(text) if is_number else None
+        if number is None or not least <= number <= most:
             raise ValueError(f"use a whole number from {least} to {most}")
         return number
 
     return parse
 
 
+# Beyond it clocks overflow somewhere.
+LONGEST_SECONDS = 100 * 365 * 86400
 SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def parse_seconds(text: str) -> float:
     """`2`, `0.5`, `500ms`, `2s`, `5m`, `1h`, `7d`."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(ms|s|m|h|d|)", text.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*(ms|s|m|h|d|)", text.strip())
     if not match:
         raise ValueError("use seconds, or a number with ms, s, m, h or d, such as 500ms")
-    return float(match[1]) * SECONDS[match[2]]
+    seconds = float(match[1]) * SECONDS[match[2]]
+    if seconds > LONGEST_SECONDS:
+        raise ValueError("use less than 100 years")
+    return seconds
 
 
+MOST_BYTES = (1 << 63) - 1
 BYTES = {"": 1, "b": 1} | {
     unit: 1 << shift
     for letter, shift in (("k", 10), ("m", 20), ("g", 30), ("t", 40))
@@ -96,10 +101,13 @@ BYTES = {"": 1, "b": 1} | {
 
 def parse_bytes(text: str) -> int:
     """`1048576`, `64KiB`, `10M`, `1.5 GiB`; all in powers of 1,024."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([a-z]*)", text.strip().lower())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)\s*([a-z]*)", text.strip().lower())
     if not match or match[2] not in BYTES:
         raise ValueError("use bytes, or a number with KiB, MiB, GiB or TiB, such as 64MiB")
-    return int(float(match[1]) * BYTES[match[2]])
+    count = Fraction(match[1].rstrip(".")) * BYTES[match[2]]
+    if count > MOST_BYTES:
+        raise ValueError("use less than 8 million TiB")
+    return int(count)
 
 
 def _parse_choice(*choices: str) -> Callable[[str], str]:
@@ -119,17 +127,26 @@ def _parse_bool(text: str) -> bool:
 
 
 def _parse_path(text: str) -> Path:
-    if not text:
+    if not text or "\0" in text:
         raise ValueError("give a path")
-    return Path(text).expanduser().absolute()
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError("give a path without ~, as that user has no home folder") from error
 
 
 def default_state_dir() -> Path:
-    """/var/lib/jobworker for root, else the XDG state folder."""
+    """/var/lib/jobworker for root, else the XDG state folder. Raises SettingError."""
     if os.getuid() == 0:
         return Path("/var/lib/jobworker")
     base = os.environ.get("XDG_STATE_HOME", "")
-    return Path(base if base.startswith("/") else Path.home() / ".local/state") / "jobworker"
+    if base.startswith("/"):
+        return Path(base) / "jobworker"
+    try:
+        return Path.home() / ".local/state/jobworker"
+    except RuntimeError as error:
+        problem = "not set, and this user has no home folder"
+        raise SettingError(f"{PREFIX}STATE_DIR", "", problem, "give a folder") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,7 @@ class Job:
     accounting: Accounting | None = None
     stdout_bytes: int = 0
     stderr_bytes: int = 0
+    log_bytes: int = 0  # what output and index of an ended job take in the state folder
     cleanup_uncertain: bool = False
 
     @property
@@ -123,6 +124,7 @@ class OomKills:
 # than enough left for the job (man 2 execve, "Limits on size of arguments and environment").
 LONGEST_STRING_BYTES = 128 << 10
 LONGEST_STRINGS_BYTES = 512 << 10
+POINTER_BYTES = 8  # each string also costs one
 LONGEST_NAME = 256
 
 
@@ -172,8 +174,9 @@ def _check_string(field_name: str, value: str) -> None:
 
 
 def _check_total(spec: JobSpec) -> None:
-    total = _size(spec.command) + sum(map(_size, spec.args))
-    total += sum(_size(f"{name}={value}") for name, value in spec.environment.items())
+    variables = [f"{name}={value}" for name, value in spec.environment.items()]
+    strings = [spec.command, *spec.args, *variables]
+    total = sum(map(_size, strings)) + POINTER_BYTES * len(strings)
     if total > LONGEST_STRINGS_BYTES:
         problem = f"are {total} bytes together; at most {LONGEST_STRINGS_BYTES} are taken"
         raise InvalidRequestError("args and environment", f"{problem}, so pass them in a file")
@@ -191,7 +194,7 @@ def created(job_id: int, spec: JobSpec, now_ns: int) -> Job:
 def started(job: Job, now_ns: int) -> Job:
     """The exec of the job's command is proved."""
     _require(job, Status.INITIALIZING, "start")
-    return replace(job, status=Status.RUNNING, started_ns=now_ns)
+    return replace(job, status=Status.RUNNING, started_ns=_not_before(job, now_ns))
 
 
 def request_end(job: Job, cause: Cause) -> Job:
@@ -287,7 +290,7 @@ def _status_of(cause: Cause, exit_code: int) -> Status:
 
 
 def _not_before(job: Job, now_ns: int) -> int:
-    """The clock may have been set back: an end never stands before its start."""
+    """The clock may have been set back: no time stands before one that came earlier."""
     return max(now_ns, job.started_ns, job.created_ns)
 
 

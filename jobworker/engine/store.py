@@ -1,19 +1,27 @@
-"""The records of all jobs, in SQLite, and the ids of those to come.
+"""The records of all jobs, the output of small ones, and the ids of those to come.
 
-    jobs.db    the records (jobs.db-wal and jobs.db-shm belong to it)
-    next-id    no id from this one on was ever given out; renewed, with fsync, a block ahead
+    jobs.db     the records, in SQLite (jobs.db-wal and jobs.db-shm belong to it)
+    next-id     no id from this one on was ever given out; renewed, with fsync, a block ahead
+    last-run    how the last server that used them ended, and the id that it would give next
 
-One thread writes. Whatever was put while it was busy goes into one transaction, so a single
-record never waits for others, and many share one commit. A commit survives the death of this
-process at once, and that of the machine within a second.
+Three threads, each with a connection of its own, so that none waits for another's disk:
+- the writer. Whatever was put while it was busy goes into one transaction, so a single record
+  never waits for others, and many share one commit. A commit survives the death of this
+  process at once.
+- the syncer, which brings commits to the disk. They survive the death of the machine within
+  a second.
+- the reader.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
+import mmap
 import os
 import queue
 import sqlite3
@@ -21,8 +29,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from jobworker.errors import StateFolderError, StoreError
 from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status
@@ -54,12 +63,49 @@ MIGRATIONS = (
     CREATE INDEX jobs_by_name ON jobs (name, id) WHERE name != '';
     CREATE TABLE facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
     """,
+    # Small outputs, what retention asks for, and no search in which jobs that do not fit are
+    # looked at. facts told which ids were given out; last-run does.
+    """
+    DROP TABLE facts;
+    ALTER TABLE jobs ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0;
+    UPDATE jobs SET log_bytes = stdout_bytes + stderr_bytes WHERE ended_ns > 0;
+    DROP INDEX jobs_by_name;
+    CREATE INDEX jobs_by_name ON jobs (name, status, id) WHERE name != '';
+    CREATE INDEX jobs_by_end ON jobs (ended_ns, id, log_bytes) WHERE ended_ns > 0;
+    CREATE TABLE outputs (
+        job_id INTEGER PRIMARY KEY,
+        segment BLOB NOT NULL,
+        "index" BLOB NOT NULL
+    );
+    CREATE TABLE totals (ended_jobs INTEGER NOT NULL, log_bytes INTEGER NOT NULL);
+    INSERT INTO totals SELECT count(*), coalesce(sum(log_bytes), 0) FROM jobs WHERE ended_ns > 0;
+    CREATE TRIGGER job_inserted AFTER INSERT ON jobs WHEN new.ended_ns > 0 BEGIN
+        UPDATE totals SET ended_jobs = ended_jobs + 1, log_bytes = log_bytes + new.log_bytes;
+    END;
+    CREATE TRIGGER job_updated AFTER UPDATE ON jobs WHEN new.ended_ns > 0 OR old.ended_ns > 0 BEGIN
+        UPDATE totals SET
+            ended_jobs = ended_jobs + (new.ended_ns > 0) - (old.ended_ns > 0),
+            log_bytes = log_bytes
+                + iif(new.ended_ns > 0, new.log_bytes, 0)
+                - iif(old.ended_ns > 0, old.log_bytes, 0);
+    END;
+    CREATE TRIGGER job_deleted AFTER DELETE ON jobs BEGIN
+        DELETE FROM outputs WHERE job_id = old.id;
+        UPDATE totals SET ended_jobs = ended_jobs - 1, log_bytes = log_bytes - old.log_bytes
+            WHERE old.ended_ns > 0;
+    END;
+    """,
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 
 # Ids that may be skipped when the machine loses power.
 ID_BLOCK = 1000
 SYNC_SECONDS = 1.0
+# Beyond it the WAL goes into the database. The next start must read what is in it.
+LONG_WAL_BYTES = 16 << 20
+# How long writing waits for readers that keep the WAL from being cut off, once a second.
+WAL_WAIT_MILLISECONDS = 20
+LOCK_WAIT_MILLISECONDS = 5000
 # To read a row in one go; SQLite's own default is 2 MiB of pages.
 CACHE_KIB = 4096
 
@@ -67,22 +113,65 @@ UNENDED = (Status.INITIALIZING, Status.RUNNING)
 
 COLUMNS = (
     *("id", "status", "name", "created_ns", "started_ns", "ended_ns", "cause", "exit_code"),
-    *("signal", "stdout_bytes", "stderr_bytes", "spec", "rest"),
+    *("signal", "stdout_bytes", "stderr_bytes", "spec", "rest", "log_bytes"),
 )
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs"
-REPLACE = f"INSERT OR REPLACE INTO jobs VALUES ({', '.join('?' * len(COLUMNS))})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Statement:
+    """One for any number of rows: after each call of SQLite the writer must get the
+    interpreter's lock back, so one call for many rows is worth more than many quick ones."""
+
+    head: str
+    row: str
+    tail: str = ""
+
+    def for_rows(self, count: int) -> str:
+        return self.head + ", ".join([self.row] * count) + self.tail
+
+
+ROWS_AT_ONCE = 64
+PUT_OUTPUT = _Statement("INSERT OR REPLACE INTO outputs VALUES ", "(?, ?, ?)")
+PUT = _Statement(
+    f"INSERT INTO jobs ({', '.join(COLUMNS)}) VALUES ",
+    f"({', '.join('?' * len(COLUMNS))})",
+    # And not INSERT OR REPLACE, which would remove a row from every index first.
+    f" ON CONFLICT (id) DO UPDATE SET {', '.join(f'{c} = excluded.{c}' for c in COLUMNS[1:])}",
+)
+DELETE = _Statement("DELETE FROM jobs WHERE id IN (", "?", ")")
+# In one transaction. An output is never missing where the ending of its job is known.
+ORDER = (PUT_OUTPUT, PUT, DELETE)
+
+
+class EndedJob(NamedTuple):
+    """What retention needs to know of one."""
+
+    id: int
+    ended_ns: int
+    log_bytes: int
+
+
+class EndedTotals(NamedTuple):
+    """Of all ended jobs."""
+
+    jobs: int
+    log_bytes: int
 
 
 class Store:
     """Of one state folder; belongs to the running event loop."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, next_id: int) -> None:
+    def __init__(
+        self, path: Path, connections: list[sqlite3.Connection], last_run: _LastRun, ids: _Ids
+    ) -> None:
         """Use `open`."""
         self._loop = asyncio.get_running_loop()
-        self._ids = _Ids(path.with_name("next-id"), next_id)
-        self._writer = _Writer(path, connection, self._loop)
-        self._reader = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._reader.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        self._last_run = last_run
+        self._ids = ids
+        writer, syncer, self._reader = self._connections = connections
+        self._syncer = _Syncer(path, syncer)
+        self._writer = _Writer(writer, self._syncer, last_run, self._loop)
         self._reader_thread = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
 
     @classmethod
@@ -93,32 +182,48 @@ class Store:
         Raises StateFolderError where it is of a newer version, or cannot be opened.
         """
         try:
-            try:
-                connection = _open_database(path)
-            except sqlite3.DatabaseError as error:
-                if not _is_damage(error):
-                    raise
-                _move_aside(path, error)
-                connection = _open_database(path)
-            return cls(path, connection, _next_id(path, connection))
-        except (sqlite3.Error, OSError, ValueError) as error:
+            with contextlib.ExitStack() as undo:
+                last_run = _LastRun(path.with_name("last-run"))
+                undo.callback(last_run.close)
+                first, newest_id = _open_or_replace(path, not last_run.was_orderly)
+                undo.callback(first.close)
+                connections = [first, _connect(path), _connect(path)]
+                for connection in connections[1:]:
+                    undo.callback(connection.close)
+                    _set_up(connection)
+                ids = _Ids(path.with_name("next-id"), last_run, newest_id)
+                undo.pop_all()
+        except (sqlite3.Error, OSError) as error:
             raise StateFolderError(
                 f"{path} cannot be used: {error}; check that the folder can be written and has "
                 "room, or give another one with JOB_WORKER_STATE_DIR"
             ) from error
+        return cls(path, connections, last_run, ids)
 
     def reserve_id(self) -> int:
-        """An id that no job has ever had, and that none will have, whatever happens.
-        Blocks once in a thousand calls, for a write to the disk, unless that was done ahead."""
+        """An id that was never given out, and never will be, whatever happens. Blocks once in
+        a thousand calls, for a write to the disk, unless that was done ahead. Raises StoreError.
+        """
         return self._ids.take()
 
     async def put(self, job: Job) -> None:
-        """Returns once the record survives the death of this process. Raises StoreError."""
-        await self._writer.put(job)
+        """Returns once the record survives the death of this process. Raises StoreError.
+        Where the caller is cancelled, the record is written nevertheless."""
+        await self._writer.write(PUT, [_row_from(job)])
+
+    async def put_output(self, job_id: int, segment: bytes, index: bytes) -> None:
+        """Keeps a small output with the records; goes with its job. What is put before the
+        job's ending is never missing where that is known, also if it was not waited for."""
+        await self._writer.write(PUT_OUTPUT, [(job_id, segment, index)])
+
+    async def delete(self, job_ids: Iterable[int]) -> None:
+        """Forgets jobs, and the outputs that are kept here. All in one commit, for which
+        other records wait: give some hundreds at a time."""
+        await self._writer.write(DELETE, [(job_id,) for job_id in job_ids])
 
     async def get(self, job_id: int) -> Job | None:
-        rows = await self._read(f"{SELECT} WHERE id = ?", (job_id,))
-        return _job_from(rows[0]) if rows else None
+        jobs = await self._read(_job_from, f"{SELECT} WHERE id = ?", (job_id,))
+        return jobs[0] if jobs else None
 
     async def page(
         self,
@@ -129,140 +234,187 @@ class Store:
     ) -> list[Job]:
         """Newest first, those with ids smaller than `before_id`. statuses: any of these;
         empty: all. name: exactly this one; empty: all."""
-        query, parameters = _page_query(before_id, count, sorted(statuses), name)
-        return [_job_from(row) for row in await self._read(query, parameters)]
+        query, parameters = _page_query(before_id, count, sorted(set(statuses)), name)
+        return await self._read(_job_from, query, parameters)
 
     async def unended(self) -> list[Job]:
         """Oldest first: the jobs that an earlier server left behind."""
         marks = ", ".join("?" * len(UNENDED))
-        rows = await self._read(f"{SELECT} WHERE status IN ({marks}) ORDER BY id", UNENDED)
-        return [_job_from(row) for row in rows]
+        query = f"{SELECT} WHERE status IN ({marks}) ORDER BY id"
+        return await self._read(_job_from, query, UNENDED)
+
+    async def get_output(self, job_id: int) -> tuple[bytes, bytes] | None:
+        """Segment and index, as they were put."""
+        query = 'SELECT segment, "index" FROM outputs WHERE job_id = ?'
+        outputs = await self._read(tuple[bytes, bytes], query, (job_id,))
+        return outputs[0] if outputs else None
+
+    async def ended_before(self, time_ns: int, count: int) -> list[EndedJob]:
+        """Those that ended before this time, at most so many, the longest ended first."""
+        return await self._read(
+            EndedJob._make,
+            "SELECT id, ended_ns, log_bytes FROM jobs WHERE ended_ns > 0 AND ended_ns < ? "
+            "ORDER BY ended_ns, id LIMIT ?",
+            (time_ns, count),
+        )
+
+    async def ended_totals(self) -> EndedTotals:
+        query = "SELECT ended_jobs, log_bytes FROM totals"
+        (totals,) = await self._read(EndedTotals._make, query, ())
+        return totals
 
     async def close(self) -> None:
-        """Once all puts have returned."""
-        await asyncio.to_thread(self._writer.close)
-        self._reader_thread.shutdown()
-        self._reader.close()
-        self._ids.close()
+        """Once all that was put is written; what is put from now on is refused."""
+        await asyncio.to_thread(self._close)
 
-    async def _read(self, query: str, parameters: Iterable[object]) -> list[tuple[Any, ...]]:
-        def read() -> list[tuple[Any, ...]]:
-            return self._reader.execute(query, tuple(parameters)).fetchall()
+    def _close(self) -> None:
+        self._writer.close()
+        self._syncer.close()
+        self._reader_thread.shutdown()
+        self._ids.close()
+        # The last one brings all of the WAL into the database, and to the disk.
+        for connection in self._connections:
+            connection.close()
+        self._last_run.end()
+
+    async def _read(
+        self, make: Callable[[tuple[Any, ...]], T], query: str, parameters: Iterable[object]
+    ) -> list[T]:
+        def read() -> list[T]:
+            return [make(row) for row in self._reader.execute(query, tuple(parameters)).fetchall()]
 
         try:
             return await self._loop.run_in_executor(self._reader_thread, read)
         except sqlite3.Error as error:
+            self._last_run.note(error)
             raise StoreError(f"the job records cannot be read: {error}") from error
 
 
 def _page_query(
     before_id: int | None, count: int, statuses: list[Status], name: str
 ) -> tuple[str, list[object]]:
-    """Each status is a query of its own, so that every one of them goes along an index and
-    stops after `count` rows, however many jobs there are."""
-    conditions = ["TRUE"]
-    common: list[object] = []
-    if before_id is not None:
-        conditions.append("id < ?")
-        common.append(before_id)
-    if name:
-        conditions.append("name = ? AND name != ''")
-        common.append(name)
-    where = " AND ".join(conditions)
-    if not statuses:
-        return f"{SELECT} WHERE {where} ORDER BY id DESC LIMIT ?", [*common, count]
-    if name:
-        marks = ", ".join("?" * len(statuses))
-        query = f"{SELECT} WHERE {where} AND status IN ({marks}) ORDER BY id DESC LIMIT ?"
-        return query, [*common, *statuses, count]
-    one = f"SELECT * FROM ({SELECT} WHERE {where} AND status = ? ORDER BY id DESC LIMIT ?)"
-    parameters: list[object] = []
-    for status in statuses:
-        parameters += [*common, status, count]
-    query = " UNION ALL ".join([one] * len(statuses))
-    return f"SELECT * FROM ({query}) ORDER BY id DESC LIMIT ?", [*parameters, count]
+    """Each status is a search of its own, so that every one of them goes along an index and
+    stops after `count` ids, however many jobs there are."""
+    before = "id < ?" if before_id is not None else "TRUE"
+    parameters: list[object] = [] if before_id is None else [before_id]
+    if not statuses and not name:
+        return f"{SELECT} WHERE {before} ORDER BY id DESC LIMIT ?", [*parameters, count]
+    named = "name = ? AND name != ''" if name else "TRUE"
+    parameters = [*([name] if name else []), *parameters]
+    one = f"SELECT id FROM jobs WHERE {named} AND {before} AND status = ? ORDER BY id DESC LIMIT ?"
+    searches = " UNION ALL ".join([f"SELECT * FROM ({one})"] * len(statuses or Status))
+    query = f"{SELECT} WHERE id IN ({searches}) ORDER BY id DESC LIMIT ?"
+    each = [(*parameters, status, count) for status in statuses or Status]
+    return query, [*itertools.chain(*each), count]
+
+
+class _Write(NamedTuple):
+    statement: _Statement
+    rows: list[tuple[Any, ...]]  # each with the job's id first
+    future: asyncio.Future[None]
 
 
 class _Writer:
     """The thread that writes, and what waits for it."""
 
     def __init__(
-        self, path: Path, connection: sqlite3.Connection, loop: asyncio.AbstractEventLoop
+        self,
+        connection: sqlite3.Connection,
+        syncer: _Syncer,
+        last_run: _LastRun,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._connection = connection
+        self._syncer = syncer
+        self._last_run = last_run
         self._loop = loop
-        self._queue: queue.SimpleQueue[tuple[Job, asyncio.Future[None]] | None]
-        self._queue = queue.SimpleQueue()
-        self._wal = f"{path}-wal"
-        self._sync_at: float | None = None  # on the monotonic clock; None: nothing to sync
-        self._thread = threading.Thread(target=self._run, name="store-writer")
+        self._is_closing = False
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        # A daemon, as the next one: a server that ends in an error does not wait for them.
+        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
-    def put(self, job: Job) -> asyncio.Future[None]:
+    def write(self, statement: _Statement, rows: list[tuple[Any, ...]]) -> asyncio.Future[None]:
+        if self._is_closing or not self._thread.is_alive():
+            raise StoreError("job records cannot be written: the store is closed")
         future = self._loop.create_future()
-        self._queue.put((job, future))
+        self._queue.put(_Write(statement, rows, future))
         return future
 
     def close(self) -> None:
+        self._is_closing = True
         self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            if batch:
-                error = self._commit([job for job, _ in batch])
-                self._loop.call_soon_threadsafe(_resolve, [future for _, future in batch], error)
-            if self._sync_at is not None and time.monotonic() >= self._sync_at:
-                self._sync()
-        # All of the WAL goes into the database.
-        self._connection.close()
+        while batch := self._next_batch():
+            error = self._commit(batch)
+            self._loop.call_soon_threadsafe(_resolve, [write.future for write in batch], error)
+            if self._syncer.is_wal_long:
+                self._shorten_wal()
 
-    def _next_batch(self) -> list[tuple[Job, asyncio.Future[None]]] | None:
-        """All that waits; empty when it is time to sync, None at the end."""
-        timeout = None
-        if self._sync_at is not None:
-            timeout = max(0.0, self._sync_at - time.monotonic())
-        try:
-            first = self._queue.get(timeout=timeout)
-        except queue.Empty:
-            return []
-        if first is None:
-            return None
-        batch = [first]
+    def _next_batch(self) -> list[_Write]:
+        """All that waits; empty at the end."""
+        batch: list[_Write] = []
         # No more than were there: the first must not wait for ever new ones.
-        for _ in range(self._queue.qsize()):
-            item = self._queue.get()
-            if item is None:
-                self._queue.put(None)  # after this batch
+        for _ in range(max(1, self._queue.qsize())):
+            write = self._queue.get()
+            if write is None:
+                if batch:
+                    self._queue.put(None)  # after this batch
                 break
-            batch.append(item)
+            batch.append(write)
         return batch
 
-    def _commit(self, jobs: list[Job]) -> StoreError | None:
-        # Of several records of one job only the last counts.
-        newest = {job.id: job for job in jobs}
+    def _commit(self, batch: list[_Write]) -> StoreError | None:
         try:
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany(REPLACE, map(_row_from, newest.values()))
-            self._connection.execute(
-                "UPDATE facts SET value = max(value, ?) WHERE name = 'last_id'", (max(newest),)
-            )
-            self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
+            self._roll_back()
+            statements = _statements(batch)
+            # A single one is a transaction by itself.
+            if len(statements) > 1:
+                self._connection.execute("BEGIN IMMEDIATE")
+            for statement, values in statements:
+                self._connection.execute(statement, values)
+            if len(statements) > 1:
+                self._connection.execute("COMMIT")
+        except Exception as error:  # noqa: BLE001 no error may end the thread that all wait for
+            with contextlib.suppress(sqlite3.Error):
+                self._roll_back()
+            self._last_run.note(error)
             return StoreError(f"job records cannot be written: {error}")
-        if self._sync_at is None:
-            self._sync_at = time.monotonic() + SYNC_SECONDS
+        self._syncer.expect()
         return None
 
-    def _sync(self) -> None:
-        """SQLite syncs the WAL only when it moves it to the database (synchronous = NORMAL)."""
-        self._sync_at = None
+    def _roll_back(self) -> None:
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
+
+    def _shorten_wal(self) -> None:
+        """Only possible while nobody writes. The syncer has brought most of it into the
+        database just before, so little is left to do."""
+        self._syncer.is_wal_long = False
         try:
-            _fsync(self._wal)
-        except OSError as error:
-            log.error("%s cannot be synced to disk: %s", self._wal, error.strerror)
+            self._connection.execute(f"PRAGMA busy_timeout = {WAL_WAIT_MILLISECONDS}")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._connection.execute(f"PRAGMA busy_timeout = {LOCK_WAIT_MILLISECONDS}")
+        except sqlite3.Error as error:
+            log.error("the WAL of the job records cannot be shortened: %s", error)
+
+
+def _statements(batch: list[_Write]) -> list[tuple[str, list[Any]]]:
+    rows: dict[_Statement, dict[int, tuple[Any, ...]]] = {statement: {} for statement in ORDER}
+    for write in batch:
+        # Of several records of one job only the last counts.
+        rows[write.statement].update((row[0], row) for row in write.rows)
+    return [
+        (statement.for_rows(len(part)), list(itertools.chain(*part)))
+        for statement, by_id in rows.items()
+        for part in _parts(list(by_id.values()))
+    ]
+
+
+def _parts(rows: list[T]) -> Iterable[list[T]]:
+    return (rows[first : first + ROWS_AT_ONCE] for first in range(0, len(rows), ROWS_AT_ONCE))
 
 
 def _resolve(futures: list[asyncio.Future[None]], error: StoreError | None) -> None:
@@ -275,15 +427,113 @@ def _resolve(futures: list[asyncio.Future[None]], error: StoreError | None) -> N
             future.set_result(None)
 
 
+class _Syncer:
+    """The thread that waits for the disk, so that the writer does not."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.is_wal_long = False  # the writer may shorten it
+        self._connection = connection
+        self._wal = f"{path}-wal"
+        self._expected = threading.Event()
+        self._is_closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="store-syncer", daemon=True)
+        self._thread.start()
+
+    def expect(self) -> None:
+        """There is something that is not on the disk yet."""
+        self._expected.set()
+
+    def close(self) -> None:
+        self._is_closing.set()
+        self._expected.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._expected.wait() and not self._is_closing.wait(SYNC_SECONDS):
+            self._expected.clear()
+            try:
+                self._sync()
+            except (OSError, sqlite3.Error) as error:
+                log.error("job records cannot be brought to the disk: %s", error)
+
+    def _sync(self) -> None:
+        """SQLite syncs the WAL only when it moves it to the database (synchronous = NORMAL)."""
+        _fsync(self._wal)
+        if os.stat(self._wal).st_size > LONG_WAL_BYTES:
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self.is_wal_long = True
+
+
+class _LastRun:
+    """A file that outlives a server in the machine's memory, and tells the next one how this
+    one ended. In it the state, as text, and the next id, as a native integer."""
+
+    CLEAN = b"clean"  # written at the end; until then the boot's id stands there
+    DAMAGED = b"damaged"
+    STATE = slice(0, 36)
+    NEXT_ID = slice(64, 72)
+    BYTES = 72
+
+    def __init__(self, path: Path) -> None:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if os.fstat(descriptor).st_size < self.BYTES:
+                # Written and not truncated: a full disk is an error here, and no SIGBUS later.
+                os.pwrite(descriptor, bytes(self.BYTES), 0)
+            self._map = mmap.mmap(descriptor, self.BYTES)
+        finally:
+            os.close(descriptor)
+        # One store of eight bytes, which no signal can divide.
+        self._number = memoryview(self._map)[self.NEXT_ID].cast("Q")
+        state = self._map[self.STATE].rstrip(b"\0")
+        # A killed process damages nothing: SQLite and the kernel know all that it did.
+        self.was_orderly = state in {self.CLEAN, boot}
+        self.next_id = self._number[0] if self.was_orderly else None
+        self._boot = boot
+
+    def begin(self, next_id: int) -> None:
+        self.set_next_id(next_id)
+        self._set_state(self._boot)
+        # Or, after a power loss, this would be the file of the run before, whose end was clean.
+        self._map.flush()
+
+    def set_next_id(self, next_id: int) -> None:
+        self._number[0] = next_id
+
+    def note(self, error: Exception) -> None:
+        """What is damaged is dealt with at the next start."""
+        if isinstance(error, sqlite3.Error) and _is_damage(error):
+            log.critical("the job records are damaged: %s; restart the server", error)
+            self._set_state(self.DAMAGED)
+
+    def end(self) -> None:
+        if self._map[self.STATE] == self._boot:
+            self._set_state(self.CLEAN)
+        self.close()
+
+    def close(self) -> None:
+        self._number.release()
+        self._map.close()
+
+    def _set_state(self, state: bytes) -> None:
+        self._map[self.STATE] = state.ljust(36, b"\0")
+
+
 class _Ids:
     """Counts up. The file holds a number that is larger than each one given out."""
 
-    def __init__(self, path: Path, next_id: int) -> None:
+    def __init__(self, path: Path, last_run: _LastRun, newest_id: int) -> None:
+        """newest_id: of all jobs that are known."""
         self._path = path
-        self._next = next_id
-        self._reserved = next_id
+        self._last_run = last_run
+        # After a power loss nobody knows what was given out of the block that was reserved.
+        next_id = last_run.next_id or _read_number(path) or 1
+        self._next = self._reserved = max(next_id, newest_id + 1)
         self._ahead: threading.Thread | None = None
-        self._reserve(next_id + ID_BLOCK)
+        # On a full disk a server starts, and refuses jobs.
+        self._reserve_ahead()
+        last_run.begin(self._next)
 
     def take(self) -> int:
         if self._next == self._reserved:
@@ -292,6 +542,7 @@ class _Ids:
             self._reserve(self._reserved + ID_BLOCK)
         job_id = self._next
         self._next += 1
+        self._last_run.set_next_id(self._next)
         if self._reserved - self._next < ID_BLOCK // 2 and self._ahead is None:
             self._ahead = threading.Thread(target=self._reserve_ahead, name="store-ids")
             self._ahead.start()
@@ -331,27 +582,58 @@ class _Ids:
 # Opening
 
 
-def _open_database(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+def _open_or_replace(path: Path, check: bool) -> tuple[sqlite3.Connection, int]:
+    """The connection, and the largest id of all jobs that are known; 0 where there is none."""
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-        _check_whole(connection)
+        return _open_database(path, check)
+    except sqlite3.Error as error:
+        if not _is_damage(error):
+            raise
+        _move_aside(path, error)
+        return _open_database(path, check)
+
+
+def _open_database(path: Path, check: bool) -> tuple[sqlite3.Connection, int]:
+    connection = _connect(path)
+    try:
+        # Before anything that reads the schema: a newer one may look damaged to this version.
+        _check_version(path, connection)
+        _set_up(connection)
+        _use_wal(path, connection)
+        # It reads all there is: some 0.1 s for 100,000 jobs.
+        if check:
+            _check_whole(connection)
         _migrate(path, connection)
+        (newest_id,) = connection.execute("SELECT max(id) FROM jobs").fetchone()
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, newest_id or 0
 
 
-def _check_whole(connection: sqlite3.Connection) -> None:
-    (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if answer != "ok":
-        raise sqlite3.DatabaseError(f"database disk image is malformed: {answer}")
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(
+        path,
+        timeout=LOCK_WAIT_MILLISECONDS / 1000,
+        check_same_thread=False,
+        isolation_level=None,
+        cached_statements=4 * ROWS_AT_ONCE,
+    )
 
 
-def _migrate(path: Path, connection: sqlite3.Connection) -> None:
+def _set_up(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA wal_autocheckpoint = 0")  # the syncer does
+    connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+
+
+def _check_version(path: Path, connection: sqlite3.Connection) -> None:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    if application not in {0, APPLICATION_ID}:
+        raise StateFolderError(
+            f"{path} belongs to another program; give another state folder with "
+            "JOB_WORKER_STATE_DIR"
+        )
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
         raise StateFolderError(
@@ -359,21 +641,43 @@ def _migrate(path: Path, connection: sqlite3.Connection) -> None:
             f"here {SCHEMA_VERSION}); install that one again, or give another state folder "
             "with JOB_WORKER_STATE_DIR"
         )
-    for number in range(version, SCHEMA_VERSION):
-        log.info("%s: from version %d to %d", path, number, number + 1)
-        connection.executescript(
-            f"BEGIN; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
+
+
+def _use_wal(path: Path, connection: sqlite3.Connection) -> None:
+    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise StateFolderError(
+            f"{path} is on a filesystem where SQLite cannot share memory between connections; "
+            "give a folder on a local disk with JOB_WORKER_STATE_DIR"
         )
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
+def _check_whole(connection: sqlite3.Connection) -> None:
+    (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if answer != "ok":
+        error = sqlite3.DatabaseError(answer)
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+
+
+def _migrate(path: Path, connection: sqlite3.Connection) -> None:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    for number in range(version, SCHEMA_VERSION):
+        if version:
+            log.info("%s: from version %d to %d", path, number, number + 1)
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; "
+            f"PRAGMA application_id = {APPLICATION_ID}; COMMIT;"
+        )
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
     """Not what a full disk or missing permission is: the code's low byte, of SQLite's list."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
-def _move_aside(path: Path, error: sqlite3.DatabaseError) -> None:
+def _move_aside(path: Path, error: sqlite3.Error) -> None:
     suffix = time.strftime(".damaged-%Y%m%dT%H%M%SZ", time.gmtime())
     for end in ("", "-wal", "-shm"):
         damaged = path.with_name(path.name + end)
@@ -389,22 +693,16 @@ def _move_aside(path: Path, error: sqlite3.DatabaseError) -> None:
     )
 
 
-def _next_id(path: Path, connection: sqlite3.Connection) -> int:
-    """Records survive the death of a server, so that the next one knows the last id exactly;
-    not so after a power loss, or in a new database: then the block that was reserved is over.
-    """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    facts = dict(connection.execute("SELECT name, value FROM facts"))
-    reserved_file = path.with_name("next-id")
-    reserved = int(reserved_file.read_text()) if reserved_file.exists() else 1
-    next_id = reserved
-    if facts.get("boot") == boot and facts["last_id"] < reserved:
-        next_id = facts["last_id"] + 1
-    connection.executemany(
-        "INSERT OR REPLACE INTO facts VALUES (?, ?)",
-        [("boot", boot), ("last_id", next_id - 1)],
-    )
-    return max(1, next_id)
+def _read_number(path: Path) -> int | None:
+    """None where there is no file."""
+    try:
+        return int(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StateFolderError(
+            f"{path} holds no number; write one into it that is larger than every job's id"
+        ) from error
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -453,6 +751,7 @@ def _row_from(job: Job) -> tuple[object, ...]:
                 "cleanup_uncertain": job.cleanup_uncertain,
             }
         ),
+        job.log_bytes,
     )
 
 
@@ -467,7 +766,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _job_from(row: tuple[Any, ...]) -> Job:
     (job_id, status, _, created_ns, started_ns, ended_ns, cause, exit_code, signal, *_) = row
-    stdout_bytes, stderr_bytes, spec, rest = row[9:]
+    stdout_bytes, stderr_bytes, spec, rest, log_bytes = row[9:]
     spec, rest = json.loads(spec), json.loads(rest)
     return Job(
         id=job_id,
@@ -481,6 +780,7 @@ def _job_from(row: tuple[Any, ...]) -> Job:
         signal=signal,
         stdout_bytes=stdout_bytes,
         stderr_bytes=stderr_bytes,
+        log_bytes=log_bytes,
         **rest
         | {
             "end_requested": _optional(Cause, rest["end_requested"]),

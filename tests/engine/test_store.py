@@ -1,0 +1,866 @@
+"""The records on a real disk: found again, whatever ends the server or the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from jobworker import job as transition
+from jobworker.engine import store as store_module
+from jobworker.engine.store import EndedJob, EndedTotals, Store
+from jobworker.errors import StateFolderError, StoreError
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, OomKills, Status
+
+DEADLINE_SECONDS = 60
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+FULL = Job(
+    id=7,
+    spec=JobSpec(
+        command="/bin/echo",
+        args=("a", "", "ü\n\udcff"),
+        limits=Limits(50, 64, 1000),
+        environment={"K": "v=w", "EMPTY": ""},
+        working_directory="/tmp",
+        name="nightly",
+        merge_output=True,
+    ),
+    status=Status.STOPPED,
+    created_ns=1_700_000_000_000_000_001,
+    started_ns=1_700_000_000_000_000_002,
+    ended_ns=1_700_000_000_000_000_003,
+    end_requested=Cause.STOPPED,
+    cause=Cause.STOPPED,
+    exit_code=3,
+    signal=15,
+    failed_step="exec",
+    failed_errno=2,
+    detail="no such file",
+    accounting=Accounting(1, None, 3, 0, 5, 6),
+    stdout_bytes=1 << 40,
+    stderr_bytes=2,
+    log_bytes=1 << 41,
+    cleanup_uncertain=True,
+)
+
+
+def run(folder: Path, test: Callable[[Store], Awaitable[object]]) -> None:
+    async def main() -> None:
+        store = Store.open(folder / "jobs.db")
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                await test(store)
+        finally:
+            await store.close()
+
+    asyncio.run(main())
+
+
+async def nothing(store: Store) -> None:
+    pass
+
+
+def new_job(job_id: int, name: str = "") -> Job:
+    return transition.created(job_id, JobSpec("/bin/true", name=name), 1_000 + job_id)
+
+
+def running_job(job_id: int, name: str = "") -> Job:
+    return transition.started(new_job(job_id, name), 2_000 + job_id)
+
+
+def ended_job(job_id: int, name: str = "", exit_code: int = 0) -> Job:
+    return transition.ended(running_job(job_id, name), exit_code << 8, OomKills(), 3_000 + job_id)
+
+
+async def put_all(store: Store, jobs: list[Job]) -> None:
+    await asyncio.gather(*map(store.put, jobs))
+
+
+async def until(is_true: Callable[[], bool]) -> None:
+    while not is_true():
+        await asyncio.sleep(0.005)
+
+
+# Records
+
+
+def test_every_field_comes_back(tmp_path: Path) -> None:
+    defaults = Job(id=0, spec=JobSpec(""), status=Status.RUNNING, created_ns=0)
+    for field in dataclasses.fields(Job):
+        # A field that is new must get a value here, or nobody sees that it is not stored.
+        assert getattr(FULL, field.name) != getattr(defaults, field.name), field.name
+    for field in dataclasses.fields(JobSpec):
+        assert getattr(FULL.spec, field.name) != getattr(defaults.spec, field.name), field.name
+
+    async def write(store: Store) -> None:
+        await put_all(store, [FULL, new_job(8)])
+        assert await store.get(7) == FULL
+
+    async def read(store: Store) -> None:
+        assert await store.get(7) == FULL
+        assert await store.get(8) == new_job(8)
+        assert await store.get(9) is None
+
+    run(tmp_path, write)
+    run(tmp_path, read)
+
+
+def test_the_last_record_of_a_job_counts(tmp_path: Path) -> None:
+    async def test(store: Store) -> None:
+        await put_all(store, [new_job(1), running_job(1), ended_job(1)])
+        assert await store.get(1) == ended_job(1)
+        await store.put(running_job(2))
+        await store.put(ended_job(2))
+        assert await store.get(2) == ended_job(2)
+
+    run(tmp_path, test)
+
+
+def test_the_unended_oldest_first(tmp_path: Path) -> None:
+    async def test(store: Store) -> None:
+        await put_all(store, [ended_job(1), running_job(4), new_job(3), ended_job(5), new_job(2)])
+        assert await store.unended() == [new_job(2), new_job(3), running_job(4)]
+
+    run(tmp_path, test)
+
+
+# Pages
+
+NAMES = ("", "a", "b")
+
+
+def some_jobs(count: int) -> list[Job]:
+    """Of every status and name, in no order that has to do with the id."""
+    makes: list[Callable[[int, str], Job]] = [new_job, running_job, ended_job, ended_job]
+    jobs = [makes[number * 7 % 4](number, NAMES[number % 3]) for number in range(1, count + 1)]
+    return [replace(job, status=Status.FAILED) if job.id % 5 == 0 else job for job in jobs]
+
+
+@pytest.mark.parametrize("name", ["", "a", "none has it"])
+@pytest.mark.parametrize(
+    "statuses", [set(), {Status.RUNNING}, {Status.FAILED, Status.COMPLETED}, set(Status)]
+)
+def test_pages(tmp_path: Path, name: str, statuses: set[Status]) -> None:
+    jobs = some_jobs(60)
+
+    async def test(store: Store) -> None:
+        await put_all(store, jobs)
+        for before_id in (None, 61, 31, 2, 1):
+            expected = [
+                job
+                for job in reversed(jobs)
+                if (before_id is None or job.id < before_id)
+                and (not statuses or job.status in statuses)
+                and (not name or job.spec.name == name)
+            ]
+            for count in (1, 7, 1000):
+                assert await store.page(before_id, count, statuses, name) == expected[:count]
+
+    run(tmp_path, test)
+
+
+def test_no_question_takes_longer_with_more_jobs(tmp_path: Path) -> None:
+    """Counted in steps of SQLite's machine, which no other load of the computer changes."""
+    questions: dict[str, Callable[[Store], Awaitable[object]]] = {
+        "get": lambda store: store.get(20),
+        "output": lambda store: store.get_output(20),
+        "page": lambda store: store.page(count=10),
+        "page from the middle": lambda store: store.page(15, 10),
+        "statuses": lambda store: store.page(None, 10, {Status.COMPLETED, Status.FAILED}),
+        "a status that is rare": lambda store: store.page(None, 10, {Status.RUNNING}),
+        "a status that none has": lambda store: store.page(None, 10, {Status.STOPPED}),
+        "name": lambda store: store.page(None, 10, name="a"),
+        "name and a status that none has": lambda store: store.page(
+            None, 10, {Status.STOPPED}, "a"
+        ),
+        "name that none has": lambda store: store.page(None, 10, name="c"),
+        "unended": lambda store: store.unended(),
+        "ended": lambda store: store.ended_before(1 << 62, 10),
+        "totals": lambda store: store.ended_totals(),
+    }
+    steps: dict[str, list[int]] = {question: [] for question in questions}
+
+    async def ask(store: Store) -> None:
+        for question, call in questions.items():
+            count = 0
+
+            def step() -> int:
+                nonlocal count
+                count += 1
+                return 0
+
+            store._reader.set_progress_handler(step, 1)
+            await call(store)
+            store._reader.set_progress_handler(None, 1)
+            steps[question].append(count)
+
+    async def test(store: Store) -> None:
+        await store.put(running_job(1, "a"))
+        for first, last in ((2, 100), (100, 5000)):
+            await put_all(store, [ended_job(i, NAMES[i % 2], i % 2) for i in range(first, last)])
+            await ask(store)
+
+    run(tmp_path, test)
+    for question, (few, many) in steps.items():
+        assert 0 < many <= few * 1.1 + 20, question
+
+
+# Writing
+
+
+def test_what_waits_shares_a_commit(tmp_path: Path) -> None:
+    statements: list[str] = []
+
+    async def test(store: Store) -> None:
+        await store.put(new_job(1))
+        store._writer._connection.set_trace_callback(statements.append)
+        blocker = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
+        blocker.execute("BEGIN IMMEDIATE")
+        first = asyncio.ensure_future(store.put(new_job(1)))
+        await until(lambda: store._writer._queue.empty() and bool(statements))
+        rest = [asyncio.ensure_future(store.put(new_job(i))) for i in range(2, 202)]
+        await asyncio.sleep(0)
+        assert not first.done()
+        blocker.execute("ROLLBACK")
+        blocker.close()
+        await asyncio.gather(first, *rest)
+        assert statements.count("COMMIT") == 1
+        assert len(await store.page(count=1000)) == 201
+
+    run(tmp_path, test)
+
+
+def test_a_caller_that_is_cancelled_harms_nobody(tmp_path: Path) -> None:
+    async def test(store: Store) -> None:
+        cancelled = asyncio.ensure_future(store.put(new_job(1)))
+        other = asyncio.ensure_future(store.put(new_job(2)))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await other
+        assert cancelled.cancelled()
+        assert await store.get(1) == new_job(1)
+
+    run(tmp_path, test)
+
+
+def test_close_writes_all_that_was_put(tmp_path: Path) -> None:
+    async def write() -> None:
+        store = Store.open(tmp_path / "jobs.db")
+        puts = [asyncio.ensure_future(store.put(new_job(i))) for i in range(1, 501)]
+        await asyncio.sleep(0)
+        await store.close()
+        assert all(put.done() and not put.exception() for put in puts)
+        with pytest.raises(StoreError, match="closed"):
+            await store.put(new_job(501))
+
+    async def read(store: Store) -> None:
+        assert len(await store.page(count=1000)) == 500
+
+    asyncio.run(write())
+    run(tmp_path, read)
+
+
+def test_what_cannot_be_written_ends_no_thread(tmp_path: Path) -> None:
+    async def test(store: Store) -> None:
+        with pytest.raises(StoreError, match="written"):
+            await store.put_output(1, object(), b"")  # type: ignore[arg-type]
+        with pytest.raises(StoreError, match="written"):
+            await store.put(replace(new_job(1), exit_code=1 << 70))
+        await store.put(new_job(1))
+        assert await store.get(1) == new_job(1)
+
+    run(tmp_path, test)
+
+
+def test_a_program_that_forgets_to_close_can_end(tmp_path: Path) -> None:
+    program = """if True:
+        import asyncio, pathlib, sys
+        from jobworker.engine.store import Store
+        async def main():
+            Store.open(pathlib.Path(sys.argv[1]))
+            sys.exit(3)
+        asyncio.run(main())
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "jobs.db"], timeout=30, check=False
+    )
+    assert ended.returncode == 3
+
+
+# Small outputs, and what becomes of ended jobs
+
+
+def test_outputs_go_with_their_jobs(tmp_path: Path) -> None:
+    async def write(store: Store) -> None:
+        await put_all(store, [ended_job(1), ended_job(2)])
+        await store.put_output(1, b"segment\0", b"index")
+        await store.put_output(2, b"", b"\xff" * 100_000)
+
+    async def read(store: Store) -> None:
+        assert await store.get_output(1) == (b"segment\0", b"index")
+        assert await store.get_output(2) == (b"", b"\xff" * 100_000)
+        assert await store.get_output(3) is None
+        await store.delete([1, 3])
+        assert await store.get_output(1) is None
+        assert await store.get(1) is None
+        assert await store.get(2) == ended_job(2)
+        await store.delete([])
+
+    run(tmp_path, write)
+    run(tmp_path, read)
+
+
+def test_an_output_is_there_where_the_ending_is_known(tmp_path: Path) -> None:
+    """Put before the ending and not waited for; another connection never sees one alone."""
+
+    async def test(store: Store) -> None:
+        witness = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
+        missing = (
+            "SELECT count(*) FROM jobs LEFT JOIN outputs ON id = job_id "
+            "WHERE ended_ns > 0 AND job_id IS NULL"
+        )
+        for first in range(1, 500, 10):
+            ids = range(first, first + 10)
+            writes = [call for i in ids for call in (store.put_output(i, b"x", b"i"),)]
+            writes += [store.put(ended_job(i)) for i in ids]
+            done = asyncio.gather(*writes)
+            while not done.done():
+                assert witness.execute(missing).fetchone() == (0,)
+                await asyncio.sleep(0)
+        witness.close()
+
+    run(tmp_path, test)
+
+
+def test_what_retention_asks_for(tmp_path: Path) -> None:
+    """The clock was set back meanwhile: not the smallest id has ended first."""
+    times = {1: 500, 2: 100, 3: 300, 4: 300}
+
+    async def test(store: Store) -> None:
+        assert await store.ended_totals() == EndedTotals(0, 0)
+        await put_all(store, [running_job(i) for i in range(1, 7)])
+        ended = [
+            replace(ended_job(i), ended_ns=ended_ns, log_bytes=10 * i)
+            for i, ended_ns in times.items()
+        ]
+        await put_all(store, ended)
+        in_order = [
+            EndedJob(2, 100, 20), EndedJob(3, 300, 30), EndedJob(4, 300, 40), EndedJob(1, 500, 10)
+        ]  # fmt: skip
+        assert await store.ended_before(501, 10) == in_order
+        assert await store.ended_before(500, 10) == in_order[:3]
+        assert await store.ended_before(1 << 62, 2) == in_order[:2]
+        assert await store.ended_before(100, 10) == []
+        assert await store.ended_totals() == EndedTotals(4, 100)
+
+        await store.put(replace(ended[1], log_bytes=5))  # some of it was dropped
+        assert await store.ended_totals() == EndedTotals(4, 85)
+        await store.delete([2, 6])  # 6 has not ended, and was never counted
+        assert await store.ended_totals() == EndedTotals(3, 80)
+        assert await store.ended_before(1 << 62, 10) == in_order[1:]
+        await store.put(replace(ended_job(7), log_bytes=1))  # without a record before
+        assert await store.ended_totals() == EndedTotals(4, 81)
+
+    run(tmp_path, test)
+
+
+def test_many_are_deleted_at_once(tmp_path: Path) -> None:
+    async def test(store: Store) -> None:
+        await put_all(store, [ended_job(i) for i in range(1, 1001)])
+        await store.delete(range(1, 1000))
+        assert await store.page() == [ended_job(1000)]
+        assert (await store.ended_totals()).jobs == 1
+
+    run(tmp_path, test)
+
+
+# Ids
+
+
+def take(folder: Path, count: int) -> list[int]:
+    ids: list[int] = []
+
+    async def test(store: Store) -> None:
+        ids.extend(store.reserve_id() for _ in range(count))
+
+    run(folder, test)
+    return ids
+
+
+def test_ids_count_up_from_1_without_a_gap(tmp_path: Path) -> None:
+    ids = [job_id for count in (1, 2, 5000, 3) for job_id in take(tmp_path, count)]
+    assert ids == list(range(1, 5007))
+
+
+def copy_of_a_running_store(folder: Path, copy: Path, count: int) -> list[int]:
+    """What a server that stops at once leaves on the disk, and the ids that it gave out."""
+    ids: list[int] = []
+
+    async def test(store: Store) -> None:
+        ids.extend(store.reserve_id() for _ in range(count))
+        await put_all(store, [new_job(i) for i in ids])
+        store._ids._finish_ahead()
+        shutil.copytree(folder, copy)
+
+    run(folder, test)
+    return ids
+
+
+def set_other_boot(folder: Path) -> None:
+    content = bytearray((folder / "last-run").read_bytes())
+    content[0:36] = b"0" * 36
+    (folder / "last-run").write_bytes(content)
+
+
+@pytest.mark.parametrize("count", [0, 1, 499, 501, 999, 1000, 1001, 2500])
+def test_ids_after_a_power_loss(tmp_path: Path, count: int) -> None:
+    """The records of the last second are gone, and so is what last-run said."""
+    folder, copy = tmp_path / "state", tmp_path / "copy"
+    folder.mkdir()
+    take(folder, 3)
+    old = (folder / "jobs.db").read_bytes()
+    ids = copy_of_a_running_store(folder, copy, count)
+    for path in copy.glob("jobs.db*"):
+        path.unlink()
+    (copy / "jobs.db").write_bytes(old)
+    content = bytearray((copy / "last-run").read_bytes())
+    content[64:72] = (1).to_bytes(8, sys.byteorder)
+    (copy / "last-run").write_bytes(content)
+    set_other_boot(copy)
+
+    assert take(copy, 1) > ids[-1:]
+    assert take(copy, 1)[0] <= 3 + count + 2 * store_module.ID_BLOCK
+
+
+def test_a_killed_process_costs_no_id(tmp_path: Path) -> None:
+    """The machine goes on, and with it what last-run says."""
+    ids = copy_of_a_running_store(tmp_path, tmp_path / "copy", 10)
+    assert take(tmp_path / "copy", 1) == [ids[-1] + 1]
+
+
+@pytest.mark.parametrize("removed", [{"jobs.db"}, {"last-run"}, {"jobs.db", "last-run"}])
+def test_ids_after_files_were_deleted(tmp_path: Path, removed: set[str]) -> None:
+    ids = take(tmp_path, 10)
+    for name in removed:
+        (tmp_path / name).unlink()
+    assert take(tmp_path, 1) == [ids[-1] + 1]
+
+
+def test_ids_where_only_the_records_are_left(tmp_path: Path) -> None:
+    ids = copy_of_a_running_store(tmp_path, tmp_path / "copy", 10)
+    for name in ("next-id", "last-run"):
+        (tmp_path / name).unlink()
+    assert take(tmp_path, 1) == [ids[-1] + 1]
+
+
+def test_next_id_that_is_no_number(tmp_path: Path) -> None:
+    take(tmp_path, 1)
+    (tmp_path / "last-run").unlink()
+    (tmp_path / "next-id").write_text("what?\n")
+    with pytest.raises(StateFolderError, match="next-id holds no number; write one"):
+        run(tmp_path, nothing)
+
+
+KILLED = """if True:
+    import asyncio, pathlib, sys
+    from jobworker.engine.store import Store
+    from jobworker.job import JobSpec, created
+
+    async def main():
+        store = Store.open(pathlib.Path(sys.argv[1]))
+        print("open", store.reserve_id(), flush=True)
+        while True:
+            ids = [store.reserve_id() for _ in range(20)]
+            put = [store.put(created(i, JobSpec("/bin/true"), i)) for i in ids[::2]]
+            await asyncio.gather(*put)
+            print(*ids, flush=True)
+
+    asyncio.run(main())
+"""
+
+
+def test_kill_9(tmp_path: Path) -> None:
+    """No id is given out twice, put or not, and nothing that was acknowledged is missing."""
+    given: list[int] = []
+    put: list[int] = []
+    for kill in range(5):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, tmp_path / "jobs.db"], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout
+        given.append(int(process.stdout.readline().split()[1]))
+        # Each at another moment of the writer, in one block of ids and beyond it.
+        for _ in range(1 + 17 * kill):
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        *lines, _ = (process.stdout.read() + "\n").split("\n")
+        process.wait()
+        process.stdout.close()
+        for line in lines:
+            given += map(int, line.split())
+            put += list(map(int, line.split()))[::2]
+
+    async def test(store: Store) -> None:
+        known = {job.id for job in await store.page(count=100_000)}
+        assert set(put) <= known
+        assert store.reserve_id() > max(given)
+
+    run(tmp_path, test)
+    assert len(set(given)) == len(given)
+    assert given == sorted(given)
+
+
+# Versions and damage
+
+
+def make_database(path: Path, script: str) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(script)
+    connection.close()
+
+
+def version_of(path: Path) -> int:
+    connection = sqlite3.connect(path)
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    connection.close()
+    return int(version)
+
+
+def test_a_database_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    make_database(tmp_path / "jobs.db", (FIXTURES / "jobs-1.sql").read_text())
+    (tmp_path / "next-id").write_text("1004\n")
+
+    async def test(store: Store) -> None:
+        jobs = await store.page()
+        assert [(job.id, job.status) for job in jobs] == [
+            (4, "INITIALIZING"), (3, "RUNNING"), (2, "FAILED"), (1, "FAILED")
+        ]  # fmt: skip
+        first = jobs[-1]
+        assert first.spec == JobSpec(
+            *("/bin/echo", ("a", "ü\n"), Limits(50, 64, 1000), {"K": "v"}, "/tmp", "nightly", True)
+        )
+        assert first.accounting == Accounting(1, 2, 3, None, 5, 0)
+        assert (first.exit_code, first.cause, first.ended_ns) == (7, Cause.EXITED, 3000)
+        assert (jobs[2].failed_step, jobs[2].failed_errno) == ("exec", 2)
+        assert jobs[1].end_requested is Cause.STOPPED
+        assert await store.page(name="nightly") == [first]
+        assert await store.unended() == jobs[1::-1]
+        assert await store.ended_totals() == EndedTotals(2, 30)
+        assert await store.ended_before(3000, 9) == [EndedJob(2, 2500, 0)]
+        assert store.reserve_id() == 1004
+        await store.delete([1])
+        assert await store.ended_totals() == EndedTotals(1, 0)
+
+    run(tmp_path, test)
+    assert version_of(tmp_path / "jobs.db") == store_module.SCHEMA_VERSION
+
+
+def test_an_older_database_has_the_schema_of_a_new_one(tmp_path: Path) -> None:
+    """Every one of them: all the migrations from its version on."""
+    schemas = []
+    for name, script in (("new", ""), ("older", (FIXTURES / "jobs-1.sql").read_text())):
+        folder = tmp_path / name
+        folder.mkdir()
+        make_database(folder / "jobs.db", script)
+        run(folder, nothing)
+        connection = sqlite3.connect(folder / "jobs.db")
+        rows = connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name")
+        schemas.append([(row[0], " ".join((row[1] or "").split())) for row in rows])
+        connection.close()
+    assert schemas[0] == schemas[1]
+
+
+def test_a_migration_that_fails_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        broken = (*store_module.MIGRATIONS, "DROP TABLE outputs; DROP TABLE no_such_table;")
+        patch.setattr(store_module, "MIGRATIONS", broken)
+        patch.setattr(store_module, "SCHEMA_VERSION", len(broken))
+        with pytest.raises(StateFolderError, match="no_such_table"):
+            run(tmp_path, nothing)
+    assert version_of(tmp_path / "jobs.db") == store_module.SCHEMA_VERSION
+    assert take(tmp_path, 1) == [2]
+
+
+def test_a_newer_database_is_refused_and_not_touched(tmp_path: Path) -> None:
+    """Nor taken for a damaged one, if what is in it is not understood here."""
+    make_database(
+        tmp_path / "jobs.db",
+        """
+        PRAGMA user_version = 99;
+        CREATE TABLE jobs (id);
+        PRAGMA writable_schema = ON;
+        UPDATE sqlite_master SET sql = 'CREATE NOVELTY jobs (id)';
+        """,
+    )
+    before = (tmp_path / "jobs.db").read_bytes()
+    with pytest.raises(StateFolderError, match=r"newer jobworker .*99"):
+        run(tmp_path, nothing)
+    assert (tmp_path / "jobs.db").read_bytes() == before
+    assert not list(tmp_path.glob("*damaged*"))
+
+
+def test_the_database_of_another_program_is_refused(tmp_path: Path) -> None:
+    make_database(tmp_path / "jobs.db", "PRAGMA application_id = 42; CREATE TABLE t (x);")
+    with pytest.raises(StateFolderError, match="another program"):
+        run(tmp_path, nothing)
+
+
+@pytest.mark.parametrize("boot", ["this boot", "other boot"])
+def test_garbage_is_moved_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, boot: str
+) -> None:
+    ids = take(tmp_path, 10)
+    (tmp_path / "jobs.db").write_bytes(os.urandom(50_000))
+    if boot == "other boot":
+        set_other_boot(tmp_path)
+    assert take(tmp_path, 1) == [ids[-1] + 1]
+    (aside,) = tmp_path.glob("jobs.db.damaged-*")
+    assert aside.stat().st_size == 50_000
+    assert aside.name in caplog.text
+    assert ".recover" in caplog.text
+
+
+def damage_pages(path: Path) -> None:
+    """Some in the middle, as a bad disk may."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 4 // 4096 * 4096)
+        file.write(os.urandom(size // 2))
+
+
+def test_damage_is_found_at_the_start_after_a_power_loss(tmp_path: Path) -> None:
+    ids = copy_of_a_running_store(tmp_path, tmp_path / "copy", 2000)
+    damage_pages(tmp_path / "jobs.db")
+    set_other_boot(tmp_path)
+
+    async def test(store: Store) -> None:
+        assert await store.page() == []
+        assert store.reserve_id() > ids[-1]
+
+    run(tmp_path, test)
+    assert len(list(tmp_path.glob("jobs.db.damaged-*"))) == 1
+
+
+def test_damage_that_is_found_later_is_dealt_with_at_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = copy_of_a_running_store(tmp_path, tmp_path / "copy", 2000)
+    damage_pages(tmp_path / "jobs.db")
+
+    async def find(store: Store) -> None:
+        with pytest.raises(StoreError, match="read"):
+            await store.page(count=5000)
+
+    async def use(store: Store) -> None:
+        job_id = store.reserve_id()
+        assert job_id > ids[-1]
+        await store.put(new_job(job_id))
+        assert await store.page() == [new_job(job_id)]
+
+    run(tmp_path, find)
+    assert "damaged" in caplog.text
+    assert not list(tmp_path.glob("jobs.db.damaged-*"))
+    run(tmp_path, use)
+    assert len(list(tmp_path.glob("jobs.db.damaged-*"))) == 1
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/no/such/folder"])
+def test_a_folder_that_cannot_be_written(folder: str) -> None:
+    with pytest.raises(StateFolderError, match="JOB_WORKER_STATE_DIR"):
+        run(Path(folder), nothing)
+
+
+# The WAL
+
+
+def wal_bytes(folder: Path) -> int:
+    return os.stat(folder / "jobs.db-wal").st_size
+
+
+def shorten_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(store_module, "LONG_WAL_BYTES", 200_000)
+
+
+async def put_until(store: Store, is_enough: Callable[[], bool]) -> None:
+    """Without a pause, so that there is no moment without a writer."""
+    job_id = 0
+    while not is_enough():
+        ids = range(job_id + 1, job_id + 21)
+        await put_all(store, [running_job(i) for i in ids])
+        job_id = ids[-1]
+
+
+def test_the_wal_stays_short_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten_soon(monkeypatch)
+    sizes = [0]
+
+    def was_shortened_thrice() -> bool:
+        sizes.append(wal_bytes(tmp_path))
+        return sum(later < size for size, later in pairwise(sizes)) >= 3
+
+    async def test(store: Store) -> None:
+        load = asyncio.ensure_future(put_until(store, was_shortened_thrice))
+        while not load.done():
+            await store.page(count=20)
+        await load
+
+    run(tmp_path, test)
+
+
+def test_a_foreign_reader_keeps_the_wal_only_while_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten_soon(monkeypatch)
+
+    async def test(store: Store) -> None:
+        await store.put(new_job(1))
+        reader = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM jobs").fetchone() == (1,)
+        await put_until(store, lambda: wal_bytes(tmp_path) > 600_000)
+        assert reader.execute("SELECT count(*) FROM jobs").fetchone() == (1,)
+        reader.close()
+        await put_until(store, lambda: wal_bytes(tmp_path) < 600_000)
+
+    run(tmp_path, test)
+
+
+def test_an_idle_store_has_all_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = store_module._fsync
+
+    def noted(path: Path | str) -> None:
+        fsync(path)
+        synced.append(str(path))
+
+    async def test(store: Store) -> None:
+        await store.put(new_job(1))
+        await until(lambda: synced.count(f"{tmp_path}/jobs.db-wal") == 1)
+        await store.put(new_job(2))
+        await until(lambda: synced.count(f"{tmp_path}/jobs.db-wal") == 2)
+
+    monkeypatch.setattr(store_module, "SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(store_module, "_fsync", noted)
+    run(tmp_path, test)
+
+
+# The full disk
+
+
+def test_a_database_that_cannot_grow(tmp_path: Path) -> None:
+    """SQLite's own limit stands for the disk's: nothing half, and it goes on afterwards."""
+
+    async def test(store: Store) -> None:
+        connection = store._writer._connection
+        await put_all(store, [ended_job(i) for i in range(1, 101)])
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(StoreError, match="full"):
+            await put_all(store, [ended_job(i) for i in range(101, 301)])
+        known = await store.page(count=1000)
+        assert len(known) < 300
+        assert (await store.ended_totals()).jobs == len(known)
+        connection.execute(f"PRAGMA max_page_count = {pages + 1000}")
+        await put_all(store, [ended_job(i) for i in range(101, 301)])
+        assert len(await store.page(count=1000)) == 300
+
+    run(tmp_path, test)
+
+
+ON_A_FULL_DISK = """if True:
+    import asyncio, os, pathlib, sys
+    from jobworker.engine.store import Store
+    from jobworker.errors import StoreError
+    from jobworker.job import JobSpec, created
+
+    folder = pathlib.Path(sys.argv[1])
+    ballast = folder / "ballast"
+
+    def fill():
+        with ballast.open("ab", buffering=0) as file:
+            for size in (4096, 1):
+                try:
+                    while True:
+                        file.write(bytes(size))
+                except OSError:
+                    pass
+
+    async def refuse(call):
+        try:
+            await call
+        except StoreError as error:
+            return str(error)
+        raise AssertionError("was taken")
+
+    async def first():
+        store = Store.open(folder / "jobs.db")
+        acknowledged = [store.reserve_id()]
+        await store.put(created(acknowledged[0], JobSpec("/bin/true"), 1))
+        fill()
+        async def put_until_full():
+            while True:
+                job_id = store.reserve_id()
+                await store.put(created(job_id, JobSpec("/bin/true", ("x" * 3000,)), 1))
+                acknowledged.append(job_id)
+        print("put:", await refuse(put_until_full()))
+        async def take_until_full():
+            while True:
+                store.reserve_id()
+        print("id:", await refuse(take_until_full()))
+        assert await store.get(acknowledged[-1])
+        assert len(await store.page(count=5000)) == len(acknowledged)
+        ballast.unlink()
+        last = store.reserve_id()
+        await store.put(created(last, JobSpec("/bin/true"), 1))
+        assert len(await store.page(count=5000)) == len(acknowledged) + 1
+        fill()
+        os._exit(0)  # as kill -9 would end it
+
+    async def second():
+        store = Store.open(folder / "jobs.db")  # still full
+        assert await store.page()
+        ballast.unlink()
+        print("next:", store.reserve_id() > max(job.id for job in await store.page(count=1)))
+        await store.close()
+
+    asyncio.run({"first": first, "second": second}[sys.argv[2]]())
+"""
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A real one: a tmpfs of 3 MiB, in a mount namespace of its own."""
+    private = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    mount = f"mount -t tmpfs -o size=3m tmpfs {tmp_path}"
+    if subprocess.run([*private, "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here: not root, and no user namespaces")
+    run_both = (
+        f'{mount} && for each in first second; do "$0" -c "$1" {tmp_path} $each || exit; done'
+    )
+    ended = subprocess.run(
+        [*private, "sh", "-c", run_both, sys.executable, ON_A_FULL_DISK],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    put, job_id, next_id = ended.stdout.splitlines()
+    assert put.startswith("put: job records cannot be written: ")
+    assert job_id.startswith("id: no job ids can be reserved")
+    assert next_id == "next: True"
