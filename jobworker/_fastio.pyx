@@ -1578,20 +1578,18 @@ cdef object source_message(const Source *segment, const Source *index, uint64_t 
     cdef Run runs[MESSAGE_RUNS]
     cdef Span span
     cdef char *payload = NULL
-    cdef bint is_lost = True
-    cdef int error = 0
+    cdef bint is_there = first + segment.size > offset
+    cdef int error
     span.offset = offset
     span.limit = limit
     span.only = stream
     span.runs = runs
     span.run_count = 0
-    if first + segment.size > offset:
-        with nogil:
-            error = load_runs(index, first, &span)
-        if error:
-            raise OSError(error, "")
-        is_lost = trim_to_gap(&span, end)
-    if is_lost:
+    with nogil:
+        error = load_runs(index, first, &span)
+    if error and is_there:
+        raise OSError(error, "")
+    if trim_to_gap(&span, end) or not is_there:
         return lost_message(offset, span.limit)
     span.limit = cut(offset, min(span.limit, first + segment.size), max_bytes)
     if span_payload_bytes(&span) == 0:

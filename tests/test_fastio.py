@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
@@ -18,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobworker import _fastio
-from jobworker._fastio import ARRIVED, FINISHED, STDERR, STDOUT, Log, Pump, read_message
+from jobworker._fastio import ARRIVED, FINISHED, LIMIT, STDERR, STDOUT, Log, Pump, read_message
 from jobworker.pb import job_worker_pb2 as pb
 
 SMALL_SEGMENT = 4096
+FULL_BYTES = 1000
 DEADLINE_SECONDS = 10
 
 
@@ -30,6 +32,22 @@ def folder(tmp_path: Path) -> Iterator[int]:
     descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     yield descriptor
     os.close(descriptor)
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[], None]]:
+    """Call it to have room again. A file-size limit stands for the full disk: the write is
+    refused in the same place."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def make_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, before[1]))
+    yield make_room
+    make_room()
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture
@@ -48,6 +66,8 @@ class Job:
     id: int = 1
     merged: bool = False
     segment_bytes: int = _fastio.SEGMENT_BYTES
+    max_bytes: int = 0
+    is_ring: bool = False
     written: list[tuple[int, bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -61,6 +81,8 @@ class Job:
             ours[0],
             -1 if self.merged else ours[1],
             segment_bytes=self.segment_bytes,
+            max_bytes=self.max_bytes,
+            is_ring=self.is_ring,
         )
 
     @property
@@ -325,23 +347,159 @@ def test_many_megabytes_over_several_segments(folder: int, tmp_path: Path) -> No
     pump.close()
 
 
-def test_a_full_disk_holds_the_job_and_loses_nothing(pump: Pump, folder: int) -> None:
-    """A file-size limit stands for the full disk: the write is refused in the same place."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def test_a_full_disk_holds_the_job_and_loses_nothing(
+    pump: Pump, folder: int, full_disk: Callable[[], None]
+) -> None:
     job = Job(pump, folder)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-        os.write(job.their_fds[STDOUT], b"z" * 5000)
-        wait_until(lambda: job.log.error != 0)
-        assert job.log.end <= 1000
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    os.write(job.their_fds[STDOUT], b"z" * 5000)
+    wait_until(lambda: job.log.error != 0)
+    assert job.log.end <= FULL_BYTES
+    full_disk()
     wait_until(lambda: job.log.end == 5000)
     wait_until(lambda: job.log.error == 0)
     assert payload(job.read()) == b"z" * 5000
+    assert job.log.lost_bytes == 0
     job.close()
+
+
+def test_a_full_disk_may_drop_bytes_and_count_them(
+    folder: int, full_disk: Callable[[], None]
+) -> None:
+    pump = Pump(folder, 8 << 20, drops_when_full=True)
+    job = Job(pump, folder)
+    job.log.add_reader()
+    job.write(STDOUT, b"kept")
+    job.write(STDERR, b"z" * 5000)
+    job.write(STDOUT, b"lost")
+    assert job.log.error == errno.EFBIG
+    assert job.log.lost_bytes == 5008 - FULL_BYTES
+    assert job.log.told_end == FULL_BYTES  # the gap may still grow
+    full_disk()
+    while job.log.told_end < job.size:
+        job.write(STDOUT, b".")
+    assert job.log.error == 0
+    chunks = job.read()
+    assert payload(chunks)[:FULL_BYTES] == b"kept" + b"z" * (FULL_BYTES - 4)
+    assert [(chunk.offset, chunk.lost_bytes) for chunk in chunks if chunk.lost_bytes] == [
+        (FULL_BYTES + job.log.lost_bytes, job.log.lost_bytes)
+    ]
+    job.close()
+    wait_finished(pump, job.log)
+    extent = _fastio.read_extent(folder, 1, segments(folder))
+    assert (extent.stdout_bytes, extent.stderr_bytes) == job.log.stream_bytes
+    assert (extent.lost_bytes, extent.disk_bytes) == (job.log.lost_bytes, disk_bytes(folder))
+    pump.close()
+
+
+def test_a_job_that_never_had_room_for_a_byte(tmp_path: Path) -> None:
+    """A real file system without a free block, in a mount namespace of its own."""
+    program = """
+import os, sys, time
+from jobworker._fastio import Log, Pump, read_extent, read_message
+folder = os.open(sys.argv[1], os.O_RDONLY)
+filler = os.open("filler", os.O_CREAT | os.O_WRONLY, dir_fd=folder)
+try:
+    while True:
+        os.write(filler, bytes(4096))
+except OSError:
+    pass
+ours, theirs = os.pipe()
+os.set_blocking(ours, False)
+pump = Pump(folder, 1 << 20, drops_when_full=True)
+log = Log(pump, 1, ours, -1)
+os.write(theirs, b"x" * 5000)
+while log.end < 5000:
+    time.sleep(0.001)
+os.unlink("filler", dir_fd=folder)
+os.close(filler)
+while log.told_end < log.end or log.end == 5000:
+    os.write(theirs, b"y")
+    time.sleep(0.001)
+os.close(theirs)
+while not log.finished:
+    time.sleep(0.001)
+pump.close()
+print(log.end, log.lost_bytes, read_extent(folder, 1, [0]).end)
+_, offset = read_message(folder, 1, log.end, 0, 1 << 20)
+message, _ = read_message(folder, 1, log.end, offset, 1 << 20)
+print(offset, b"x" in message, b"y" in message)
+"""
+    mount = f"mount -t tmpfs -o size=64k none {tmp_path}"
+    done = subprocess.run(
+        [
+            *("unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"),
+            *(sys.executable, "-c", program, str(tmp_path)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    end, lost, recovered, offset, *kinds = done.stdout.split()
+    assert recovered == end
+    assert offset == lost
+    assert kinds == ["False", "True"]
+
+
+def test_a_ring_keeps_the_newest_segments(pump: Pump, folder: int) -> None:
+    quota = 20 * SMALL_SEGMENT
+    job = Job(pump, folder, segment_bytes=SMALL_SEGMENT, max_bytes=quota, is_ring=True)
+    for number in range(1000):
+        job.write(STDOUT if number % 3 else STDERR, b"%06d;" % number * 30)
+        assert job.log.disk_bytes <= quota
+    assert job.log.disk_bytes == disk_bytes(folder)
+    kept = job.log.end - job.log.lost_bytes
+    assert quota - 2 * SMALL_SEGMENT < kept + len(segments(folder)) * 2000
+    chunks = job.read(10)
+    assert sum(chunk.lost_bytes for chunk in chunks) == job.log.lost_bytes - 10
+    assert payload(chunks) == job.expected()[-kept:]
+    job.close()
+    wait_finished(pump, job.log)
+    assert payload(read_all(folder, job.size, SMALL_SEGMENT)) == job.expected()[-kept:]
+    extent = _fastio.read_extent(folder, 1, segments(folder))
+    assert (extent.stdout_bytes, extent.stderr_bytes) == job.log.stream_bytes
+    assert (extent.lost_bytes, extent.disk_bytes) == (job.log.lost_bytes, disk_bytes(folder))
+
+
+def test_without_a_ring_the_first_bytes_stay(pump: Pump, folder: int) -> None:
+    quota = 10_000
+    job = Job(pump, folder, segment_bytes=SMALL_SEGMENT, max_bytes=quota)
+    for number in range(200):
+        job.write(STDOUT if number % 3 else STDERR, b"%06d;" % number * 30)
+    assert wait_news(pump) == [(job.log, LIMIT)]  # once
+    assert pump.news() == []
+    assert quota - 100 < disk_bytes(folder) <= quota
+    kept = job.size - job.log.lost_bytes
+    assert job.log.told_end == kept
+    assert payload(job.read()) == job.expected()[:kept]
+    assert job.log.wait_from(kept)  # what is dropped wakes nobody
+    job.write(STDOUT, b"more")
+    assert pump.news() == []
+    job.close()
+    wait_finished(pump, job.log)
+    *chunks, last = read_all(folder, job.size, SMALL_SEGMENT)
+    assert (last.offset, last.lost_bytes, last.payload) == (job.size, job.size - kept, b"")
+    assert payload(chunks) == job.expected()[:kept]
+    extent = _fastio.read_extent(folder, 1, segments(folder))
+    assert (extent.stdout_bytes, extent.stderr_bytes) == job.log.stream_bytes
+    assert (extent.lost_bytes, extent.disk_bytes) == (job.log.lost_bytes, disk_bytes(folder))
+
+
+def test_a_packed_log_is_read_like_its_files(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder)
+    for number in range(100):
+        job.write(STDOUT if number % 3 else STDERR, b"%d;" % number)
+    packed = [open_bytes(folder, f"1.0.{kind}") for kind in ("log", "idx")]
+    for offset, max_bytes, stream in [(0, 4096, 0), (7, 16, STDERR), (job.size, 16, 0)]:
+        assert _fastio.read_packed(*packed, job.size, offset, max_bytes, stream) == job.read_disk(
+            offset, max_bytes, stream
+        )
+    job.close()
+
+
+def open_bytes(folder: int, name: str) -> bytes:
+    with open(os.open(name, os.O_RDONLY, dir_fd=folder), "rb") as file:
+        return file.read()
 
 
 def test_a_damaged_index_is_an_error_and_not_wrong_bytes(pump: Pump, folder: int) -> None:

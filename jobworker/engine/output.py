@@ -8,6 +8,7 @@ and a slow reader holds up nobody and misses nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import errno
 import logging
@@ -37,7 +38,7 @@ UNWRITTEN_BUDGET_BYTES = 32 << 20
 
 HISTORY_THREADS = 2
 
-FILE_NAME = re.compile(r"(\d+)\.(\d+)\.(log|idx)")
+SEGMENT_NAME = re.compile(r"(\d+)\.(\d+)\.log")
 
 # Of a job with a quota, in segments: no index outgrows its segment more than sixteenfold, so
 # the newest segment alone never exceeds a quota that is not tiny.
@@ -59,7 +60,7 @@ class LogPolicy(enum.StrEnum):
 
     RING = "ring"  # the oldest segments give way
     HEAD = "head"  # what comes is dropped
-    STOP = "stop"  # what comes is dropped, and `Output.on_log_limit` is called
+    STOP = "stop"  # the same, and the job is ended by whom `Output.on_log_limit` tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +100,9 @@ class Output:
         """
         self.unwritten_bytes = 0
         self.is_closing = False
-        # Called with the id of a job whose log has reached a quota of policy STOP.
+        # Called with the id of a job whose log has used up its quota, unless that is a ring.
         self.on_log_limit: Callable[[int], None] | None = None
         self._drops_when_full = drops_when_full
-        self._stop_at_limit: set[int] = set()
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
         self._directory = _open_folder(folder)
@@ -122,8 +122,6 @@ class Output:
 
         resumed: from `recover`, for a job that an earlier server started.
         """
-        if quota.policy is LogPolicy.STOP:
-            self._stop_at_limit.add(job_id)
         return Log(
             self._pump,
             job_id,
@@ -145,11 +143,45 @@ class Output:
 
         To be called before any log is opened. Raises OSError where files cannot be read.
         """
+        _remove_stray_indexes(self._directory)
         found = _segments(self._directory)
         return {
             job_id: _fastio.read_extent(self._directory, job_id, found.get(job_id, ()))
             for job_id in job_ids
         }
+
+    def job_ids(self) -> set[int]:
+        """The jobs that have segments here. Blocks."""
+        return set(_segments(self._directory))
+
+    def disk_bytes(self, job_id: int, end: int, quota: Quota = UNLIMITED) -> int:
+        """The size of all files of an ended job, which wrote `end` bytes. Blocks."""
+        return sum(
+            _size(self._directory, f"{job_id}.{first}.{kind}")
+            for first in _firsts(self._directory, job_id, end, quota)
+            for kind in ("log", "idx")
+        )
+
+    def delete(self, job_id: int, end: int, quota: Quota = UNLIMITED) -> None:
+        """Removes all files of an ended job, which wrote `end` bytes. Blocks. A reader who is
+        still at it is told that the rest was dropped."""
+        for first in _firsts(self._directory, job_id, end, quota):
+            _remove(self._directory, f"{job_id}.{first}.log")
+            _remove(self._directory, f"{job_id}.{first}.idx")
+
+    def pack(self, job_id: int, end: int) -> Packed | None:
+        """The log of an ended job, where it is so small that two files are too much for it;
+        then they can be deleted. Blocks."""
+        if not 0 < end <= LARGEST_PACKED_BYTES:
+            return None
+        try:
+            packed = Packed(
+                _read_small(self._directory, f"{job_id}.0.log"),
+                _read_small(self._directory, f"{job_id}.0.idx"),
+            )
+        except FileNotFoundError:
+            return None  # all of it was dropped
+        return packed if sum(map(len, packed)) <= LARGEST_PACKED_BYTES else None
 
     def interrupt_readers(self) -> None:
         """All readers that have caught up, now and from now on, end with ShuttingDownError."""
@@ -204,10 +236,8 @@ class Output:
             _resolve(self._waiting.pop(log.job, ()))
             if bits & _fastio.TROUBLE:
                 self._report_trouble(log)
-            if bits & _fastio.LIMIT and log.job in self._stop_at_limit and self.on_log_limit:
+            if bits & _fastio.LIMIT and self.on_log_limit:
                 self.on_log_limit(log.job)
-            if bits & _fastio.FINISHED:
-                self._stop_at_limit.discard(log.job)
 
     def _report_trouble(self, log: Log) -> None:
         if not log.error:
@@ -369,17 +399,45 @@ def _try_splice(folder: Path, directory: int) -> None:
 
 
 def _segments(directory: int) -> dict[int, list[int]]:
-    """By job, the first offsets of its segments. An index without its segment, which a server
-    left that was killed while it removed both, is removed."""
+    """By job, the first offsets of its segments."""
     found: dict[int, list[int]] = {}
+    for name in os.listdir(directory):
+        match = SEGMENT_NAME.fullmatch(name)
+        if match:
+            found.setdefault(int(match[1]), []).append(int(match[2]))
+    return found
+
+
+def _remove_stray_indexes(directory: int) -> None:
+    """Those without a segment, of a server that was killed while it removed both."""
     names = set(os.listdir(directory))
     for name in names:
-        match = FILE_NAME.fullmatch(name)
-        if match is None:
-            continue  # not ours
-        job_id, first, kind = match.groups()
-        if kind == "log":
-            found.setdefault(int(job_id), []).append(int(first))
-        elif f"{job_id}.{first}.log" not in names:
-            os.unlink(name, dir_fd=directory)
-    return found
+        if name.endswith(".idx") and name.removesuffix("idx") + "log" not in names:
+            _remove(directory, name)
+
+
+def _firsts(directory: int, job_id: int, end: int, quota: Quota) -> Iterable[int]:
+    """The first offsets of all segments that a log may have; it may have begun one at `end`."""
+    guessed = range(0, end + 1, quota.segment_bytes)
+    if len(guessed) <= MOST_GUESSED_SEGMENTS:
+        return guessed
+    return _segments(directory).get(job_id, ())
+
+
+def _remove(directory: int, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory)
+
+
+def _size(directory: int, name: str) -> int:
+    try:
+        return os.stat(name, dir_fd=directory).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _read_small(directory: int, name: str) -> bytes:
+    """One byte more than can be packed, where there are more."""
+    descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    with open(descriptor, "rb") as file:
+        return file.read(LARGEST_PACKED_BYTES + 1)
