@@ -1,5 +1,21 @@
 """Runs commands as jobs, each in its own cgroup, and streams their output live over gRPC."""
 
-__all__ = ["__version__"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jobworker.client import Client
+
+__all__ = ["Client", "__version__"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the client when it is first asked for: the command line answers sooner."""
+    if name in __all__:
+        from jobworker import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -169,6 +169,27 @@ def check_server_files(folder: Path) -> None:
     _check_chain(folder, chain, authorities)
 
 
+def check_client_files(ca_path: Path, cert_path: Path, key_path: Path) -> None:
+    """Looks for a reason why a server of this CA would refuse such a client.
+
+    Raises CertificateError where a file is missing, unreadable, no PEM, expired, not valid
+    yet, or not signed by the CA, and where the key is not the certificate's.
+    """
+    authorities = _read_certificates(ca_path)
+    chain = _read_certificates(cert_path)
+    _check_key(key_path, _read_key(key_path), cert_path, chain[0])
+    for authority in authorities:
+        _check_validity(ca_path, authority)
+    for certificate in chain:
+        _check_validity(cert_path, certificate)
+    if not _is_issued_by(chain[-1], authorities):
+        raise CertificateError(
+            cert_path,
+            f"is not signed by {ca_path}",
+            "use a certificate and a CA that belong together",
+        )
+
+
 # Making
 
 

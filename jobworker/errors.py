@@ -1,7 +1,8 @@
 """Every error that jobworker raises on purpose, in one tree.
 
 Each carries what it is about in fields, and a message that says what is wrong and what
-to do. `jobworker.rpc.convert` maps them to gRPC status codes, in one place.
+to do. `jobworker.rpc.convert` maps those of the server to gRPC status codes, in one
+place, and `jobworker.client.connection` maps those to the errors of a call.
 """
 
 from __future__ import annotations
@@ -82,6 +83,62 @@ class ShuttingDownError(JobWorkerError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down; try again when it is back")
+
+
+# What a call to a server came to, as its client sees it
+
+
+class CallError(JobWorkerError):
+    """A call to a server did not do what was asked for; the root of the errors of clients.
+
+    rpc: which call, such as "CreateJob".
+    code: the name of its gRPC status, such as "NOT_FOUND".
+    """
+
+    def __init__(self, rpc: str, code: str, message: str) -> None:
+        super().__init__(message)
+        self.rpc = rpc
+        self.code = code
+
+
+class UnreachableError(CallError):
+    """There is no connection to the server: check address and certificates, or try again.
+
+    was_connected: there was one, and it broke during the call, which may have had its effect.
+    """
+
+    def __init__(self, rpc: str, code: str, message: str, *, was_connected: bool = False) -> None:
+        super().__init__(rpc, code, message)
+        self.was_connected = was_connected
+
+
+class DeadlineError(CallError):
+    """The time that the caller gave was over first; what was asked for may have happened."""
+
+
+class UnknownJobError(CallError):
+    """The server has no job with this id."""
+
+
+class RejectedError(CallError):
+    """A value in the request is invalid or out of range: no use to try that again."""
+
+
+class ForbiddenError(CallError):
+    """The certificate's role does not allow this call."""
+
+
+class WrongStateError(CallError):
+    """Not in this state of the job (it has ended), or not on this machine (a limit that it
+    cannot enforce)."""
+
+
+class ExhaustedError(CallError):
+    """The server has as much to do as it can, or an answer is too large: try later, or less."""
+
+
+class UnsupportedError(CallError):
+    """This server is too old for that: it would ignore what was asked for."""
 
 
 # What a server needs to start

@@ -1,0 +1,295 @@
+"""What may be asked of a server, as requests and answers: no connection, no waiting.
+
+A `Call` is what one method of a client sends and how its answer is read. Both clients
+perform the same ones. Answers become the types of `jobworker.job`, also those of servers
+that know only the contract's old fields.
+"""
+
+from __future__ import annotations
+
+import calendar
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from jobworker.errors import InvalidRequestError, RejectedError
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status, validate
+from jobworker.pb import job_worker_pb2 as pb
+
+AnswerT = TypeVar("AnswerT")
+
+LARGEST_INT32 = 2**31 - 1
+LARGEST_UINT32 = 2**32 - 1
+LARGEST_PAGE_JOBS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[AnswerT]):
+    """One unary call. needs: what a server that knows only the old fields would ignore."""
+
+    rpc: str
+    request: Message
+    read: Callable[[bytes], AnswerT]
+    needs: tuple[str, ...] = ()
+    extra_seconds: float = 0.0  # that the server may take, beyond the client's timeout
+
+
+@dataclass(frozen=True, slots=True)
+class Controller:
+    """A cgroup controller, and why limits that need it cannot be enforced, if so."""
+
+    name: str
+    available: bool
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server is, and for whom it takes its caller."""
+
+    version: str
+    started_ns: int  # since the epoch
+    identity: str  # the CN of the client's certificate
+    role: str  # "admin", "viewer", or empty: may do nothing
+    state_directory: str
+    cgroup: str  # below which jobs get their own; empty: none
+    controllers: tuple[Controller, ...]
+    default_limits: Limits
+    running_jobs: int
+    maximum_jobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    jobs: list[Job] = field(default_factory=list)
+    next_token: str = ""  # empty: this was the last page
+
+
+# Requests
+
+
+def create(
+    command: str,
+    args: Iterable[str],
+    max_cpu: int,
+    max_memory: int,
+    max_iobps: int,
+    environment: Mapping[str, str] | None,
+    working_directory: str,
+    name: str,
+    merge_output: bool,
+) -> Call[Job]:
+    """Raises RejectedError for what no server could accept."""
+    rpc = "CreateJob"
+    spec = JobSpec(
+        command=command,
+        args=tuple(args),
+        limits=Limits(max_cpu, max_memory, max_iobps),
+        environment=environment or {},
+        working_directory=working_directory or "/",
+        name=name,
+        merge_output=merge_output,
+    )
+    try:
+        _check_int32(spec.limits)
+        validate(spec)
+        request = pb.CreateJobReq(
+            command=command,
+            args=spec.args,
+            maxCPU=max_cpu,
+            maxMemory=max_memory,
+            maxIOBPS=max_iobps,
+            environment=spec.environment,
+            working_directory=working_directory,
+            name=name,
+            merge_output=merge_output,
+        )
+    except InvalidRequestError as error:
+        raise RejectedError(rpc, "INVALID_ARGUMENT", str(error)) from error
+    except UnicodeEncodeError as error:
+        problem = f"{error.object!r} is not text; arguments must be UTF-8"
+        raise RejectedError(rpc, "INVALID_ARGUMENT", problem) from error
+    new = {
+        "environment": bool(environment),
+        "working_directory": bool(working_directory),
+        "name": bool(name),
+        "merge_output": merge_output,
+    }
+    return Call(rpc, request, _read_job, tuple(option for option, used in new.items() if used))
+
+
+def get(job_id: int | str) -> Call[Job]:
+    return Call("GetJob", pb.GetJobReq(id=str(job_id)), _read_job)
+
+
+def stop(job_id: int | str, signal: int, grace_seconds: float | None) -> Call[None]:
+    rpc = "StopJob"
+    request = pb.StopJobReq(id=str(job_id))
+    try:
+        _check_range("signal", signal, LARGEST_INT32)
+        request.signal = signal
+        if grace_seconds is not None:
+            milliseconds = round(grace_seconds * 1000)
+            _check_range("grace_seconds", milliseconds, LARGEST_UINT32)
+            request.grace_milliseconds = milliseconds
+    except InvalidRequestError as error:
+        raise RejectedError(rpc, "INVALID_ARGUMENT", str(error)) from error
+    new = {"signal": signal != 0, "grace_seconds": grace_seconds is not None}
+    needs = tuple(option for option, used in new.items() if used)
+    return Call(rpc, request, _read_nothing, needs, extra_seconds=grace_seconds or 0)
+
+
+def jobs_page(statuses: Collection[str], name: str, page_jobs: int, token: str) -> Call[Page]:
+    request = pb.ListJobsReq(
+        statuses=statuses, name=name, page_size=min(page_jobs, LARGEST_PAGE_JOBS), page_token=token
+    )
+    return Call("ListJobs", request, _read_page)
+
+
+def all_jobs(statuses: Collection[str]) -> Call[list[Job]]:
+    """What a server without ListJobs has instead; newest first."""
+    wanted = frozenset(status.upper() for status in statuses)
+
+    def read(answer: bytes) -> list[Job]:
+        jobs = map(job_from, pb.Jobs.FromString(answer).jobs)
+        chosen = [job for job in jobs if not wanted or job.status in wanted]
+        return sorted(chosen, key=lambda job: job.id, reverse=True)
+
+    return Call("GetJobs", pb.EmptyRequest(), read)
+
+
+def info() -> Call[ServerInfo]:
+    return Call("GetServerInfo", pb.EmptyRequest(), _read_info)
+
+
+def _check_int32(limits: Limits) -> None:
+    """More does not fit into the contract's fields."""
+    for name, value in (
+        ("max_cpu", limits.cpu_percent),
+        ("max_memory", limits.memory_mib),
+        ("max_iobps", limits.io_bytes_per_second),
+    ):
+        _check_range(name, value, LARGEST_INT32, " (0 is the server's default)")
+
+
+def _check_range(name: str, value: int, largest: int, hint: str = "") -> None:
+    if not 0 <= value <= largest:
+        raise InvalidRequestError(name, f"{value} is not possible; use 0 to {largest}{hint}")
+
+
+# Answers
+
+
+def _read_nothing(answer: bytes) -> None:
+    """The job itself tells more than the answer to a stop."""
+
+
+def _read_job(answer: bytes) -> Job:
+    return job_from(pb.Job.FromString(answer))
+
+
+def _read_page(answer: bytes) -> Page:
+    message = pb.ListJobsRes.FromString(answer)
+    return Page([job_from(job) for job in message.jobs], message.next_page_token)
+
+
+def _read_info(answer: bytes) -> ServerInfo:
+    message = pb.ServerInfo.FromString(answer)
+    return ServerInfo(
+        version=message.version,
+        started_ns=message.start_time_ns,
+        identity=message.identity,
+        role=message.role,
+        state_directory=message.state_directory,
+        cgroup=message.cgroup,
+        controllers=tuple(
+            Controller(controller.name, controller.available, controller.problem)
+            for controller in message.controllers
+        ),
+        default_limits=Limits(message.default_cpu, message.default_memory, message.default_iobps),
+        running_jobs=message.running_jobs,
+        maximum_jobs=message.maximum_jobs,
+    )
+
+
+def job_from(message: pb.Job) -> Job:
+    """Raises ValueError for what is no job of the contract."""
+    status = Status(message.status)
+    started_ns = message.start_time_ns or nanoseconds(message.startTime)
+    is_old = not message.created_time_ns
+    return Job(
+        id=int(message.id),
+        spec=_spec_from(message),
+        status=status,
+        # Servers that know only the old fields do not tell: the start is the nearest.
+        created_ns=message.created_time_ns or started_ns,
+        started_ns=started_ns,
+        ended_ns=message.end_time_ns or nanoseconds(message.endTime),
+        cause=_old_cause(status, message.exitCode) if is_old else _cause(message.cause),
+        exit_code=message.exitCode,
+        signal=message.signal,
+        failed_step=message.failed_step,
+        failed_errno=message.failed_errno,
+        detail=message.detail,
+        accounting=_accounting_from(message),
+        stdout_bytes=message.stdout_bytes,
+        stderr_bytes=message.stderr_bytes,
+        cleanup_uncertain=message.cleanup_uncertain,
+    )
+
+
+def _spec_from(message: pb.Job) -> JobSpec:
+    return JobSpec(
+        command=message.command,
+        args=tuple(message.args),
+        limits=Limits(message.maxCPU, message.maxMemory, message.maxIOBPS),
+        environment=dict(message.environment),
+        working_directory=message.working_directory or "/",
+        name=message.name,
+        merge_output=message.merge_output,
+    )
+
+
+def _cause(number: int) -> Cause | None:
+    return Cause(number) if number else None
+
+
+def _old_cause(status: Status, exit_code: int) -> Cause | None:
+    """What the old fields say about it; None where they leave it open."""
+    if status is Status.STOPPED:
+        return Cause.STOPPED
+    if status is Status.COMPLETED or (status is Status.FAILED and exit_code > 0):
+        return Cause.EXITED
+    return None
+
+
+def _accounting_from(message: pb.Job) -> Accounting | None:
+    if not message.HasField("accounting"):
+        return None
+    values = message.accounting
+    known = {descriptor.name: value for descriptor, value in values.ListFields()}
+    return Accounting(**known)
+
+
+RFC_3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?(?:[Zz]|([+-])(\d\d):(\d\d))"
+)
+
+
+def nanoseconds(text: str) -> int:
+    """Since the epoch, for a time such as 2026-01-31T12:00:00.5Z; 0 for none."""
+    if not text:
+        return 0
+    found = RFC_3339.fullmatch(text)
+    if not found:
+        raise ValueError(f"{text!r} is not a time of RFC 3339")
+    day, clock, fraction, sign, hours, minutes = found.groups()
+    seconds = calendar.timegm(time.strptime(f"{day} {clock}", "%Y-%m-%d %H:%M:%S"))
+    if sign:
+        offset = int(hours) * 3600 + int(minutes) * 60
+        seconds -= offset if sign == "+" else -offset
+    return seconds * 1_000_000_000 + int((fraction or "")[:9].ljust(9, "0"))

@@ -1,0 +1,353 @@
+"""The client for ordinary code: each call blocks until its answer is there."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias, TypeVar
+
+import grpc
+
+from jobworker.client import calls, connection
+from jobworker.client.calls import Call, ServerInfo
+from jobworker.client.connection import PATH, Target
+from jobworker.client.output import RPC as STREAM_RPC
+from jobworker.client.output import Chunk, Collector, Patience, Reading, Result, Stream
+from jobworker.errors import CallError, UnreachableError, UnsupportedError
+from jobworker.job import Job
+
+AnswerT = TypeVar("AnswerT")
+
+# Without serializers: what is sent and received is finished bytes.
+BytesCall: TypeAlias = "grpc.UnaryUnaryMultiCallable[bytes, bytes]"
+BytesStream: TypeAlias = "grpc.UnaryStreamMultiCallable[bytes, bytes]"
+
+OPTIONS: list[tuple[str, Any]] = [
+    # The thread that iterates a stream drives it itself, without another one in between.
+    # grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, which has no type stub.
+    ("SingleThreadedUnaryStream", 1),
+]
+
+
+class Client:
+    """A connection to one server, made when it is first needed. Threads may share it.
+
+    Every call raises an error of the tree below `jobworker.errors.CallError`.
+    """
+
+    def __init__(
+        self,
+        address: str = "localhost:50051",
+        *,
+        certs: Path | str | None = None,
+        ca: Path | str | None = None,
+        cert: Path | str | None = None,
+        key: Path | str | None = None,
+        server_name: str | None = None,
+        timeout: float = 30.0,
+        patience: float = 60.0,
+    ) -> None:
+        """address: HOST:PORT.
+        certs: the folder with ca-cert.pem, client-cert.pem and client-key.pem; default ./certs.
+        ca, cert, key: files instead of those.
+        server_name: for which name the server's certificate must be valid; default: one of
+        job-worker, localhost and the address's host.
+        timeout: seconds that each call may take; streams may take as long as their job.
+        patience: seconds for which a stream tries to get a broken connection back.
+        Raises CertificateError where a file is missing or unreadable.
+        """
+        files = connection.files_in(certs, ca, cert, key)
+        self._target = Target(address, files, server_name)
+        self._timeout_seconds = timeout
+        self._patience_seconds = patience
+        self._lock = threading.Lock()
+        # One for each name that the server's certificate might be for; the last is in use.
+        self._channels = [self._new_channel(self._target.names[0])]
+        self._knows_new_fields = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the calls and streams that are under way, with CallError."""
+        for channel in self._channels:
+            channel.close()
+
+    def create(
+        self,
+        command: str,
+        *args: str,
+        max_cpu: int = 0,
+        max_memory: int = 0,
+        max_iobps: int = 0,
+        environment: Mapping[str, str] | None = None,
+        working_directory: str = "",
+        name: str = "",
+        merge_output: bool = False,
+    ) -> Job:
+        """Starts a job; returns it once its command runs, or has failed to.
+
+        max_cpu: percent of one core. max_memory: MiB. max_iobps: bytes a second, each of
+        read and write. 0: the server's default.
+        environment: added to the few variables that every job gets.
+        working_directory: absolute; default "/".
+        name: for people, and for `list`; need not be unique.
+        merge_output: one pipe for both streams: their order is exact, all counts as stdout.
+        """
+        return self._call(
+            calls.create(
+                command,
+                args,
+                max_cpu=max_cpu,
+                max_memory=max_memory,
+                max_iobps=max_iobps,
+                environment=environment,
+                working_directory=working_directory,
+                name=name,
+                merge_output=merge_output,
+            )
+        )
+
+    def get(self, job_id: int | str) -> Job:
+        return self._call(calls.get(job_id))
+
+    def list(
+        self, *, statuses: Collection[str] = (), name: str = "", limit: int | None = None
+    ) -> Iterator[Job]:
+        """Jobs, newest first, fetched page by page.
+
+        statuses: any of these; empty: all. name: exactly this; empty: all. limit: at most so
+        many; None: all.
+        """
+        left = calls.LARGEST_PAGE_JOBS if limit is None else limit
+        token = ""
+        while left > 0:
+            try:
+                page = self._call(calls.jobs_page(statuses, name, left, token))
+            except UnsupportedError:
+                yield from self._list_old(statuses, name, limit)
+                return
+            yield from page.jobs[:left]
+            token = page.next_token
+            if not token:
+                return
+            if limit is not None:
+                left -= len(page.jobs)
+
+    def stop(
+        self, job_id: int | str, *, signal: int = 0, grace_seconds: float | None = None
+    ) -> Job:
+        """Ends a job; returns it once it has ended.
+
+        signal: the first that the job gets; 0: SIGTERM.
+        grace_seconds: how long it may take then, before it is killed; None: as long as the
+        server's default. Raises WrongStateError if it had ended before.
+        """
+        self._call(calls.stop(job_id, signal, grace_seconds))
+        return self.get(job_id)
+
+    def stream(
+        self,
+        job_id: int | str,
+        *,
+        from_offset: int = 0,
+        follow: bool = True,
+        stream: Stream = Stream.ALL,
+    ) -> Iterator[Chunk]:
+        """The job's output: what it has written so far, then live, until it has ended. The
+        last chunk has no payload and the ended job as `ending`.
+
+        A connection that breaks is made again, and the stream goes on where it was.
+        from_offset: start here, in bytes of the merged output.
+        follow: False: only what is there now, and an ending only if the job has ended.
+        stream: only this one.
+        """
+        patience = Patience(self._patience_seconds)
+        return self._read(Reading(job_id, patience, from_offset, follow, stream))
+
+    def wait(self, job_id: int | str, *, timeout: float | None = None) -> Job:
+        """The job once it has ended. timeout: in seconds; raises DeadlineError after it."""
+        patience = Patience(self._patience_seconds, timeout)
+        job = self._call(calls.get(job_id), patience.left_seconds())
+        if job.is_ended:
+            return job
+        patience.connected()
+        # A stream ends when its job does; what it carries meanwhile should be little.
+        reading = Reading(job_id, patience, job.output_bytes, stream=Stream.STDERR)
+        try:
+            return self._last(reading)
+        except UnsupportedError:
+            return self._poll(job_id, patience)
+
+    def run(
+        self,
+        command: str,
+        *args: str,
+        timeout: float | None = None,
+        max_cpu: int = 0,
+        max_memory: int = 0,
+        max_iobps: int = 0,
+        environment: Mapping[str, str] | None = None,
+        working_directory: str = "",
+        name: str = "",
+        merge_output: bool = False,
+    ) -> Result:
+        """Creates a job, and returns its output and ending once it has ended.
+
+        timeout: in seconds; after it the job is stopped, and DeadlineError raised. The job
+        is also stopped where this is interrupted. All else is as for `create`.
+        """
+        job = self.create(
+            command,
+            *args,
+            max_cpu=max_cpu,
+            max_memory=max_memory,
+            max_iobps=max_iobps,
+            environment=environment,
+            working_directory=working_directory,
+            name=name,
+            merge_output=merge_output,
+        )
+        try:
+            return self._collect(Reading(job.id, Patience(self._patience_seconds, timeout)))
+        except BaseException:
+            with contextlib.suppress(CallError):
+                self.stop(job.id)
+            raise
+
+    def info(self) -> ServerInfo:
+        """What the server is, which limits it can enforce, and for whom it takes us."""
+        return self._call(calls.info())
+
+    # Calls
+
+    def _call(self, call: Call[AnswerT], timeout_seconds: float | None = None) -> AnswerT:
+        """timeout_seconds: shortens the client's own."""
+        self._require(call.rpc, call.needs)
+        seconds = self._timeout_seconds + call.extra_seconds
+        if timeout_seconds is not None:
+            seconds = min(seconds, timeout_seconds)
+        answer = self._send(call, seconds)
+        try:
+            return call.read(answer)
+        except connection.UNREADABLE as error:
+            raise connection.unreadable(error, call.rpc, self._target) from error
+
+    def _send(self, call: Call[Any], timeout_seconds: float) -> bytes:
+        request = call.request.SerializeToString()
+        while True:
+            channel = self._channels[-1]
+            try:
+                method: BytesCall = channel.unary_unary(PATH + call.rpc)
+                return method(request, timeout=timeout_seconds)
+            except grpc.RpcError as error:
+                if not self._took_next_name(channel, error):
+                    raise connection.error_from(error, call.rpc, self._target) from error
+
+    def _require(self, rpc: str, needs: tuple[str, ...]) -> None:
+        """Raises UnsupportedError where the server would ignore what is needed."""
+        if not needs or self._knows_new_fields:
+            return
+        try:
+            self.info()
+        except UnsupportedError as error:
+            raise connection.unsupported(rpc, needs, self._target) from error
+        self._knows_new_fields = True
+
+    def _list_old(self, statuses: Collection[str], name: str, limit: int | None) -> Iterator[Job]:
+        if name:
+            raise connection.unsupported("GetJobs", ("name",), self._target)
+        yield from self._call(calls.all_jobs(statuses))[:limit]
+
+    def _poll(self, job_id: int | str, patience: Patience) -> Job:
+        """As `wait`, of a server that knows only the old fields."""
+        while True:
+            try:
+                job = self._call(calls.get(job_id), patience.left_seconds())
+                if job.is_ended:
+                    return job
+                patience.connected()
+                pause_seconds = patience.pause_seconds("GetJob")
+            except UnreachableError as error:
+                pause_seconds = patience.failed(error)
+            time.sleep(pause_seconds)
+
+    # Streams
+
+    def _read(self, reading: Reading) -> Iterator[Chunk]:
+        self._require(STREAM_RPC, reading.needs)
+        while not reading.is_over:
+            try:
+                yield from self._read_once(reading)
+            except CallError as error:
+                reading.failed(error)
+            time.sleep(reading.pause_seconds)
+
+    def _read_once(self, reading: Reading) -> Iterator[Chunk]:
+        """As far as one connection carries it."""
+        channel = self._channels[-1]
+        method: BytesStream = channel.unary_stream(PATH + STREAM_RPC)
+        request = reading.request().SerializeToString()
+        stream = method(request, timeout=reading.patience.left_seconds())
+        try:
+            for message in stream:
+                chunk = reading.take(message)
+                if chunk:
+                    yield chunk
+        except grpc.RpcError as error:
+            if self._took_next_name(channel, error):
+                return
+            raise connection.error_from(error, STREAM_RPC, self._target) from error
+        except connection.UNREADABLE as error:
+            raise connection.unreadable(error, STREAM_RPC, self._target) from error
+        finally:
+            stream.cancel()
+        if reading.ended():
+            last = reading.conclude(self.get(reading.job_id))
+            if last:
+                yield last
+
+    def _last(self, reading: Reading) -> Job:
+        for chunk in self._read(reading):
+            if chunk.ending:
+                return chunk.ending
+        raise AssertionError("a stream that follows has an ending")
+
+    def _collect(self, reading: Reading) -> Result:
+        collector = Collector()
+        for chunk in self._read(reading):
+            result = collector.add(chunk)
+            if result:
+                return result
+        raise AssertionError("a stream that follows has an ending")
+
+    # Connecting
+
+    def _new_channel(self, name: str) -> grpc.Channel:
+        return grpc.secure_channel(
+            self._target.address, self._target.credentials, self._target.options(name) + OPTIONS
+        )
+
+    def _took_next_name(self, channel: grpc.Channel, error: grpc.RpcError) -> bool:
+        """The server's certificate is for another name, and there was one left to try."""
+        if not connection.is_other_name(error):
+            return False
+        names = self._target.names
+        with self._lock:
+            if channel is self._channels[-1]:
+                if len(self._channels) == len(names):
+                    return False
+                self._channels.append(self._new_channel(names[len(self._channels)]))
+            return True
