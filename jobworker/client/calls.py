@@ -12,11 +12,11 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, TypedDict, TypeVar
 
 from google.protobuf.message import Message
 
-from jobworker.errors import InvalidRequestError, RejectedError
+from jobworker.errors import InvalidRequestError, RejectedError, UnsupportedError
 from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status, validate
 from jobworker.pb import job_worker_pb2 as pb
 
@@ -25,6 +25,9 @@ AnswerT = TypeVar("AnswerT")
 LARGEST_INT32 = 2**31 - 1
 LARGEST_UINT32 = 2**32 - 1
 LARGEST_PAGE_JOBS = 1000
+
+# Those that a server knows that knows only the old fields.
+OLD_OPTIONS = {"max_cpu", "max_memory", "max_iobps"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,54 +75,48 @@ class Page:
 # Requests
 
 
-def create(
-    command: str,
-    args: Iterable[str],
-    max_cpu: int,
-    max_memory: int,
-    max_iobps: int,
-    environment: Mapping[str, str] | None,
-    working_directory: str,
-    name: str,
-    merge_output: bool,
-) -> Call[Job]:
+class CreateOptions(TypedDict, total=False):
+    """How a job is to run."""
+
+    max_cpu: int  # percent of one core; 0: the server's default
+    max_memory: int  # MiB; 0: the server's default
+    max_iobps: int  # bytes a second, each of read and write; 0: the server's default
+    environment: Mapping[str, str] | None  # added to the few variables that every job gets
+    working_directory: str  # absolute; default "/"
+    name: str  # for people, and for `list`; need not be unique
+    merge_output: bool  # one pipe for both streams: exact order, all counts as stdout
+
+
+def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Job]:
     """Raises RejectedError for what no server could accept."""
     rpc = "CreateJob"
+    unknown = options.keys() - CreateOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
     spec = JobSpec(
         command=command,
         args=tuple(args),
-        limits=Limits(max_cpu, max_memory, max_iobps),
-        environment=environment or {},
-        working_directory=working_directory or "/",
-        name=name,
-        merge_output=merge_output,
+        limits=Limits(
+            cpu_percent=options.get("max_cpu", 0),
+            memory_mib=options.get("max_memory", 0),
+            io_bytes_per_second=options.get("max_iobps", 0),
+        ),
+        environment=options.get("environment") or {},
+        working_directory=options.get("working_directory") or "/",
+        name=options.get("name", ""),
+        merge_output=options.get("merge_output", False),
     )
     try:
         _check_int32(spec.limits)
         validate(spec)
-        request = pb.CreateJobReq(
-            command=command,
-            args=spec.args,
-            maxCPU=max_cpu,
-            maxMemory=max_memory,
-            maxIOBPS=max_iobps,
-            environment=spec.environment,
-            working_directory=working_directory,
-            name=name,
-            merge_output=merge_output,
-        )
+        request = _create_request(spec)
     except InvalidRequestError as error:
         raise RejectedError(rpc, "INVALID_ARGUMENT", str(error)) from error
     except UnicodeEncodeError as error:
         problem = f"{error.object!r} is not text; arguments must be UTF-8"
         raise RejectedError(rpc, "INVALID_ARGUMENT", problem) from error
-    new = {
-        "environment": bool(environment),
-        "working_directory": bool(working_directory),
-        "name": bool(name),
-        "merge_output": merge_output,
-    }
-    return Call(rpc, request, _read_job, tuple(option for option, used in new.items() if used))
+    asked = {name for name, value in options.items() if value}
+    return Call(rpc, request, _read_job, tuple(sorted(asked - OLD_OPTIONS)))
 
 
 def get(job_id: int | str) -> Call[Job]:
@@ -143,27 +140,22 @@ def stop(job_id: int | str, signal: int, grace_seconds: float | None) -> Call[No
     return Call(rpc, request, _read_nothing, needs, extra_seconds=grace_seconds or 0)
 
 
-def jobs_page(statuses: Collection[str], name: str, page_jobs: int, token: str) -> Call[Page]:
-    request = pb.ListJobsReq(
-        statuses=statuses, name=name, page_size=min(page_jobs, LARGEST_PAGE_JOBS), page_token=token
-    )
-    return Call("ListJobs", request, _read_page)
-
-
-def all_jobs(statuses: Collection[str]) -> Call[list[Job]]:
-    """What a server without ListJobs has instead; newest first."""
-    wanted = frozenset(status.upper() for status in statuses)
-
-    def read(answer: bytes) -> list[Job]:
-        jobs = map(job_from, pb.Jobs.FromString(answer).jobs)
-        chosen = [job for job in jobs if not wanted or job.status in wanted]
-        return sorted(chosen, key=lambda job: job.id, reverse=True)
-
-    return Call("GetJobs", pb.EmptyRequest(), read)
-
-
 def info() -> Call[ServerInfo]:
     return Call("GetServerInfo", pb.EmptyRequest(), _read_info)
+
+
+def _create_request(spec: JobSpec) -> pb.CreateJobReq:
+    return pb.CreateJobReq(
+        command=spec.command,
+        args=spec.args,
+        maxCPU=spec.limits.cpu_percent,
+        maxMemory=spec.limits.memory_mib,
+        maxIOBPS=spec.limits.io_bytes_per_second,
+        environment=spec.environment,
+        working_directory=spec.working_directory,
+        name=spec.name,
+        merge_output=spec.merge_output,
+    )
 
 
 def _check_int32(limits: Limits) -> None:
@@ -179,6 +171,46 @@ def _check_int32(limits: Limits) -> None:
 def _check_range(name: str, value: int, largest: int, hint: str = "") -> None:
     if not 0 <= value <= largest:
         raise InvalidRequestError(name, f"{value} is not possible; use 0 to {largest}{hint}")
+
+
+class Listing:
+    """A way through all jobs, newest first, page by page, until it `is_over`."""
+
+    def __init__(self, statuses: Collection[str], name: str, limit: int | None) -> None:
+        """limit: at most so many jobs; None: all."""
+        self._statuses = frozenset(status.upper() for status in statuses)
+        self._name = name
+        self._left = limit
+        self._token = ""
+        self.is_over = limit is not None and limit <= 0
+
+    def request(self) -> Call[Page]:
+        request = pb.ListJobsReq(
+            statuses=sorted(self._statuses),
+            name=self._name,
+            page_size=min(self._left or LARGEST_PAGE_JOBS, LARGEST_PAGE_JOBS),
+            page_token=self._token,
+        )
+        return Call("ListJobs", request, _read_page)
+
+    def old_request(self, error: UnsupportedError) -> Call[Page]:
+        """For a server without ListJobs; raises the error where that does not help."""
+        if self._name:
+            raise error
+        return Call("GetJobs", pb.EmptyRequest(), self._read_all)
+
+    def take(self, page: Page) -> list[Job]:
+        jobs = page.jobs[: self._left]
+        self._token = page.next_token
+        if self._left is not None:
+            self._left -= len(jobs)
+        self.is_over = self._left == 0 or not self._token
+        return jobs
+
+    def _read_all(self, answer: bytes) -> Page:
+        jobs = map(job_from, pb.Jobs.FromString(answer).jobs)
+        wanted = [job for job in jobs if not self._statuses or job.status in self._statuses]
+        return Page(sorted(wanted, key=lambda job: job.id, reverse=True))
 
 
 # Answers

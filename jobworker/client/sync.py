@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar, Unpack
 
 import grpc
 
 from jobworker.client import calls, connection
-from jobworker.client.calls import Call, ServerInfo
+from jobworker.client.calls import Call, CreateOptions, Listing, ServerInfo
 from jobworker.client.connection import PATH, Target
 from jobworker.client.output import RPC as STREAM_RPC
 from jobworker.client.output import Chunk, Collector, Patience, Reading, Result, Stream
@@ -85,66 +85,32 @@ class Client:
         for channel in self._channels:
             channel.close()
 
-    def create(
-        self,
-        command: str,
-        *args: str,
-        max_cpu: int = 0,
-        max_memory: int = 0,
-        max_iobps: int = 0,
-        environment: Mapping[str, str] | None = None,
-        working_directory: str = "",
-        name: str = "",
-        merge_output: bool = False,
-    ) -> Job:
+    def create(self, command: str, *args: str, **options: Unpack[CreateOptions]) -> Job:
         """Starts a job; returns it once its command runs, or has failed to.
 
-        max_cpu: percent of one core. max_memory: MiB. max_iobps: bytes a second, each of
-        read and write. 0: the server's default.
-        environment: added to the few variables that every job gets.
-        working_directory: absolute; default "/".
-        name: for people, and for `list`; need not be unique.
-        merge_output: one pipe for both streams: their order is exact, all counts as stdout.
+        options: max_cpu, max_memory, max_iobps, environment, working_directory, name,
+        merge_output; see CreateOptions.
         """
-        return self._call(
-            calls.create(
-                command,
-                args,
-                max_cpu=max_cpu,
-                max_memory=max_memory,
-                max_iobps=max_iobps,
-                environment=environment,
-                working_directory=working_directory,
-                name=name,
-                merge_output=merge_output,
-            )
-        )
+        return self._call(calls.create(command, args, options))
 
     def get(self, job_id: int | str) -> Job:
         return self._call(calls.get(job_id))
 
     def list(
         self, *, statuses: Collection[str] = (), name: str = "", limit: int | None = None
-    ) -> Iterator[Job]:
+    ) -> Generator[Job, None, None]:
         """Jobs, newest first, fetched page by page.
 
         statuses: any of these; empty: all. name: exactly this; empty: all. limit: at most so
         many; None: all.
         """
-        left = calls.LARGEST_PAGE_JOBS if limit is None else limit
-        token = ""
-        while left > 0:
+        listing = Listing(statuses, name, limit)
+        while not listing.is_over:
             try:
-                page = self._call(calls.jobs_page(statuses, name, left, token))
-            except UnsupportedError:
-                yield from self._list_old(statuses, name, limit)
-                return
-            yield from page.jobs[:left]
-            token = page.next_token
-            if not token:
-                return
-            if limit is not None:
-                left -= len(page.jobs)
+                page = self._call(listing.request())
+            except UnsupportedError as error:
+                page = self._call(listing.old_request(error))
+            yield from listing.take(page)
 
     def stop(
         self, job_id: int | str, *, signal: int = 0, grace_seconds: float | None = None
@@ -165,7 +131,7 @@ class Client:
         from_offset: int = 0,
         follow: bool = True,
         stream: Stream = Stream.ALL,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """The job's output: what it has written so far, then live, until it has ended. The
         last chunk has no payload and the ended job as `ending`.
 
@@ -196,30 +162,14 @@ class Client:
         command: str,
         *args: str,
         timeout: float | None = None,
-        max_cpu: int = 0,
-        max_memory: int = 0,
-        max_iobps: int = 0,
-        environment: Mapping[str, str] | None = None,
-        working_directory: str = "",
-        name: str = "",
-        merge_output: bool = False,
+        **options: Unpack[CreateOptions],
     ) -> Result:
         """Creates a job, and returns its output and ending once it has ended.
 
         timeout: in seconds; after it the job is stopped, and DeadlineError raised. The job
-        is also stopped where this is interrupted. All else is as for `create`.
+        is also stopped where this is interrupted.
         """
-        job = self.create(
-            command,
-            *args,
-            max_cpu=max_cpu,
-            max_memory=max_memory,
-            max_iobps=max_iobps,
-            environment=environment,
-            working_directory=working_directory,
-            name=name,
-            merge_output=merge_output,
-        )
+        job = self.create(command, *args, **options)
         try:
             return self._collect(Reading(job.id, Patience(self._patience_seconds, timeout)))
         except BaseException:
@@ -266,11 +216,6 @@ class Client:
             raise connection.unsupported(rpc, needs, self._target) from error
         self._knows_new_fields = True
 
-    def _list_old(self, statuses: Collection[str], name: str, limit: int | None) -> Iterator[Job]:
-        if name:
-            raise connection.unsupported("GetJobs", ("name",), self._target)
-        yield from self._call(calls.all_jobs(statuses))[:limit]
-
     def _poll(self, job_id: int | str, patience: Patience) -> Job:
         """As `wait`, of a server that knows only the old fields."""
         while True:
@@ -286,7 +231,7 @@ class Client:
 
     # Streams
 
-    def _read(self, reading: Reading) -> Iterator[Chunk]:
+    def _read(self, reading: Reading) -> Generator[Chunk, None, None]:
         self._require(STREAM_RPC, reading.needs)
         while not reading.is_over:
             try:
@@ -295,7 +240,7 @@ class Client:
                 reading.failed(error)
             time.sleep(reading.pause_seconds)
 
-    def _read_once(self, reading: Reading) -> Iterator[Chunk]:
+    def _read_once(self, reading: Reading) -> Generator[Chunk, None, None]:
         """As far as one connection carries it."""
         channel = self._channels[-1]
         method: BytesStream = channel.unary_stream(PATH + STREAM_RPC)

@@ -1,0 +1,269 @@
+"""The client for asyncio; what `Client` does, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias, TypeVar, Unpack
+
+import grpc
+
+from jobworker.client import calls, connection
+from jobworker.client.calls import Call, CreateOptions, Listing, ServerInfo
+from jobworker.client.connection import PATH, Target
+from jobworker.client.output import RPC as STREAM_RPC
+from jobworker.client.output import Chunk, Collector, Patience, Reading, Result, Stream
+from jobworker.errors import CallError, UnreachableError, UnsupportedError
+from jobworker.job import Job
+
+AnswerT = TypeVar("AnswerT")
+
+# Without serializers: what is sent and received is finished bytes.
+BytesCall: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
+BytesStream: TypeAlias = "grpc.aio.UnaryStreamMultiCallable[bytes, bytes]"
+
+
+class AsyncClient:
+    """A connection to one server, made when it is first needed, by the event loop that uses
+    it. Tasks may share it.
+
+    Arguments, results and errors of its methods are those of `Client`.
+    """
+
+    def __init__(
+        self,
+        address: str = "localhost:50051",
+        *,
+        certs: Path | str | None = None,
+        ca: Path | str | None = None,
+        cert: Path | str | None = None,
+        key: Path | str | None = None,
+        server_name: str | None = None,
+        timeout: float = 30.0,
+        patience: float = 60.0,
+    ) -> None:
+        files = connection.files_in(certs, ca, cert, key)
+        self._target = Target(address, files, server_name)
+        self._timeout_seconds = timeout
+        self._patience_seconds = patience
+        # One for each name that the server's certificate might be for; the last is in use.
+        self._channels: list[grpc.aio.Channel] = []
+        self._knows_new_fields = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the calls and streams that are under way, with CallError."""
+        for channel in self._channels:
+            await channel.close()
+
+    async def create(self, command: str, *args: str, **options: Unpack[CreateOptions]) -> Job:
+        return await self._call(calls.create(command, args, options))
+
+    async def get(self, job_id: int | str) -> Job:
+        return await self._call(calls.get(job_id))
+
+    async def list(
+        self, *, statuses: Collection[str] = (), name: str = "", limit: int | None = None
+    ) -> AsyncGenerator[Job, None]:
+        listing = Listing(statuses, name, limit)
+        while not listing.is_over:
+            try:
+                page = await self._call(listing.request())
+            except UnsupportedError as error:
+                page = await self._call(listing.old_request(error))
+            for job in listing.take(page):
+                yield job
+
+    async def stop(
+        self, job_id: int | str, *, signal: int = 0, grace_seconds: float | None = None
+    ) -> Job:
+        await self._call(calls.stop(job_id, signal, grace_seconds))
+        return await self.get(job_id)
+
+    def stream(
+        self,
+        job_id: int | str,
+        *,
+        from_offset: int = 0,
+        follow: bool = True,
+        stream: Stream = Stream.ALL,
+    ) -> AsyncGenerator[Chunk, None]:
+        patience = Patience(self._patience_seconds)
+        return self._read(Reading(job_id, patience, from_offset, follow, stream))
+
+    async def wait(
+        self,
+        job_id: int | str,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 as for `Client`
+    ) -> Job:
+        patience = Patience(self._patience_seconds, timeout)
+        job = await self._call(calls.get(job_id), patience.left_seconds())
+        if job.is_ended:
+            return job
+        patience.connected()
+        # A stream ends when its job does; what it carries meanwhile should be little.
+        reading = Reading(job_id, patience, job.output_bytes, stream=Stream.STDERR)
+        try:
+            return await self._last(reading)
+        except UnsupportedError:
+            return await self._poll(job_id, patience)
+
+    async def run(
+        self,
+        command: str,
+        *args: str,
+        timeout: float | None = None,  # noqa: ASYNC109 as for `Client`
+        **options: Unpack[CreateOptions],
+    ) -> Result:
+        job = await self.create(command, *args, **options)
+        try:
+            return await self._collect(Reading(job.id, Patience(self._patience_seconds, timeout)))
+        except BaseException:
+            with contextlib.suppress(CallError):
+                await self.stop(job.id)
+            raise
+
+    async def info(self) -> ServerInfo:
+        return await self._call(calls.info())
+
+    # Calls
+
+    async def _call(self, call: Call[AnswerT], timeout_seconds: float | None = None) -> AnswerT:
+        """timeout_seconds: shortens the client's own."""
+        await self._require(call.rpc, call.needs)
+        seconds = self._timeout_seconds + call.extra_seconds
+        if timeout_seconds is not None:
+            seconds = min(seconds, timeout_seconds)
+        answer = await self._send(call, seconds)
+        try:
+            return call.read(answer)
+        except connection.UNREADABLE as error:
+            raise connection.unreadable(error, call.rpc, self._target) from error
+
+    async def _send(self, call: Call[Any], timeout_seconds: float) -> bytes:
+        request = call.request.SerializeToString()
+        while True:
+            channel = self._channel()
+            try:
+                method: BytesCall = channel.unary_unary(PATH + call.rpc)
+                return await method(request, timeout=timeout_seconds)
+            except grpc.RpcError as error:
+                if not self._took_next_name(channel, error):
+                    raise await self._error_from(error, call.rpc) from error
+
+    async def _error_from(self, error: grpc.RpcError, rpc: str) -> CallError:
+        return await asyncio.to_thread(connection.error_from, error, rpc, self._target)
+
+    async def _require(self, rpc: str, needs: tuple[str, ...]) -> None:
+        """Raises UnsupportedError where the server would ignore what is needed."""
+        if not needs or self._knows_new_fields:
+            return
+        try:
+            await self.info()
+        except UnsupportedError as error:
+            raise connection.unsupported(rpc, needs, self._target) from error
+        self._knows_new_fields = True
+
+    async def _poll(self, job_id: int | str, patience: Patience) -> Job:
+        """As `wait`, of a server that knows only the old fields."""
+        while True:
+            try:
+                job = await self._call(calls.get(job_id), patience.left_seconds())
+                if job.is_ended:
+                    return job
+                patience.connected()
+                pause_seconds = patience.pause_seconds("GetJob")
+            except UnreachableError as error:
+                pause_seconds = patience.failed(error)
+            await asyncio.sleep(pause_seconds)
+
+    # Streams
+
+    async def _read(self, reading: Reading) -> AsyncGenerator[Chunk, None]:
+        await self._require(STREAM_RPC, reading.needs)
+        while not reading.is_over:
+            try:
+                async with contextlib.aclosing(self._read_once(reading)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            except CallError as error:
+                reading.failed(error)
+            await asyncio.sleep(reading.pause_seconds)
+
+    async def _read_once(self, reading: Reading) -> AsyncGenerator[Chunk, None]:
+        """As far as one connection carries it."""
+        channel = self._channel()
+        method: BytesStream = channel.unary_stream(PATH + STREAM_RPC)
+        request = reading.request().SerializeToString()
+        stream = method(request, timeout=reading.patience.left_seconds())
+        try:
+            async for message in stream:
+                chunk = reading.take(message)
+                if chunk:
+                    yield chunk
+        except grpc.RpcError as error:
+            if self._took_next_name(channel, error):
+                return
+            raise await self._error_from(error, STREAM_RPC) from error
+        except connection.UNREADABLE as error:
+            raise connection.unreadable(error, STREAM_RPC, self._target) from error
+        finally:
+            stream.cancel()
+        if reading.ended():
+            last = reading.conclude(await self.get(reading.job_id))
+            if last:
+                yield last
+
+    async def _last(self, reading: Reading) -> Job:
+        async with contextlib.aclosing(self._read(reading)) as chunks:
+            async for chunk in chunks:
+                if chunk.ending:
+                    return chunk.ending
+        raise AssertionError("a stream that follows has an ending")
+
+    async def _collect(self, reading: Reading) -> Result:
+        collector = Collector()
+        async with contextlib.aclosing(self._read(reading)) as chunks:
+            async for chunk in chunks:
+                result = collector.add(chunk)
+                if result:
+                    return result
+        raise AssertionError("a stream that follows has an ending")
+
+    # Connecting
+
+    def _channel(self) -> grpc.aio.Channel:
+        """The one in use; a channel belongs to the loop that is running when it is made."""
+        if not self._channels:
+            self._channels.append(self._new_channel(self._target.names[0]))
+        return self._channels[-1]
+
+    def _new_channel(self, name: str) -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(
+            self._target.address, self._target.credentials, self._target.options(name)
+        )
+
+    def _took_next_name(self, channel: grpc.aio.Channel, error: grpc.RpcError) -> bool:
+        """The server's certificate is for another name, and there was one left to try."""
+        if not connection.is_other_name(error):
+            return False
+        names = self._target.names
+        if channel is self._channels[-1]:
+            if len(self._channels) == len(names):
+                return False
+            self._channels.append(self._new_channel(names[len(self._channels)]))
+        return True
