@@ -307,13 +307,13 @@ def split_payload(message: bytes) -> tuple[memoryview, pb.DataChunk]:
 
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:
-    """The number there, and the place behind it."""
+    """The number there, and the place behind it; where it has no end, one that is too large."""
     value = shift = 0
     while place < len(message):
         byte = message[place]
         place += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            break
+            return value, place
         shift += 7
-    return value, place
+    return len(message), place

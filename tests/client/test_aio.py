@@ -1,0 +1,112 @@
+"""What only AsyncClient can do; all that both clients can is in test_sync.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Any
+
+import pytest
+
+from functional.server import Server
+from jobworker import AsyncClient
+from jobworker.errors import CallError, DeadlineError
+from jobworker.job import Status
+
+
+def run(server: Server, scenario: Any) -> None:
+    """With the client's own loop, closed at the end."""
+
+    async def main() -> None:
+        async with AsyncClient(server.address, certs=server.certs) as client:
+            await asyncio.wait_for(scenario(client), 60)
+
+    asyncio.run(main())
+
+
+def test_many_at_once(server: Server) -> None:
+    async def scenario(client: AsyncClient) -> None:
+        started = time.monotonic()
+        results = await asyncio.gather(
+            *(client.run("sh", "-c", f"sleep 1; echo {number}") for number in range(50))
+        )
+        assert [int(result.stdout) for result in results] == list(range(50))
+        assert time.monotonic() - started < 20
+
+    run(server, scenario)
+
+
+def test_a_cancelled_run_stops_its_job(server: Server) -> None:
+    async def scenario(client: AsyncClient) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await client.run("sleep", "60", name="cancelled")
+        jobs = [job async for job in client.list(name="cancelled", limit=1)]
+        assert jobs[0].status is Status.STOPPED
+
+    run(server, scenario)
+
+
+def test_a_cancelled_reader_leaves_the_job_alone(server: Server) -> None:
+    async def scenario(client: AsyncClient) -> None:
+        job = await client.create("sleep", "60")
+        waiting = asyncio.ensure_future(client.wait(job.id))
+        done, _ = await asyncio.wait([waiting], timeout=0.3)
+        assert not done
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert (await client.get(job.id)).status is Status.RUNNING
+        assert (await client.stop(job.id)).status is Status.STOPPED
+
+    run(server, scenario)
+
+
+def test_a_stream_that_is_left_early(server: Server) -> None:
+    async def scenario(client: AsyncClient) -> None:
+        job = await client.create("sh", "-c", "while :; do echo x; sleep 0.01; done")
+        async with contextlib.aclosing(client.stream(job.id)) as chunks:
+            async for chunk in chunks:
+                assert chunk.payload
+                break
+        await client.stop(job.id, grace_seconds=0)
+
+    run(server, scenario)
+
+
+def test_close_ends_a_stream(server: Server) -> None:
+    async def scenario(client: AsyncClient) -> None:
+        job = await client.create("sleep", "3")
+        async with AsyncClient(server.address, certs=server.certs) as other:
+            reading = asyncio.ensure_future(anext(other.stream(job.id)))
+            await asyncio.wait([reading], timeout=0.3)
+        with pytest.raises((CallError, asyncio.CancelledError)):
+            await reading
+        await client.stop(job.id)
+
+    run(server, scenario)
+
+
+def test_the_loop_goes_on_meanwhile(server: Server) -> None:
+    """Also where the client has to find out why there is no connection."""
+
+    async def scenario(client: AsyncClient) -> None:
+        longest, before = 0.0, time.monotonic()
+
+        async def watch() -> None:
+            nonlocal longest, before
+            while True:
+                await asyncio.sleep(0.01)
+                longest, before = max(longest, time.monotonic() - before), time.monotonic()
+
+        watching = asyncio.ensure_future(watch())
+        with pytest.raises(DeadlineError):
+            await client.run("sleep", "60", timeout=0.5)
+        async with AsyncClient("127.0.0.1:1", certs=server.certs) as nobody:
+            with pytest.raises(CallError):
+                await nobody.info()
+        watching.cancel()
+        assert longest < 0.5
+
+    run(server, scenario)

@@ -1,0 +1,163 @@
+"""Requests and answers, without a server."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from jobworker import job as transition
+from jobworker.client import calls
+from jobworker.client.calls import nanoseconds
+from jobworker.errors import RejectedError, UnsupportedError
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, OomKills, Status
+from jobworker.pb import job_worker_pb2 as pb
+from jobworker.rpc import convert
+
+NOON_NS = 1_769_860_800_000_000_000
+
+
+def an_ended_job() -> Job:
+    """Every field has a value that is not its default."""
+    spec = JobSpec(
+        command="/usr/bin/env",
+        args=("a", "", "ä\n"),
+        limits=Limits(50, 64, 1000),
+        environment={"A": "b", "C": ""},
+        working_directory="/usr",
+        name="a name",
+        merge_output=True,
+    )
+    running = transition.started(transition.created(7, spec, NOON_NS + 1), NOON_NS + 2)
+    ended = transition.ended(running, 9, OomKills(by_limit=1, killed=1), NOON_NS + 3)
+    return dataclasses.replace(
+        ended,
+        failed_step="exec",
+        failed_errno=2,
+        accounting=Accounting(1, 2, 3, 4, 0, None),
+        stdout_bytes=2**40,
+        stderr_bytes=5,
+        cleanup_uncertain=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "job", [an_ended_job(), transition.created(1, JobSpec("/bin/true"), NOON_NS)]
+)
+def test_a_job_arrives_as_the_server_has_it(job: Job) -> None:
+    assert calls.get(1).read(convert.job_to(job).SerializeToString()) == job
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "cause"),
+    [
+        ("RUNNING", 0, None),
+        ("COMPLETED", 0, Cause.EXITED),
+        ("FAILED", 2, Cause.EXITED),
+        ("FAILED", -1, None),
+        ("STOPPED", -1, Cause.STOPPED),
+    ],
+)
+def test_a_job_of_an_old_server(status: str, exit_code: int, cause: Cause | None) -> None:
+    message = pb.Job(
+        id="12",
+        command="/bin/x",
+        status=status,
+        exitCode=exit_code,
+        startTime="2026-01-31T12:00:00Z",
+        endTime="" if status == "RUNNING" else "2026-01-31T12:00:00.25Z",
+    )
+    job = calls.job_from(message)
+    assert (job.id, job.status, job.cause, job.exit_code) == (12, status, cause, exit_code)
+    assert job.created_ns == job.started_ns == NOON_NS
+    assert job.ended_ns == (0 if status == "RUNNING" else NOON_NS + 250_000_000)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"id": "x", "status": "RUNNING"}, {"id": "1", "status": "ASLEEP"}, {}]
+)
+def test_what_is_no_job(fields: dict[str, str]) -> None:
+    with pytest.raises(ValueError):
+        calls.job_from(pb.Job(**fields))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", 0),
+        ("2026-01-31T12:00:00Z", NOON_NS),
+        ("2026-01-31t12:00:00z", NOON_NS),
+        ("2026-01-31T12:00:00.000000001Z", NOON_NS + 1),
+        ("2026-01-31T12:00:00.1234567891Z", NOON_NS + 123_456_789),
+        ("2026-01-31T14:30:00.5+02:30", NOON_NS + 500_000_000),
+        ("2026-01-31T11:00:00-01:00", NOON_NS),
+        (convert.rfc3339(NOON_NS + 1000), NOON_NS + 1000),
+    ],
+)
+def test_times(text: str, expected: int) -> None:
+    assert nanoseconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["yesterday", "2026-01-31", "2026-13-31T12:00:00Z", "12:00:00Z"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(ValueError):
+        nanoseconds(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"max_cpu": 2**31}, "max_cpu: 2147483648 is not possible; use 0 to 2147483647"),
+        ({"max_memory": -1}, "max_memory: -1 is not possible"),
+        ({"environment": {"A=B": "c"}}, "not a variable's name"),
+        ({"environment": {"A": "\0"}}, "NUL"),
+        ({"working_directory": "here"}, "absolute"),
+        ({"name": "\udcff"}, "printable"),
+    ],
+)
+def test_what_no_server_could_accept(options: Any, problem: str) -> None:
+    with pytest.raises(RejectedError, match=problem) as caught:
+        calls.create("true", (), options)
+    assert (caught.value.rpc, caught.value.code) == ("CreateJob", "INVALID_ARGUMENT")
+
+
+def test_needs_are_what_was_added_to_the_contract() -> None:
+    assert calls.create("true", ["x"], {"max_cpu": 1, "max_memory": 2, "max_iobps": 3}).needs == ()
+    nothing: calls.CreateOptions = {"environment": None, "name": "", "merge_output": False}
+    assert calls.create("true", [], nothing).needs == ()
+    all_new: calls.CreateOptions = {
+        "environment": {"A": "b"},
+        "working_directory": "/",
+        "name": "n",
+        "merge_output": True,
+    }
+    assert set(calls.create("true", [], all_new).needs) == all_new.keys()
+    assert calls.stop(1, 0, None).needs == ()
+    assert calls.stop(1, 15, 0).needs == ("signal", "grace_seconds")
+
+
+def test_a_stop_may_take_as_long_as_its_grace() -> None:
+    call = calls.stop(1, 0, 90.5)
+    assert call.extra_seconds == 90.5
+    assert isinstance(call.request, pb.StopJobReq)
+    assert call.request.grace_milliseconds == 90_500
+
+
+def test_a_listing_ends_at_its_limit_and_at_the_last_page() -> None:
+    job = transition.created(1, JobSpec("/bin/true"), NOON_NS)
+    listing = calls.Listing((), "", 5)
+    first = listing.take(calls.Page([job] * 3, "next"))
+    assert (first, listing.is_over) == ([job] * 3, False)
+    assert listing.request().request == pb.ListJobsReq(page_size=2, page_token="next")
+    second = listing.take(calls.Page([job] * 3, "next"))
+    assert (second, listing.is_over) == ([job] * 2, True)
+    endless = calls.Listing([Status.RUNNING], "", None)
+    endless.take(calls.Page([job], ""))
+    assert endless.is_over
+
+
+def test_an_old_server_cannot_list_by_name() -> None:
+    error = UnsupportedError("ListJobs", "UNIMPLEMENTED", "too old")
+    with pytest.raises(UnsupportedError):
+        calls.Listing((), "name", None).old_request(error)
