@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jobworker.errors import SettingError
@@ -242,11 +243,17 @@ def options() -> Iterator[tuple[Field[Any], Option]]:
         yield each, each.metadata["option"]
 
 
-def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Path | None) -> Settings:
+def load(
+    flags: Mapping[str, str],
+    environ: Mapping[str, str],
+    file: Path | None,
+    defaults: Mapping[str, str] = MappingProxyType({}),
+) -> Settings:
     """From all places together.
 
     flags: by the settings' names, those that were given.
     file: a TOML file; None: the one that FILE_VARIABLE names, or none.
+    defaults: by the settings' names, instead of the usual ones.
 
     Raises SettingError, which names the setting as the place where it is set does, its value,
     and what would be right.
@@ -262,6 +269,8 @@ def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Path | None
             shown, text = option.variable, environ[option.variable]
         elif option.name in in_file:
             shown, text = f"{option.name} in {file}", in_file[option.name]
+        elif option.name in defaults:
+            shown, text = option.name, defaults[option.name]
         else:
             continue
         try:

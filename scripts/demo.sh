@@ -60,7 +60,8 @@ for controller in json.load(sys.stdin)["controllers"]:
     if flag and controller["available"]:
         print(flag)
     elif flag:
-        print(f"Without {flag}: {controller[\"name\"]} is {controller[\"problem\"]}", file=sys.stderr)
+        name, problem = controller["name"], controller["problem"]
+        print(f"Without {flag}: {name} is {problem}", file=sys.stderr)
 '
 }
 

@@ -1,4 +1,4 @@
-"""What is generated and committed is what the generator makes of the proto file today."""
+"""What is generated and committed is what the generators make today."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ def test_the_committed_messages_are_those_of_the_proto_file(tmp_path: Path) -> N
     generated = {path.name: path.read_text() for path in tmp_path.iterdir()}
     committed = {path.name: path.read_text() for path in COMMITTED.glob("job_worker_pb2*")}
     assert committed == generated, "jobworker/pb is not up to date: run `make proto`"
+
+
+def test_the_committed_page_of_the_command_line_is_that_of_its_help(tmp_path: Path) -> None:
+    page = tmp_path / "cli.md"
+    script = ROOT / "scripts" / "generate_cli_docs.py"
+    subprocess.run([sys.executable, script, page], check=True)
+
+    committed = (ROOT / "docs" / "cli.md").read_text()
+    assert committed == page.read_text(), f"docs/cli.md is not up to date: run {script.name}"
 
 
 def test_only_messages_are_generated() -> None:

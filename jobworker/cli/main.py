@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import click
 
 from jobworker import __version__
+from jobworker.cli.connection import server_options
+from jobworker.cli.display import json_option
+from jobworker.cli.exit_codes import ExitCode, FailedError, code_of, message_of, one_line
+from jobworker.errors import JobWorkerError
 
-# The module that has it (its function has the command's name, dashes as underscores).
-COMMANDS = {
-    "serve": "jobworker.cli.serve",
+# By heading of the help: command, and the module that has it as a function of that name.
+SECTIONS = {
+    "Jobs": {
+        "run": "jobworker.cli.run",
+        "create": "jobworker.cli.jobs",
+        "list": "jobworker.cli.jobs",
+        "get": "jobworker.cli.jobs",
+        "stream": "jobworker.cli.stream",
+        "wait": "jobworker.cli.wait",
+        "stop": "jobworker.cli.jobs",
+    },
+    "Server": {
+        "serve": "jobworker.cli.serve",
+        "info": "jobworker.cli.info",
+    },
+    "Setting up": {
+        "certs": "jobworker.cli.certs",
+        "completion": "jobworker.cli.completion",
+    },
 }
+COMMANDS = {name: module for section in SECTIONS.values() for name, module in section.items()}
 
 
 class LazyGroup(click.Group):
-    """Imports a command's module when that command is asked for."""
+    """Imports a command's module when that command is asked for. An error is one line on
+    standard error, and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -25,14 +50,74 @@ class LazyGroup(click.Group):
         module = COMMANDS.get(cmd_name)
         if module is None:
             return None
-        command = getattr(importlib.import_module(module), cmd_name.replace("-", "_"))
+        # `list` would hide the builtin in its module.
+        command = getattr(importlib.import_module(module), f"{cmd_name}_command")
         assert isinstance(command, click.Command)
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, section in SECTIONS.items():
+            commands = ((name, self.get_command(ctx, name)) for name in section)
+            with formatter.section(heading):
+                formatter.write_dl(
+                    [
+                        (name, command.get_short_help_str(70))
+                        for name, command in commands
+                        if command
+                    ]
+                )
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            click.echo(f"jobworker: {one_line(error)}", err=True)
+            code = error.code if isinstance(error, FailedError) else error.exit_code
+        except click.Abort:
+            code = ExitCode.INTERRUPTED
+        leave(code or ExitCode.OK)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except JobWorkerError as error:
+            raise FailedError(message_of(error), code_of(error)) from error
+        except BrokenPipeError:
+            ctx.exit(ExitCode.BROKEN_PIPE)
+        except OSError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def leave(code: int) -> NoReturn:
+    """The last of the output may fail to get out."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # The interpreter would try once more, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(ExitCode.BROKEN_PIPE)
+        click.echo(f"jobworker: cannot write: {error.strerror}", err=True)
+        sys.exit(code or ExitCode.FAILED)
+    sys.exit(code)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="All of these options but --version may stand after the command's name as well.",
+)
 @click.version_option(__version__, prog_name="jobworker")
-def main() -> None:
+@json_option
+@server_options()
+def main(**_: Any) -> None:
     """Runs commands as jobs, each in its own cgroup, and streams their output live."""
 
 

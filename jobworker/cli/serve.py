@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from jobworker import config
-from jobworker.errors import SettingError
+from jobworker.cli.connection import dev_folder, is_loopback, make_dev_folder, write_dev_record
+from jobworker.config import Settings
+from jobworker.errors import SettingError, StartupError
+
+DEV_ADDRESS = "127.0.0.1:50051"
 
 
 def _with_settings(function: Callable[..., None]) -> Callable[..., None]:
@@ -26,7 +30,13 @@ def _with_settings(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@click.command()
+@click.command("serve")
+@click.option(
+    "--dev",
+    is_flag=True,
+    help="For trying out: makes certificates on first use and listens on this machine only. "
+    "Commands of the same user then need no options.",
+)
 @click.option(
     "--config",
     "config_file",
@@ -35,14 +45,37 @@ def _with_settings(function: Callable[..., None]) -> Callable[..., None]:
     help=f"A TOML file with settings, by the names of the flags. [{config.FILE_VARIABLE}]",
 )
 @_with_settings
-def serve(config_file: Path | None, **flags: Any) -> None:
+def serve_command(dev: bool, config_file: Path | None, **flags: Any) -> None:
     """Runs the server until SIGTERM or Ctrl-C."""
     given = {name: value for name, value in flags.items() if value is not None}
     try:
-        settings = config.load(given, os.environ, config_file)
-    except SettingError as error:
+        settings = _load(given, config_file, is_development=dev)
+    except StartupError as error:
         raise click.ClickException(f"cannot start: {error}") from error
     # Late: what it imports takes longer than reading the settings.
     from jobworker import daemon
 
     sys.exit(daemon.main(settings))
+
+
+def _load(given: Mapping[str, str], config_file: Path | None, *, is_development: bool) -> Settings:
+    if not is_development:
+        return config.load(given, os.environ, config_file)
+    certs_folder = dev_folder(os.environ) / "certs"
+    defaults = {"addr": DEV_ADDRESS, "cert_path": str(certs_folder)}
+    settings = config.load(given, os.environ, config_file, defaults)
+    if not is_loopback(settings.address) or settings.address.endswith(":0"):
+        remedy = f"with --dev use one of this machine only, such as {DEV_ADDRESS}"
+        raise SettingError("addr", settings.address, "is not possible", remedy)
+    _prepare_development(settings)
+    return settings
+
+
+def _prepare_development(settings: Settings) -> None:
+    """Certificates, if there are none, and a record by which commands find the server."""
+    from jobworker import certs
+
+    make_dev_folder(os.environ)
+    if not (settings.cert_path / certs.CA_CERT).exists():
+        certs.make_all(settings.cert_path)
+    write_dev_record(os.environ, settings.address, settings.cert_path)

@@ -7,6 +7,7 @@ carry one through.
 from __future__ import annotations
 
 import enum
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from jobworker.errors import (
 )
 from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 RPC = "GetJobsStream"
 
@@ -188,6 +191,8 @@ class Patience:
             self._broken_at = now
         if not self._was_connected or now - self._broken_at >= self._patience_seconds:
             raise error
+        if self._broken_at == now:
+            log.info("%s; trying again for %g s", error, self._patience_seconds)
         return self.pause_seconds(error.rpc)
 
 

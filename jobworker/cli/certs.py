@@ -1,0 +1,139 @@
+"""`jobworker certs`: making certificates, and looking at them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobworker.cli import display
+from jobworker.cli.connection import DEFAULT_CERTS, VALUES
+from jobworker.cli.display import coloured, json_option, printable
+
+if TYPE_CHECKING:
+    from jobworker.certs import Description
+
+ROLES = ("admin", "viewer")
+
+
+@click.group("certs")
+def certs_command() -> None:
+    """Makes certificates, and shows what they say."""
+
+
+def _default_folder() -> Path:
+    given = click.get_current_context().find_root().params.get("certs")
+    return Path(given or os.environ.get(VALUES["certs"][0]) or DEFAULT_CERTS)
+
+
+folder_argument = click.argument(
+    "folder",
+    required=False,
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=lambda _ctx, _param, value: value or _default_folder(),
+)
+force_option = click.option("--force", is_flag=True, help="Replaces files that are there.")
+
+FOLDER_TEXT = "FOLDER is $JOB_WORKER_CERT_PATH, or ./certs, if it is not given."
+
+
+@certs_command.command("init", epilog=FOLDER_TEXT)
+@folder_argument
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="HOST",
+    help="A name or address by which clients reach the server, beside localhost and this host's "
+    "own; may be given again.",
+)
+@force_option
+@json_option
+def init(folder: Path, names: tuple[str, ...], force: bool, as_json: bool) -> None:
+    """Makes a CA, and with it a server, an admin and a viewer.
+
+    client-cert.pem and client-key.pem are the admin's: commands use them by themselves.
+    """
+    from jobworker import certs
+
+    _show_made(certs.make_all(folder, names, force=force), as_json)
+
+
+@certs_command.command("client", epilog=FOLDER_TEXT)
+@folder_argument
+@click.option("--name", required=True, help="Who it is for; also names the files.")
+@click.option(
+    "--role",
+    required=True,
+    type=click.Choice(ROLES, case_sensitive=False),
+    help="admin may do all; viewer may get, list and stream.",
+)
+@force_option
+@json_option
+def client(folder: Path, name: str, role: str, force: bool, as_json: bool) -> None:
+    """Makes the certificate of one more client.
+
+    The client needs NAME-cert.pem, NAME-key.pem and ca-cert.pem, never ca-key.pem.
+    """
+    from jobworker import certs
+
+    _show_made(certs.make_client(folder, name, role, force=force), as_json)
+
+
+def _show_made(paths: Sequence[Path], as_json: bool) -> None:
+    if as_json:
+        display.write_json({"made": [str(path) for path in paths]})
+        return
+    for path in paths:
+        click.echo(f"Made {path}")
+
+
+@certs_command.command("show", epilog=FOLDER_TEXT)
+@folder_argument
+@json_option
+def show(folder: Path, as_json: bool) -> None:
+    """Shows who, which role, until when, and what is wrong."""
+    from jobworker import certs
+    from jobworker.errors import CertificateError
+
+    paths = sorted(folder.glob("*-cert.pem"))
+    if not paths:
+        raise CertificateError(folder, "has no *-cert.pem", "make some: `jobworker certs init`")
+    described = [(path, certs.describe(path)) for path in paths]
+    if as_json:
+        display.write_json([_as_json(path, description) for path, description in described])
+        return
+    header = ["FILE", "FOR", "ROLE", "UNTIL", "NAMES"]
+    display.write_table(header, [_row(path, description) for path, description in described])
+    for path, description in described:
+        for warning in description.warnings:
+            display.write_paragraph(coloured(f"{path.name}: {warning}", "yellow"))
+
+
+def _row(path: Path, description: Description) -> list[str]:
+    return [
+        path.name,
+        printable(description.name) or "-",
+        printable(_role(description)) or "-",
+        f"{description.expires:%Y-%m-%d}",
+        printable(", ".join(description.alternative_names)) or "-",
+    ]
+
+
+def _role(description: Description) -> str:
+    return "CA" if description.is_authority else ", ".join(description.units)
+
+
+def _as_json(path: Path, description: Description) -> dict[str, Any]:
+    return {
+        "file": str(path),
+        "name": description.name,
+        "is_ca": description.is_authority,
+        "units": list(description.units),
+        "alternative_names": list(description.alternative_names),
+        "expires": description.expires.isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "warnings": list(description.warnings),
+    }

@@ -1,0 +1,94 @@
+"""With which code the program ends: a contract with the scripts that call it."""
+
+from __future__ import annotations
+
+import enum
+
+import click
+
+from jobworker import errors
+
+
+class ExitCode(enum.IntEnum):
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_FOUND = 3
+    DENIED = 4
+    UNREACHABLE = 5
+    NOT_COMPLETED = 6
+    TIMED_OUT = 124
+    RUN_FAILED = 125
+    NOT_EXECUTABLE = 126
+    COMMAND_NOT_FOUND = 127
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141
+
+
+# For the documentation. `run` ends as its job has ended: `jobworker.cli.run` says how.
+MEANINGS = {
+    ExitCode.OK: "All went well.",
+    ExitCode.FAILED: "The server refused or failed, or a file cannot be used.",
+    ExitCode.USAGE: "The command line can never work, or what it asks for.",
+    ExitCode.NOT_FOUND: "There is no such job.",
+    ExitCode.DENIED: "The certificate's role does not allow it.",
+    ExitCode.UNREACHABLE: "No connection, or no answer in time.",
+    ExitCode.NOT_COMPLETED: "`wait`: a job ended otherwise than COMPLETED.",
+    ExitCode.TIMED_OUT: "`wait`: its time was over; `run`: the job's was.",
+    ExitCode.RUN_FAILED: "`run`: its own errors, and a job whose ending cannot be known.",
+    ExitCode.NOT_EXECUTABLE: "`run`: the job's command cannot be executed.",
+    ExitCode.COMMAND_NOT_FOUND: "`run`: the server has no such command.",
+    ExitCode.INTERRUPTED: "Ctrl-C.",
+    ExitCode.BROKEN_PIPE: "Nobody reads what is written any more, such as `head`.",
+}
+
+CODES: dict[type[errors.JobWorkerError], ExitCode] = {
+    errors.RejectedError: ExitCode.USAGE,
+    errors.InvalidRequestError: ExitCode.USAGE,
+    errors.UnknownJobError: ExitCode.NOT_FOUND,
+    errors.ForbiddenError: ExitCode.DENIED,
+    errors.UnreachableError: ExitCode.UNREACHABLE,
+    errors.DeadlineError: ExitCode.UNREACHABLE,
+}
+
+
+class FailedError(click.ClickException):
+    """An error that ends the program with its own code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def one_line(error: click.ClickException) -> str:
+    """What is wrong, and where to read what would be right."""
+    message = " ".join(error.format_message().split())
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        return f"{message.rstrip('.')}; see `{error.ctx.command_path} --help`"
+    return message
+
+
+# What the errors of servers call by the names of the protocol.
+NAMES = {
+    "maxCPU": "--max-cpu",
+    "maxMemory": "--max-memory",
+    "maxIOBPS": "--max-iobps",
+    "max_cpu": "--max-cpu",
+    "max_memory": "--max-memory",
+    "max_iobps": "--max-iobps",
+    "working_directory": "--workdir",
+    "from_offset": "--from-offset",
+    "see ListJobs": "`jobworker list` shows them",
+}
+
+
+def message_of(error: errors.JobWorkerError) -> str:
+    """In the words of the command line."""
+    message = str(error)
+    for name, flag in NAMES.items():
+        message = message.replace(name, flag)
+    return message
+
+
+def code_of(error: errors.JobWorkerError) -> ExitCode:
+    return CODES.get(type(error), ExitCode.FAILED)

@@ -1,0 +1,80 @@
+"""`jobworker info`: what the server is, and what it can enforce."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobworker.cli import display
+from jobworker.cli.connection import Connect, speaks_to_server
+from jobworker.cli.display import coloured, json_option, printable, size
+
+if TYPE_CHECKING:
+    from jobworker.client import Controller, ServerInfo
+
+
+@click.command("info")
+@json_option
+@speaks_to_server
+def info_command(connect: Connect, as_json: bool) -> None:
+    """Shows the server, its limits, and your role."""
+    with connect() as client:
+        info = client.info()
+    if as_json:
+        display.write_json(_as_json(info))
+        return
+    display.write_fields(_fields(info))
+    for problem in dict.fromkeys(each.problem for each in info.controllers if each.problem):
+        names = ", ".join(each.name for each in info.controllers if each.problem == problem)
+        display.write_paragraph(f"No {names}: {printable(problem)}")
+
+
+def _fields(info: ServerInfo) -> list[tuple[str, str]]:
+    return [
+        ("Version", printable(info.version)),
+        ("Started", f"{display.rfc3339(info.started_ns)} ({display.ago(info.started_ns)})"),
+        ("You are", f"{printable(info.identity)}, {info.role or 'without a role'}"),
+        ("Jobs", f"{info.running_jobs} running, {info.maximum_jobs} at the most"),
+        ("State", printable(info.state_directory)),
+        ("Cgroup", printable(info.cgroup) or coloured("none: jobs have no limits", "yellow")),
+        ("Limits", ", ".join(map(_controller, info.controllers))),
+        ("Defaults", _defaults(info)),
+    ]
+
+
+def _controller(controller: Controller) -> str:
+    if controller.available:
+        return f"{controller.name} {coloured('yes', 'green')}"
+    return f"{controller.name} {coloured('no', 'yellow')}"
+
+
+def _defaults(info: ServerInfo) -> str:
+    """Of a job that asks for no limit. What cannot be enforced is not promised."""
+    limits = info.default_limits
+    values = {
+        "cpu": limits.cpu_percent and f"CPU {limits.cpu_percent} %",
+        "memory": limits.memory_mib and f"memory {size(limits.memory_mib << 20)}",
+        "io": limits.io_bytes_per_second and f"disk {size(limits.io_bytes_per_second)}/s",
+    }
+    available = {controller.name for controller in info.controllers if controller.available}
+    return (
+        ", ".join(str(text) for name, text in values.items() if text and name in available)
+        or "none"
+    )
+
+
+def _as_json(info: ServerInfo) -> dict[str, Any]:
+    return {
+        "version": info.version,
+        "started": display.json_time(info.started_ns),
+        "identity": info.identity,
+        "role": info.role or None,
+        "running_jobs": info.running_jobs,
+        "maximum_jobs": info.maximum_jobs,
+        "state_directory": info.state_directory,
+        "cgroup": info.cgroup or None,
+        "controllers": [asdict(controller) for controller in info.controllers],
+        "default_limits": asdict(info.default_limits),
+    }

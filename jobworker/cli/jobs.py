@@ -1,0 +1,333 @@
+"""`jobworker create`, `get`, `list` and `stop`: one question, one answer."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from jobworker.cli import display
+from jobworker.cli.connection import Connect, Function, speaks_to_server
+from jobworker.cli.display import duration, json_option, printable, size
+from jobworker.cli.job_id import JobId
+from jobworker.job import Accounting, Job, Status
+
+INT32_MAX = (1 << 31) - 1
+NEWEST_JOBS = 100
+
+
+# create
+
+
+class CommandWords(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
+    """The job's command and its arguments, flags too, exactly as they were typed."""
+
+    name = "command"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return _utf8(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        return [click.shell_completion.CompletionItem(incomplete, type="file")]
+
+
+def up_to(most: int) -> Callable[[click.Context, click.Parameter, int | None], int | None]:
+    """For an option: a number from 0 on."""
+
+    def check(_: click.Context, __: click.Parameter, value: int | None) -> int | None:
+        if value is not None and not 0 <= value <= most:
+            raise click.BadParameter(f"{value} is not possible; use 0 to {most}")
+        return value
+
+    return check
+
+
+def _utf8(value: str) -> str:
+    """The protocol has no other texts."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise click.BadParameter(f"{value!r} is not UTF-8") from error
+    return value
+
+
+def _environment(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = [_utf8(value).partition("=") for value in values]
+    for name, separator, _value in pairs:
+        if not name or not separator:
+            raise click.BadParameter(f"use NAME=VALUE, not {name!r}")
+    return {name: value for name, _separator, value in pairs}
+
+
+def job_options(function: Function) -> Function:
+    """What a new job may be told: `create` and `run` take the same."""
+    limit: Any = {"type": int, "default": 0, "callback": up_to(INT32_MAX)}
+    for decorate in reversed(
+        [
+            click.option(
+                "--max-cpu", **limit, metavar="PERCENT", help="CPU limit, in percent of one core."
+            ),
+            click.option("--max-memory", **limit, metavar="MIB", help="Memory limit, in MiB."),
+            click.option(
+                "--max-iobps",
+                **limit,
+                metavar="BYTES",
+                help="Limit on disk reads, and on writes, in bytes a second.",
+            ),
+            click.option(
+                "--env",
+                "environment",
+                multiple=True,
+                callback=_environment,
+                metavar="NAME=VALUE",
+                help="A variable of the job's environment; may be given again.",
+            ),
+            click.option(
+                "--workdir",
+                "working_directory",
+                default="",
+                metavar="DIR",
+                help="Where the job starts, on the server.  [default: /]",
+            ),
+            click.option("--name", default="", help="For people; need not be unique."),
+            click.option(
+                "--merge-output",
+                is_flag=True,
+                help="One pipe for stdout and stderr: their order is exact, all is stdout.",
+            ),
+            click.argument("command", nargs=-1, required=True, type=CommandWords()),
+        ]
+    ):
+        function = decorate(function)
+    return function
+
+
+# All after the command belongs to the job, flags too.
+VERBATIM = {"allow_interspersed_args": False, "ignore_unknown_options": False}
+
+
+@click.command(
+    "create",
+    context_settings=VERBATIM,
+    options_metavar="[OPTIONS]",
+    epilog="A limit of 0 is the server's default, which `jobworker info` shows.",
+)
+@json_option
+@job_options
+@speaks_to_server
+def create_command(
+    connect: Connect, as_json: bool, command: tuple[str, ...], **options: Any
+) -> None:
+    """Starts a job, and prints its id.
+
+    Options stand before COMMAND; all after it is handed to the job as it is.
+    """
+    with connect() as client:
+        job = client.create(*command, **options)
+    if as_json:
+        display.write_json(display.job_as_json(job))
+    else:
+        click.echo(f"Job created: ID: {job.id}")
+
+
+# get
+
+
+@click.command("get")
+@click.argument("job_id", metavar="ID", type=JobId())
+@json_option
+@speaks_to_server
+def get_command(connect: Connect, as_json: bool, job_id: str) -> None:
+    """Shows all that is known of a job."""
+    with connect() as client:
+        job = client.get(job_id)
+    if as_json:
+        display.write_json(display.job_as_json(job))
+    else:
+        display.write_fields(_fields(job))
+
+
+def _fields(job: Job) -> list[tuple[str, str]]:
+    """Name and value, empty where there is nothing to say."""
+    spec, used = job.spec, job.accounting or Accounting()
+    directory = spec.working_directory
+    return [
+        ("ID", str(job.id)),
+        ("Name", printable(spec.name)),
+        ("Status", display.coloured_status(job)),
+        ("Ending", display.explained_ending(job)),
+        ("Command", display.command_line(job)),
+        ("Directory", "" if directory == "/" else printable(directory)),
+        ("Environment", printable(" ".join(f"{k}={v}" for k, v in spec.environment.items()))),
+        ("Limits", _limits(job)),
+        ("Started", _moment(job.started_ns)),
+        ("Ended", _moment(job.ended_ns)),
+        ("Took" if job.is_ended else "Runs for", display.taken(job) if job.started_ns else ""),
+        ("Output", _output(job)),
+        ("CPU", _cpu(used)),
+        ("Memory", _size(used.memory_peak_bytes, " at the most")),
+        ("Disk", _disk(used)),
+        ("Caution", "what it left running may go on" if job.cleanup_uncertain else ""),
+    ]
+
+
+def _limits(job: Job) -> str:
+    limits = job.spec.limits
+    return ", ".join(
+        filter(
+            None,
+            (
+                f"CPU {limits.cpu_percent} %" if limits.cpu_percent else "",
+                f"memory {size(limits.memory_mib << 20)}" if limits.memory_mib else "",
+                f"disk {size(limits.io_bytes_per_second)}/s" if limits.io_bytes_per_second else "",
+            ),
+        )
+    )
+
+
+def _moment(nanoseconds: int) -> str:
+    if not nanoseconds:
+        return ""
+    moment = display.rfc3339(nanoseconds)
+    return f"{moment} ({display.ago(nanoseconds)})" if display.is_terminal(sys.stdout) else moment
+
+
+def _output(job: Job) -> str:
+    if not job.stderr_bytes:
+        return size(job.stdout_bytes) if job.stdout_bytes else ""
+    return f"{size(job.stdout_bytes)} on stdout, {size(job.stderr_bytes)} on stderr"
+
+
+def _cpu(used: Accounting) -> str:
+    if used.cpu_user_us is None or used.cpu_system_us is None:
+        return ""
+    user, system = used.cpu_user_us / 1e6, used.cpu_system_us / 1e6
+    return f"{duration(user)} user, {duration(system)} system"
+
+
+def _disk(used: Accounting) -> str:
+    read, written = _size(used.io_read_bytes, " read"), _size(used.io_written_bytes, " written")
+    return ", ".join(filter(None, (read, written)))
+
+
+def _size(count: int | None, what: str) -> str:
+    return "" if count is None else size(count) + what
+
+
+# list
+
+
+@click.command("list")
+@click.option(
+    "--status",
+    "statuses",
+    multiple=True,
+    type=click.Choice(list(Status), case_sensitive=False),
+    help="Only these; may be given again.",
+)
+@click.option("--name", default="", help="Only jobs with exactly this name.")
+@click.option(
+    "-n",
+    "--limit",
+    type=int,
+    callback=up_to(INT32_MAX),
+    metavar="NUMBER",
+    help=f"Only the newest; 0: all.  [default: {NEWEST_JOBS} on a terminal, else all]",
+)
+@json_option
+@speaks_to_server
+def list_command(
+    connect: Connect, as_json: bool, statuses: tuple[Status, ...], name: str, limit: int | None
+) -> None:
+    """Lists jobs, the newest first."""
+    if limit is None and not as_json and display.is_terminal(sys.stdout):
+        limit = NEWEST_JOBS
+    with connect() as client:
+        # One more than is shown tells whether there are more.
+        jobs = list(client.list(statuses=statuses, name=name, limit=limit + 1 if limit else None))
+    shown = jobs[:limit] if limit else jobs
+    if as_json:
+        display.write_json([display.job_as_json(job) for job in shown])
+        return
+    _write_jobs(shown)
+    if len(jobs) > len(shown):
+        click.echo(f"The newest {limit} only: --limit 0 lists all.", err=True)
+
+
+def _write_jobs(jobs: Sequence[Job]) -> None:
+    moment = display.ago if display.is_terminal(sys.stdout) else display.rfc3339
+    header = ["ID", "STATUS", "ENDING", "STARTED", "TOOK", "OUTPUT", "COMMAND"]
+    rows = [
+        [
+            str(job.id),
+            display.coloured_status(job),
+            display.ending(job),
+            moment(job.started_ns),
+            display.taken(job),
+            size(job.output_bytes),
+            _label(job),
+        ]
+        for job in jobs
+    ]
+    display.write_table(header, rows, right=("ID", "TOOK", "OUTPUT"))
+
+
+def _label(job: Job) -> str:
+    """The command, after the name where it has one; short where there is little room."""
+    command = display.command_line(job, is_short=display.is_terminal(sys.stdout))
+    return f"{printable(job.spec.name)}: {command}" if job.spec.name else command
+
+
+# stop
+
+
+def _signal_number(_: click.Context, __: click.Parameter, value: str | None) -> int:
+    """From 15, TERM or SIGTERM; 0: not given."""
+    if value is None:
+        return 0
+    if value.isdigit() and 1 <= int(value) < signal.NSIG:
+        return int(value)
+    name = value.upper()
+    found = signal.Signals.__members__.get(name if name.startswith("SIG") else f"SIG{name}")
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no signal; use a name such as INT, or a number")
+    return found
+
+
+@click.command("stop")
+@click.argument("job_id", metavar="ID", type=JobId([Status.INITIALIZING, Status.RUNNING]))
+@click.option(
+    "--signal",
+    "signal_number",
+    callback=_signal_number,
+    metavar="SIGNAL",
+    help="Asks it to end with this one.  [default: TERM]",
+)
+@click.option(
+    "--grace",
+    "grace_seconds",
+    type=click.FloatRange(0, 4_000_000),
+    metavar="SECONDS",
+    help="How long it may take before all of it is killed.  [default: the server's]",
+)
+@json_option
+@speaks_to_server
+def stop_command(
+    connect: Connect,
+    as_json: bool,
+    job_id: str,
+    signal_number: int,
+    grace_seconds: float | None,
+) -> None:
+    """Ends a job, and waits until all of it is gone."""
+    with connect() as client:
+        job = client.stop(job_id, signal=signal_number, grace_seconds=grace_seconds)
+    if as_json:
+        display.write_json(display.job_as_json(job))
+    else:
+        click.echo(f"Job stopped: ID: {job.id}")

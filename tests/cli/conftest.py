@@ -1,0 +1,27 @@
+"""The command line, connected to the server that the tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli.program import Program
+from functional.conftest import certificates, server, start_server
+from functional.server import Server
+
+__all__ = ["certificates", "server", "start_server"]
+
+
+@pytest.fixture
+def jobworker(server: Server, tmp_path: Path) -> Program:
+    """An admin's."""
+    return Program(
+        tmp_path, JOB_WORKER_SERVER=server.address, JOB_WORKER_CERT_PATH=str(server.certs)
+    )
+
+
+@pytest.fixture
+def unconnected(tmp_path: Path) -> Program:
+    """It knows of no server."""
+    return Program(tmp_path)

@@ -1,0 +1,95 @@
+"""Making certificates by hand, and looking at them. What is in them is tested in test_certs."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+from cli.program import Program
+from functional.server import Server
+from jobworker import certs
+
+
+def test_init_makes_all_in_the_usual_folder(unconnected: Program) -> None:
+    answer = unconnected("certs", "init", "--name", "farm.example.org", "--name", "192.0.2.7")
+    assert answer.returncode == 0
+    folder = unconnected.folder / "certs"
+    assert {line.split()[1] for line in answer.stdout.splitlines()} == {
+        f"certs/{path.name}" for path in folder.iterdir()
+    }
+    names = certs.describe(folder / "server-cert.pem").alternative_names
+    assert {"farm.example.org", "192.0.2.7", "localhost"} <= set(names)
+    for key in folder.glob("*-key.pem"):
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+def test_the_folder(unconnected: Program) -> None:
+    """By argument, by the program's flag, by the environment: the first that is given."""
+    unconnected.environ["JOB_WORKER_CERT_PATH"] = "by-variable"
+    unconnected("--certs", "by-flag", "certs", "init", "by-argument")
+    unconnected("--certs", "by-flag", "certs", "init")
+    unconnected("certs", "init")
+    made = {path.name for path in unconnected.folder.iterdir()}
+    assert {"by-argument", "by-flag", "by-variable"} <= made
+
+
+def test_nothing_is_overwritten(unconnected: Program) -> None:
+    unconnected("certs", "init")
+    before = (unconnected.folder / "certs/ca-key.pem").read_bytes()
+    answer = unconnected("certs", "init")
+    assert answer.returncode == 1
+    assert "--force" in answer.stderr
+    assert answer.stderr.count("\n") == 1
+    assert (unconnected.folder / "certs/ca-key.pem").read_bytes() == before
+    assert unconnected("certs", "init", "--force").returncode == 0
+    assert (unconnected.folder / "certs/ca-key.pem").read_bytes() != before
+
+
+def test_one_more_client(jobworker: Program, server: Server) -> None:
+    folder = jobworker.folder / "certs"
+    folder.mkdir()
+    for name in ("ca-cert.pem", "ca-key.pem"):
+        os.symlink(server.certs / name, folder / name)
+    made = jobworker("certs", "client", "certs", "--name", "ann", "--role", "viewer")
+    assert made.stdout == "Made certs/ann-cert.pem\nMade certs/ann-key.pem\n"
+    flags = ["--cert", "certs/ann-cert.pem", "--key", "certs/ann-key.pem"]
+    info = jobworker.json(*flags, "info")
+    assert (info["identity"], info["role"]) == ("ann", "viewer")
+
+
+def test_a_name_that_cannot_be(unconnected: Program) -> None:
+    unconnected("certs", "init")
+    answer = unconnected("certs", "client", "--name", "../x", "--role", "admin")
+    assert answer.returncode == 1
+    assert "'../x'" in answer.stderr
+
+
+def test_show(unconnected: Program) -> None:
+    unconnected("certs", "init")
+    header, *rows = unconnected("certs", "show").stdout.splitlines()
+    assert header.split() == ["FILE", "FOR", "ROLE", "UNTIL", "NAMES"]
+    shown = {row.split()[0]: row for row in rows}
+    assert shown["viewer-cert.pem"].split()[1:3] == ["viewer", "viewer"]
+    assert "job-worker, localhost" in shown["server-cert.pem"]
+    assert len(rows) == 4
+
+
+def test_show_warns(unconnected: Program) -> None:
+    unconnected("certs", "init")
+    (unconnected.folder / "certs/client-key.pem").chmod(0o644)
+    assert "client-cert.pem: Its key may be read by others" in unconnected("certs", "show").stdout
+    shown = unconnected.json("certs", "show")
+    assert [len(each["warnings"]) for each in shown] == [0, 1, 0, 0]
+    assert shown[1]["units"] == ["admin"]
+
+
+def test_show_where_there_is_nothing(unconnected: Program) -> None:
+    answer = unconnected("certs", "show")
+    assert answer.returncode == 1
+    assert "`jobworker certs init`" in answer.stderr
+
+
+def test_as_json(unconnected: Program) -> None:
+    made = json.loads(unconnected("certs", "init", "-o", "json").stdout)
+    assert "certs/ca-key.pem" in made["made"]

@@ -1,0 +1,213 @@
+"""Which server, and which certificate: flags, environment, the file, what `serve --dev` left."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+
+from cli.program import Program
+from functional.server import Server
+from jobworker.cli import connection
+from jobworker.errors import SettingError
+
+FILE = """
+default = "farm"
+
+[servers.farm]
+address = "farm.example.org:50051"
+certs = "certs/farm"
+
+[servers.test]
+address = "localhost:7000"
+ca = "/pki/ca.pem"
+server_name = "farm-test"
+"""
+
+
+@pytest.fixture
+def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Of a user who has nothing yet."""
+    monkeypatch.chdir(tmp_path)
+    return {"XDG_CONFIG_HOME": str(tmp_path / "config"), "XDG_DATA_HOME": str(tmp_path / "data")}
+
+
+@pytest.fixture
+def file(environ: dict[str, str]) -> Path:
+    path = connection.config_path(environ)
+    path.parent.mkdir(parents=True)
+    path.write_text(FILE)
+    return path
+
+
+# What is chosen
+
+
+def test_without_anything(environ: dict[str, str]) -> None:
+    assert connection.choose({}, environ) == {}
+
+
+def test_a_flag_is_stronger_than_the_environment(environ: dict[str, str]) -> None:
+    environ |= {"JOB_WORKER_SERVER": "one:1", "JOB_WORKER_CA": "a", "JOB_WORKER_SERVER_NAME": "n"}
+    chosen = connection.choose({"server": "two:2", "ca": "b"}, environ)
+    assert chosen == {"address": "two:2", "ca": "b", "server_name": "n"}
+
+
+def test_the_default_server_of_the_file(environ: dict[str, str], file: Path) -> None:
+    assert connection.choose({}, environ) == {
+        "address": "farm.example.org:50051",
+        "certs": str(file.parent / "certs/farm"),
+    }
+
+
+@pytest.mark.parametrize("place", ["flag", "environment"])
+def test_a_server_by_its_name(environ: dict[str, str], file: Path, place: str) -> None:
+    flags = {"server": "test"} if place == "flag" else {}
+    environ |= {} if flags else {"JOB_WORKER_SERVER": "test"}
+    assert connection.choose(flags, environ) == {
+        "address": "localhost:7000",
+        "ca": "/pki/ca.pem",
+        "server_name": "farm-test",
+    }
+
+
+def test_a_named_server_brings_its_certificates_with_it(
+    environ: dict[str, str], file: Path
+) -> None:
+    """Those in the environment are for another server."""
+    environ |= {"JOB_WORKER_CERT_PATH": "/elsewhere", "JOB_WORKER_KEY": "/elsewhere/key"}
+    chosen = connection.choose({"server": "farm"}, environ)
+    assert (chosen["certs"], "key" in chosen) == (str(file.parent / "certs/farm"), False)
+
+
+def test_an_address_has_nothing_of_the_default_server(environ: dict[str, str], file: Path) -> None:
+    assert connection.choose({"server": "other:1"}, environ) == {"address": "other:1"}
+
+
+def test_the_folder_of_certificates_that_always_was_there(environ: dict[str, str]) -> None:
+    connection.make_dev_folder(environ)
+    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    Path("certs").mkdir()
+    assert connection.choose({}, environ) == {"certs": "certs"}
+
+
+def test_a_development_server_needs_nothing(environ: dict[str, str]) -> None:
+    connection.make_dev_folder(environ)
+    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    assert connection.choose({}, environ) == {"address": "127.0.0.1:7001", "certs": "/dev-certs"}
+
+
+def test_certificates_that_were_given_are_not_the_development_servers(
+    environ: dict[str, str],
+) -> None:
+    connection.make_dev_folder(environ)
+    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    assert connection.choose({"certs": "mine"}, environ) == {"certs": "mine"}
+
+
+def test_the_record_is_the_users_alone(environ: dict[str, str]) -> None:
+    connection.make_dev_folder(environ)
+    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    assert stat.S_IMODE(connection.dev_folder(environ).stat().st_mode) == 0o700
+
+
+def test_a_record_that_is_damaged_is_none(environ: dict[str, str]) -> None:
+    connection.make_dev_folder(environ)
+    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    (connection.dev_folder(environ) / "server").write_text("nonsense")
+    assert connection.choose({}, environ) == {}
+
+
+# Files that are not right
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("default = ", "is not TOML"),
+        ('default = "gone"', "gone"),
+        ('[servers.test]\naddres = "x:1"', "servers.test"),
+        ("[servers.test]\naddress = 1", "servers.test"),
+        ('servers = "test"', "test"),
+        (b"\xff", "is not TOML"),
+    ],
+)
+def test_a_file_that_is_not_right(
+    environ: dict[str, str], file: Path, content: str | bytes, named: str
+) -> None:
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    flags = {} if b"default" in file.read_bytes() or content == b"\xff" else {"server": "test"}
+    with pytest.raises(SettingError) as caught:
+        connection.choose(flags, environ)
+    assert named in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_a_name_that_is_not_in_the_file(environ: dict[str, str], file: Path) -> None:
+    with pytest.raises(SettingError, match=r"'nowhere': .* \(there: farm, test\)"):
+        connection.choose({"server": "nowhere"}, environ)
+
+
+@pytest.mark.parametrize(
+    ("address", "is_loopback"),
+    [
+        ("127.0.0.1:1", True),
+        ("127.1.2.3:1", True),
+        ("localhost:1", True),
+        ("[::1]:1", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("192.0.2.1:1", False),
+        ("127.0.0.1.example.org:1", False),
+    ],
+)
+def test_loopback(address: str, is_loopback: bool) -> None:
+    assert connection.is_loopback(address) is is_loopback
+
+
+# The program
+
+
+def test_flags_stand_before_and_after_the_command(unconnected: Program, server: Server) -> None:
+    flags = ["-s", server.address, "--certs", str(server.certs)]
+    assert unconnected(*flags, "info").returncode == 0
+    assert unconnected("info", *flags).returncode == 0
+    assert unconnected(*flags[:2], "info", *flags[2:]).returncode == 0
+
+
+def test_the_later_flag_is_stronger(unconnected: Program, server: Server) -> None:
+    flags = ["-s", server.address, "--certs", str(server.certs)]
+    assert unconnected("-s", "localhost:1", "info", *flags).returncode == 0
+
+
+def test_files_elsewhere(unconnected: Program, server: Server) -> None:
+    viewer = [
+        "--cert",
+        f"{server.certs}/viewer-cert.pem",
+        "--key",
+        f"{server.certs}/viewer-key.pem",
+    ]
+    flags = ["-s", server.address, "--ca", f"{server.certs}/ca-cert.pem", *viewer]
+    assert unconnected.json(*flags, "info")["role"] == "viewer"
+
+
+def test_a_named_server(unconnected: Program, server: Server) -> None:
+    folder = unconnected.folder / ".config/jobworker"
+    folder.mkdir(parents=True)
+    shutil.copytree(server.certs, folder / "mine")
+    (folder / "config.toml").write_text(
+        f'default = "here"\n[servers.here]\naddress = "{server.address}"\ncerts = "mine"\n'
+    )
+    assert unconnected("info").returncode == 0
+    assert unconnected("-s", "here", "info").returncode == 0
+    wrong = unconnected("-s", "there", "info")
+    assert wrong.returncode == 1
+    assert "there" in wrong.stderr
+
+
+def test_a_server_of_another_name(jobworker: Program) -> None:
+    answer = jobworker("--server-name", "somebody-else", "info")
+    assert answer.returncode == 5
+    assert "somebody-else" in answer.stderr

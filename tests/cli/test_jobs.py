@@ -1,0 +1,157 @@
+"""create, get, list and stop, in a pipe and on a terminal."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli.program import Program
+
+# create
+
+
+def test_what_people_have_in_their_fingers(jobworker: Program) -> None:
+    """The output of the first version, word for word; the other name of the program."""
+    program = Path(sys.executable).with_name("job-worker-cli")
+    answer = subprocess.run(
+        [program, "create", "echo", "Hello, World!"],
+        env=jobworker.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.fullmatch(r"Job created: ID: (\d+)\n", answer.stdout)
+    assert found
+    assert jobworker("stream", found[1]).stdout == "Hello, World!\n"
+
+
+def test_all_after_the_command_is_the_jobs(jobworker: Program) -> None:
+    words = ["echo", "-n", "--max-cpu=50", "-o", "json", "--", "--help", ""]
+    for separator in ([], ["--"]):
+        job = jobworker.json_of_create(*separator, *words)
+        assert job["args"] == words[1:]
+
+
+def test_what_a_new_job_is_told(jobworker: Program) -> None:
+    script = 'echo "$A|$B|$PWD"; echo err >&2'
+    answer = jobworker(
+        *("create", "-o", "json", "--env", "A=1", "--env", "B=x=y", "--workdir", "/tmp"),
+        *("--name", "told", "--merge-output", "sh", "-c", script),
+    )
+    assert answer.returncode == 0, answer.stderr
+    job_id = jobworker.newest_id("--name", "told")
+    assert jobworker("stream", "--stdout", job_id).stdout == "1|x=y|/tmp\nerr\n"
+    job = jobworker.json("get", job_id)
+    assert job["environment"] == {"A": "1", "B": "x=y"}
+    assert (job["working_directory"], job["name"], job["merge_output"]) == ("/tmp", "told", True)
+
+
+# get
+
+
+def test_get_in_a_pipe(jobworker: Program) -> None:
+    job_id = jobworker.create("sh", "-c", "echo out; exit 3")
+    jobworker("wait", job_id)
+    shown = dict(re.findall(r"^([\w ]+): +(.*)$", jobworker("get", job_id).stdout, re.MULTILINE))
+    assert (shown["ID"], shown["Status"], shown["Ending"]) == (job_id, "FAILED", "exit code 3")
+    assert shown["Command"].endswith("sh -c 'echo out; exit 3'")
+    assert shown["Output"] == "4 B"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", shown["Started"])
+    assert re.fullmatch(r"\d+ms user, \d+ms system", shown["CPU"])
+
+
+def test_get_on_a_terminal(jobworker: Program) -> None:
+    job_id = jobworker.create("true")
+    jobworker("wait", job_id)
+    shown = jobworker.screen("get", job_id)
+    assert "\x1b[32mCOMPLETED\x1b[0m" in shown
+    assert re.search(r"Started:.*Z \((now|\d+(\.\d)?s ago)\)", shown)
+
+
+@pytest.mark.parametrize("environ", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_colour_where_none_is_wanted(jobworker: Program, environ: dict[str, str]) -> None:
+    job_id = jobworker.create("true")
+    for words in (["get", job_id], ["list"], ["info"]):
+        assert "\x1b" not in jobworker.screen(*words, **environ)
+
+
+# list
+
+
+def test_list_in_a_pipe(jobworker: Program) -> None:
+    first, second = (jobworker.create("--name", "piped", "sh", "-c", "exit 4") for _ in range(2))
+    jobworker("wait", first, second)
+    header, *rows = jobworker("list", "--name", "piped").stdout.splitlines()
+    assert header.split() == ["ID", "STATUS", "ENDING", "STARTED", "TOOK", "OUTPUT", "COMMAND"]
+    assert [row.split()[:3] for row in rows] == [
+        [second, "FAILED", "exit-4"],
+        [first, "FAILED", "exit-4"],
+    ]
+    assert rows[0].endswith("piped: /usr/bin/sh -c 'exit 4'") or "/bin/sh" in rows[0]
+
+
+def test_list_on_a_terminal(jobworker: Program) -> None:
+    job_id = jobworker.create("echo", "x" * 200)
+    jobworker("wait", job_id)
+    shown = re.sub(r"\x1b\[\d*m", "", jobworker.screen("list"))
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.search(rf"^ *{job_id}  COMPLETED  exit-0 .* echo x+…$", shown, re.MULTILINE)
+
+
+def test_what_others_have_named_does_not_reach_the_terminal(jobworker: Program) -> None:
+    job_id = jobworker.create("true", "\x1b[2J\nnext")
+    for words in (["list"], ["get", job_id]):
+        assert "\x1b[2J" not in jobworker(*words).stdout
+        assert r"\x1b[2J\nnext" in jobworker(*words).stdout
+
+
+def test_which_jobs_are_listed(jobworker: Program) -> None:
+    ids = [jobworker.create("--name", "chosen", command) for command in ("true", "false", "true")]
+    jobworker("wait", *ids)
+    chosen = jobworker.json("list", "--name", "chosen", "--status", "completed")
+    assert [str(job["id"]) for job in chosen] == [ids[2], ids[0]]
+    both = jobworker.json(
+        *("list", "--name", "chosen", "--status", "COMPLETED", "--status", "FAILED")
+    )
+    assert len(both) == 3
+
+
+def test_the_newest_only(jobworker: Program) -> None:
+    ids = [jobworker.create("--name", "many", "true") for _ in range(3)]
+    few = jobworker("list", "--name", "many", "-n", "2")
+    assert [row.split()[0] for row in few.stdout.splitlines()[1:]] == ids[:0:-1]
+    assert "--limit 0" in few.stderr
+    assert len(jobworker.json("list", "--name", "many", "--limit", "0")) == 3
+    assert jobworker("list", "--name", "many", "-n", "3").stderr == ""
+
+
+def test_an_empty_list(jobworker: Program) -> None:
+    assert jobworker.json("list", "--name", "nobody") == []
+    assert len(jobworker("list", "--name", "nobody").stdout.splitlines()) == 1
+
+
+# stop
+
+
+def test_stop(jobworker: Program) -> None:
+    job_id = jobworker.create("sleep", "60")
+    assert jobworker("stop", job_id).stdout == f"Job stopped: ID: {job_id}\n"
+    assert jobworker.json("get", job_id)["signal_name"] == "SIGTERM"
+
+
+@pytest.mark.parametrize("name", ["2", "INT", "sigint"])
+def test_stop_with_a_signal(jobworker: Program, name: str) -> None:
+    job_id = jobworker.create("sleep", "60")
+    assert jobworker.json("stop", job_id, "--signal", name)["signal_name"] == "SIGINT"
+
+
+def test_stop_without_grace(jobworker: Program) -> None:
+    job_id = jobworker.create("sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done")
+    with jobworker.start("stream", job_id, stdout=subprocess.PIPE) as stream:
+        assert stream.stdout
+        assert stream.stdout.readline() == b"ready\n"
+        assert jobworker.json("stop", job_id, "--grace", "0")["signal_name"] == "SIGKILL"
