@@ -777,6 +777,18 @@ def test_an_idle_store_has_all_on_the_disk(tmp_path: Path, monkeypatch: pytest.M
     run(tmp_path, test)
 
 
+def test_close_while_all_is_just_being_brought_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SYNC_SECONDS", 0.0005)
+
+    async def test(store: Store) -> None:
+        await store.put(new_job(1))
+
+    for _ in range(150):
+        run(tmp_path, test)
+
+
 # The full disk
 
 
