@@ -489,11 +489,10 @@ def test_a_packed_log_is_read_like_its_files(pump: Pump, folder: int) -> None:
     job = Job(pump, folder)
     for number in range(100):
         job.write(STDOUT if number % 3 else STDERR, b"%d;" % number)
-    packed = [open_bytes(folder, f"1.0.{kind}") for kind in ("log", "idx")]
+    segment, index = (open_bytes(folder, f"1.0.{kind}") for kind in ("log", "idx"))
     for offset, max_bytes, stream in [(0, 4096, 0), (7, 16, STDERR), (job.size, 16, 0)]:
-        assert _fastio.read_packed(*packed, job.size, offset, max_bytes, stream) == job.read_disk(
-            offset, max_bytes, stream
-        )
+        packed = _fastio.read_packed(segment, index, job.size, offset, max_bytes, stream)
+        assert packed == job.read_disk(offset, max_bytes, stream)
     job.close()
 
 

@@ -449,7 +449,10 @@ class _Syncer:
         self._thread.join()
 
     def _run(self) -> None:
-        while self._expected.wait() and not self._is_closing.wait(SYNC_SECONDS):
+        while not self._is_closing.is_set():
+            self._expected.wait()
+            self._is_closing.wait(SYNC_SECONDS)
+            # Cleared before the other is looked at: `close` sets that one first.
             self._expected.clear()
             try:
                 self._sync()

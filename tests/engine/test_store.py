@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -10,7 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -220,21 +221,35 @@ def test_no_question_takes_longer_with_more_jobs(tmp_path: Path) -> None:
 # Writing
 
 
+@contextlib.contextmanager
+def blocked(folder: Path) -> Iterator[None]:
+    """Another connection is about to write: the writer waits."""
+    blocker = sqlite3.connect(folder / "jobs.db", isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    yield
+    blocker.execute("ROLLBACK")
+    blocker.close()
+
+
+async def put_and_wait_until_taken(store: Store, job: Job) -> asyncio.Future[None]:
+    """What is put from now on goes into the next commit."""
+    put = asyncio.ensure_future(store.put(job))
+    await asyncio.sleep(0)
+    await until(store._writer._queue.empty)
+    return put
+
+
 def test_what_waits_shares_a_commit(tmp_path: Path) -> None:
     statements: list[str] = []
 
     async def test(store: Store) -> None:
         await store.put(new_job(1))
         store._writer._connection.set_trace_callback(statements.append)
-        blocker = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
-        blocker.execute("BEGIN IMMEDIATE")
-        first = asyncio.ensure_future(store.put(new_job(1)))
-        await until(lambda: store._writer._queue.empty() and bool(statements))
-        rest = [asyncio.ensure_future(store.put(new_job(i))) for i in range(2, 202)]
-        await asyncio.sleep(0)
-        assert not first.done()
-        blocker.execute("ROLLBACK")
-        blocker.close()
+        with blocked(tmp_path):
+            first = await put_and_wait_until_taken(store, new_job(1))
+            rest = [asyncio.ensure_future(store.put(new_job(i))) for i in range(2, 202)]
+            await asyncio.sleep(0)
+            assert not first.done()
         await asyncio.gather(first, *rest)
         assert statements.count("COMMIT") == 1
         assert len(await store.page(count=1000)) == 201
@@ -244,10 +259,12 @@ def test_what_waits_shares_a_commit(tmp_path: Path) -> None:
 
 def test_a_caller_that_is_cancelled_harms_nobody(tmp_path: Path) -> None:
     async def test(store: Store) -> None:
-        cancelled = asyncio.ensure_future(store.put(new_job(1)))
-        other = asyncio.ensure_future(store.put(new_job(2)))
-        await asyncio.sleep(0)
-        cancelled.cancel()
+        with blocked(tmp_path):
+            await put_and_wait_until_taken(store, new_job(9))
+            cancelled = asyncio.ensure_future(store.put(new_job(1)))
+            other = asyncio.ensure_future(store.put(new_job(2)))  # in the same commit
+            await asyncio.sleep(0)
+            cancelled.cancel()
         await other
         assert cancelled.cancelled()
         assert await store.get(1) == new_job(1)
@@ -758,6 +775,18 @@ def test_an_idle_store_has_all_on_the_disk(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(store_module, "SYNC_SECONDS", 0.01)
     monkeypatch.setattr(store_module, "_fsync", noted)
     run(tmp_path, test)
+
+
+def test_close_while_all_is_just_being_brought_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "SYNC_SECONDS", 0.0005)
+
+    async def test(store: Store) -> None:
+        await store.put(new_job(1))
+
+    for _ in range(150):
+        run(tmp_path, test)
 
 
 # The full disk
