@@ -9,16 +9,19 @@ TURN := flock Makefile
 PIP := $(TURN) $(BIN)/pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build proto venv clean
+.PHONY: help demo test test-kernel lint build proto venv clean
 
 help:  ## what there is to make
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
 
 demo: .venv/built  ## a server and a job of its own, live: the quickest look
 	@sh scripts/demo.sh
 
 test: lint  ## every check and every test
 	$(BIN)/pytest
+
+test-kernel: .venv/built .venv/tools  ## the limits at work, in a Linux with all cgroup controllers
+	$(BIN)/pytest tests/kernel
 
 lint: .venv/built .venv/tools  ## the checks that run nothing
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from jobworker.errors import SettingError
 PREFIX = "JOB_WORKER_"
 FILE_VARIABLE = "JOB_WORKER_CONFIG"
 INT32_MAX = (1 << 31) - 1
+MOST_PIDS = 4 << 20  # the kernel's PID_MAX_LIMIT; it refuses a larger pids.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,15 @@ class Settings:
         _parse_number(0),
         "Limit on disk reads, and on writes, of a job that asks for none, in bytes a second. "
         "0: none.",
+    )
+    default_pids: int = _setting(
+        "default_pids",
+        # More than large builds and virtual machines of Java use; and eight jobs that fork
+        # without end still fit into the smallest usual kernel.pid_max, 32,768.
+        4096,
+        _parse_number(0, MOST_PIDS),
+        "Limit on the processes and threads of a job, so that one that forks without end harms "
+        "nobody else. 0: none.",
     )
     linger_seconds: float = _setting(
         "linger",

@@ -157,7 +157,12 @@ def _prepare_grpc() -> None:
 
 def _policy(settings: Settings) -> Policy:
     return Policy(
-        default_limits=Limits(settings.default_cpu, settings.default_memory, settings.default_io),
+        default_limits=Limits(
+            settings.default_cpu,
+            settings.default_memory,
+            settings.default_io,
+            settings.default_pids,
+        ),
         linger_seconds=settings.linger_seconds,
         stop_grace_seconds=settings.stop_grace_seconds,
         maximum_jobs=_maximum_jobs(),
@@ -184,6 +189,7 @@ def _report_cgroups(cgroups: CgroupTree, settings: Settings) -> None:
         "cpu": settings.default_cpu,
         "memory": settings.default_memory,
         "io": settings.default_io,
+        "pids": settings.default_pids,
     }
     for controller, problem in cgroups.controllers.items():
         if problem and defaults.get(controller):

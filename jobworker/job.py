@@ -51,6 +51,7 @@ class Limits:
     cpu_percent: int = 0  # of one core
     memory_mib: int = 0
     io_bytes_per_second: int = 0  # each of read and write
+    pids: int = 0  # processes and threads, together; only the server's default sets it
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +258,15 @@ def lost(job: Job, detail: str, now_ns: int) -> Job:
     )
 
 
+def out_of_memory(job: Job, oom: OomKills) -> str:
+    """Whose limit it was, for people; empty where nothing was killed for want of memory."""
+    if not oom.killed:
+        return ""
+    if oom.by_limit:
+        return f"out of memory: its limit of {job.spec.limits.memory_mib} MiB was reached"
+    return "out of memory: not by its own limit, but by the machine's or a cgroup's above"
+
+
 def signal_name(number: int) -> str:
     """`SIGKILL` for 9; `signal 77` for a number without a name."""
     try:
@@ -271,11 +281,7 @@ def _cause_of(job: Job, signal_number: int, oom: OomKills) -> tuple[Cause, str]:
     # oom_kill also counts a helper process that died while the job itself went on to a
     # good end; only a main process that the SIGKILL ended was ended by it.
     if oom.killed and signal_number == signal.SIGKILL:
-        if oom.by_limit:
-            limit = job.spec.limits.memory_mib
-            return Cause.OUT_OF_MEMORY, f"out of memory: its limit of {limit} MiB was reached"
-        detail = "out of memory: the machine had none left, its own limit was not reached"
-        return Cause.OUT_OF_MEMORY, detail
+        return Cause.OUT_OF_MEMORY, out_of_memory(job, oom)
     if signal_number:
         return Cause.SIGNALLED, f"ended by {signal_name(signal_number)}"
     return Cause.EXITED, ""

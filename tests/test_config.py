@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "default_cpu": ("50", 50),
     "default_memory": ("64", 64),
     "default_io": ("1000", 1000),
+    "default_pids": ("64", 64),
     "linger": ("500ms", 0.5),
     "stop_grace": ("1m", 60.0),
     "stop_jobs": ("yes", True),

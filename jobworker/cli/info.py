@@ -57,6 +57,7 @@ def _defaults(info: ServerInfo) -> str:
         "cpu": limits.cpu_percent and f"CPU {limits.cpu_percent} %",
         "memory": limits.memory_mib and f"memory {size(limits.memory_mib << 20)}",
         "io": limits.io_bytes_per_second and f"disk {size(limits.io_bytes_per_second)}/s",
+        "pids": limits.pids and f"{limits.pids} processes",
     }
     available = {controller.name for controller in info.controllers if controller.available}
     return (

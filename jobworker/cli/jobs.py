@@ -185,6 +185,7 @@ def _limits(job: Job) -> str:
                 f"CPU {limits.cpu_percent} %" if limits.cpu_percent else "",
                 f"memory {size(limits.memory_mib << 20)}" if limits.memory_mib else "",
                 f"disk {size(limits.io_bytes_per_second)}/s" if limits.io_bytes_per_second else "",
+                f"{limits.pids} processes" if limits.pids else "",
             ),
         )
     )

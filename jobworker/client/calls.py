@@ -242,7 +242,9 @@ def _read_info(answer: bytes) -> ServerInfo:
             Controller(controller.name, controller.available, controller.problem)
             for controller in message.controllers
         ),
-        default_limits=Limits(message.default_cpu, message.default_memory, message.default_iobps),
+        default_limits=Limits(
+            message.default_cpu, message.default_memory, message.default_iobps, message.default_pids
+        ),
         running_jobs=message.running_jobs,
         maximum_jobs=message.maximum_jobs,
     )
@@ -278,7 +280,7 @@ def _spec_from(message: pb.Job) -> JobSpec:
     return JobSpec(
         command=message.command,
         args=tuple(message.args),
-        limits=Limits(message.maxCPU, message.maxMemory, message.maxIOBPS),
+        limits=Limits(message.maxCPU, message.maxMemory, message.maxIOBPS, message.max_pids),
         environment=dict(message.environment),
         working_directory=message.working_directory or "/",
         name=message.name,

@@ -127,6 +127,8 @@ class CgroupTree:
             _set_limit(f"{path}/memory.swap.max", "0", may_be_absent=True)
         if limits.io_bytes_per_second:
             self._limit_io(path, limits.io_bytes_per_second, working_directory)
+        if limits.pids:
+            _set_limit(f"{path}/pids.max", str(limits.pids))
 
     def _limit_io(self, path: Path, bytes_per_second: int, working_directory: str) -> None:
         """Where no disk can be told, a limit that was asked for has been refused by `check`;

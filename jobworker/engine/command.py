@@ -21,15 +21,23 @@ def base_environment(job_id: int) -> dict[str, str]:
 
 @functools.cache
 def _of_user(user_id: int) -> dict[str, str]:
-    user = pwd.getpwuid(user_id)
+    name, home = _name_and_home(user_id)
     return {
         "PATH": PATH,
-        "HOME": user.pw_dir,
-        "USER": user.pw_name,
-        "LOGNAME": user.pw_name,
+        "HOME": home,
+        "USER": name,
+        "LOGNAME": name,
         "SHELL": "/bin/sh",
         "LANG": "C.UTF-8",
     }
+
+
+def _name_and_home(user_id: int) -> tuple[str, str]:
+    try:
+        user = pwd.getpwuid(user_id)
+    except KeyError:  # as in a container that runs with any number for a user
+        return str(user_id), "/"
+    return user.pw_name, user.pw_dir
 
 
 def check_working_directory(path: str) -> None:

@@ -389,6 +389,7 @@ class Manager:
             io_bytes_per_second=choose(
                 asked.io_bytes_per_second, default.io_bytes_per_second, "io"
             ),
+            pids=choose(asked.pids, default.pids, "pids"),
         )
 
     def _check_on_machine(self, request: JobSpec) -> str:
@@ -452,11 +453,15 @@ class Manager:
             step, number = "cgroup", getattr(error.__cause__, "errno", 0) or 0
         else:
             step, number = "jobinit", getattr(error, "errno", 0) or errno.EPIPE
-        log.warning("job %d did not start: %s", live.job.id, error)
+        detail = str(error)
         if live.cgroup:
             # Where jobinit died over it, it may have started and be alive.
             live.cgroup.kill()
-        job = transition.start_failed(live.job, step, number, str(error), time.time_ns())
+            # The memory may not even have been enough for the exec.
+            _, oom = self._account(live, None)
+            detail = "; ".join(filter(None, [detail, transition.out_of_memory(live.job, oom)]))
+        log.warning("job %d did not start: %s", live.job.id, detail)
+        job = transition.start_failed(live.job, step, number, detail, time.time_ns())
         await self._record_end(live, job)
 
     # Ending

@@ -99,7 +99,7 @@ class StopJobRes(_message.Message):
     def __init__(self, id: _Optional[str] = ..., status: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain")
+    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain", "max_pids")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,7 @@ class Job(_message.Message):
     ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
     MERGE_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     CLEANUP_UNCERTAIN_FIELD_NUMBER: _ClassVar[int]
+    MAX_PIDS_FIELD_NUMBER: _ClassVar[int]
     id: str
     command: str
     args: _containers.RepeatedScalarFieldContainer[str]
@@ -159,7 +160,8 @@ class Job(_message.Message):
     environment: _containers.ScalarMap[str, str]
     merge_output: bool
     cleanup_uncertain: bool
-    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ...) -> None: ...
+    max_pids: int
+    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ..., max_pids: _Optional[int] = ...) -> None: ...
 
 class Accounting(_message.Message):
     __slots__ = ("cpu_user_us", "cpu_system_us", "memory_peak_bytes", "io_read_bytes", "io_written_bytes", "oom_kills")
@@ -241,7 +243,7 @@ class ListJobsRes(_message.Message):
     def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs")
+    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     START_TIME_NS_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +256,7 @@ class ServerInfo(_message.Message):
     DEFAULT_IOBPS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_JOBS_FIELD_NUMBER: _ClassVar[int]
     MAXIMUM_JOBS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_PIDS_FIELD_NUMBER: _ClassVar[int]
     version: str
     start_time_ns: int
     identity: str
@@ -266,7 +269,8 @@ class ServerInfo(_message.Message):
     default_iobps: int
     running_jobs: int
     maximum_jobs: int
-    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ...) -> None: ...
+    default_pids: int
+    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ...) -> None: ...
 
 class Controller(_message.Message):
     __slots__ = ("name", "available", "problem")

@@ -93,6 +93,7 @@ def job_to(job: Job) -> pb.Job:
         environment=spec.environment,
         merge_output=spec.merge_output,
         cleanup_uncertain=job.cleanup_uncertain,
+        max_pids=spec.limits.pids,
     )
 
 

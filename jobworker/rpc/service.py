@@ -100,6 +100,7 @@ class JobService:
             default_cpu=defaults.cpu_percent,
             default_memory=defaults.memory_mib,
             default_iobps=defaults.io_bytes_per_second,
+            default_pids=defaults.pids,
             running_jobs=manager.live_count,
             maximum_jobs=manager.policy.maximum_jobs,
         )

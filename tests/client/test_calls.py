@@ -23,7 +23,7 @@ def an_ended_job() -> Job:
     spec = JobSpec(
         command="/usr/bin/env",
         args=("a", "", "ä\n"),
-        limits=Limits(50, 64, 1000),
+        limits=Limits(50, 64, 1000, 32),
         environment={"A": "b", "C": ""},
         working_directory="/usr",
         name="a name",

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,9 +35,17 @@ class Server:
     """`jobworker serve` on a free port of the loopback interface, until `stop`."""
 
     def __init__(
-        self, folder: Path, certs: Path, *, open_files: int = 0, port: int = 0, **settings: str
+        self,
+        folder: Path,
+        certs: Path,
+        *,
+        launcher: Sequence[str] = (),
+        open_files: int = 0,
+        port: int = 0,
+        **settings: str,
     ) -> None:
-        """open_files: its hard limit on descriptors, 0: ours. port: 0: any free one.
+        """launcher: a command that becomes the server's, which it is given as arguments.
+        open_files: its hard limit on descriptors, 0: ours. port: 0: any free one.
         settings: JOB_WORKER_<NAME>, by name."""
         self.state = folder / "state"
         self.certs = certs
@@ -53,7 +61,7 @@ class Server:
         }
         environ |= {f"JOB_WORKER_{name}": value for name, value in settings.items()}
         self.keeps_jobs = environ["JOB_WORKER_STOP_JOBS"] == "no"
-        command = [sys.executable, "-m", "jobworker", "serve"]
+        command = [*launcher, sys.executable, "-m", "jobworker", "serve"]
         if open_files:
             command = ["prlimit", f"--nofile={open_files}:{open_files}", *command]
         started = time.monotonic()

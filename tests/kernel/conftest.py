@@ -19,9 +19,10 @@ from kernel import uml
 
 INSIDE = Path(__file__).parent / "inside"
 REPORTS = os.environ.get("JOBWORKER_KERNEL_REPORTS")
-# For all tests together; one that hangs is ended before that by a timeout of its own.
-WHOLE_SECONDS = 240
-TEST_SECONDS = 60
+# For all tests together, which take a third of that on a machine that does nothing else; one
+# that hangs is ended before that by a timeout of its own.
+WHOLE_SECONDS = 360
+TEST_SECONDS = 90
 CONSOLE_LINES = 60
 
 
@@ -53,6 +54,7 @@ class Outside:
         self._reports: Iterator[bytes] = iter(())
         self._arrived: dict[str, list[pytest.TestReport]] = {}
         self._failed = ""
+        self._not_tested = ""
 
     @pytest.hookimpl(trylast=True)  # when the other plugins have selected
     def pytest_collection_modifyitems(
@@ -65,6 +67,7 @@ class Outside:
             for item in inside:
                 item.add_marker(pytest.mark.timeout(0))  # the kernel has its own
             return
+        self._not_tested = f"{len(inside)} tests of limits on the real kernel: {problem}"
         config.hook.pytest_deselected(items=inside)
         items[:] = [item for item in items if item not in inside]
         items.append(NotTested.from_parent(inside[0].session, problem=problem, items=inside))
@@ -86,12 +89,19 @@ class Outside:
             self._kernel.end()
             self._folder.cleanup()
 
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """At the very end, as the reason of a skip is lost among others."""
+        if self._not_tested:
+            terminalreporter.write_sep("!", "NOT TESTED", red=True, bold=True)
+            terminalreporter.write_line(self._not_tested, red=True, bold=True)
+
     def _boot(self) -> None:
         # Not below pytest's folder: its name may have what the kernel's command line cannot.
         self._folder = tempfile.TemporaryDirectory(prefix="jobworker-kernel-")
         arguments = [
             *("-p", "no:cacheprovider", "--quiet", "--color=no"),
-            *("-o", f"timeout={TEST_SECONDS}"),
+            # By a signal: that ends one test, and a thread would end them all.
+            *("-o", f"timeout={TEST_SECONDS}", "-o", "timeout_method=signal"),
             *self._selected,
         ]
         self._kernel = uml.Kernel(Path(self._folder.name), self._config.rootpath, arguments)
@@ -139,7 +149,8 @@ class NotTested(pytest.Item):
         self._items = items
 
     def runtest(self) -> None:
-        names = "\n".join(f"    {item.nodeid.rpartition('/')[2]}" for item in self._items)
+        nodes = (item.nodeid.rpartition("/")[2].partition("[")[0] for item in self._items)
+        names = "\n".join(f"    {node}" for node in dict.fromkeys(nodes))
         pytest.skip(f"NOT TESTED: {self._problem}. Without that kernel:\n{names}")
 
 

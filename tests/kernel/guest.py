@@ -14,7 +14,6 @@ import os
 import platform
 import socket
 import struct
-import subprocess
 import sys
 import traceback
 import tty
@@ -60,7 +59,11 @@ def run_pytest(arguments: list[str]) -> None:
     with open(REPORTS, "wb", buffering=0) as reports:
         tty.setraw(reports.fileno())
     environ = os.environ | {"JOBWORKER_KERNEL_REPORTS": REPORTS, "HOME": "/root"}
-    subprocess.run([sys.executable, "-m", "pytest", *arguments], env=environ, check=False)
+    command = [sys.executable, "-m", "pytest", *arguments]
+    pytest = os.posix_spawn(sys.executable, command, environ)
+    # All that loses its parent becomes the first process's own to reap.
+    while os.wait()[0] != pytest:
+        pass
 
 
 def enter_overlay() -> None:

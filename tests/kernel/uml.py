@@ -24,7 +24,9 @@ from pathlib import Path
 
 import jobworker
 
-PACKAGE = "user-mode-linux"
+# What it takes, and what single tests in it take, which are skipped without.
+NEEDED = {"linux.uml": "user-mode-linux", "mkfs.ext4": "e2fsprogs"}
+WELCOME = {"dmsetup": "dmsetup", "mkfs.btrfs": "btrfs-progs"}
 MEMORY = "2G"
 DISK_BYTES = 256 << 20
 INSTALL_SECONDS = 120
@@ -48,7 +50,9 @@ while read -r _ _ _ _ point _; do
     esac
 done </proc/self/mountinfo
 export TMPDIR="$folder/memory" HOME="$folder/memory"
-exec linux.uml "$@"
+# Not exec: as PID 1, a kernel that has panicked could not abort, and would hang.
+linux.uml "$@"
+exit $?
 """
 
 
@@ -64,30 +68,51 @@ def why_not() -> str:
     )
     if namespaces.returncode:
         return f"no namespace to protect the machine's files: {namespaces.stderr.strip()}"
-    if shutil.which("linux.uml"):
+    if not _missing(NEEDED):
         return ""
-    return _install()
-
-
-def _install() -> str:
     if not shutil.which("apt-get"):
-        return "the program linux.uml is missing, and there is no apt-get to install it"
+        return f"no {' and no '.join(_missing(NEEDED))} here, and no apt-get to install it"
+    return _install(list(_missing(NEEDED | WELCOME).values()))
+
+
+def _missing(programs: dict[str, str]) -> dict[str, str]:
+    return {name: package for name, package in programs.items() if not _find(name)}
+
+
+def _find(program: str) -> str | None:
+    # mkfs and the like are not in every user's PATH.
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def _install(packages: list[str]) -> str:
+    """Why it cannot be done; empty where it was."""
+    install = ["install", "--yes", "--no-install-recommends", *packages]
+    deadline = time.monotonic() + INSTALL_SECONDS
+    if not _apt_get(install, deadline):
+        return ""
+    # A fresh system has no list of packages, or an old one.
+    return _apt_get(["update"], deadline) or _apt_get(install, deadline)
+
+
+def _apt_get(arguments: list[str], deadline: float) -> str:
+    """Why it failed; empty where it did not."""
+    command = " ".join(["apt-get", *arguments])
     try:
-        subprocess.run(
-            ["apt-get", "install", "--yes", "--no-install-recommends", PACKAGE],
+        done = subprocess.run(
+            ["apt-get", *arguments],
             env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            check=True,
-            timeout=INSTALL_SECONDS,
+            check=False,
+            timeout=max(1.0, deadline - time.monotonic()),
         )
-    except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
-        return f"`apt-get install {PACKAGE}` failed: {last}"
     except subprocess.TimeoutExpired:
-        return f"`apt-get install {PACKAGE}` took longer than {INSTALL_SECONDS} s"
-    return ""
+        return f"`{command}` was not done within {INSTALL_SECONDS} s"
+    if done.returncode == 0:
+        return ""
+    last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return f"`{command}` failed: {last}"
 
 
 class Kernel:
@@ -173,7 +198,9 @@ def _make_disks(folder: Path) -> None:
     for name in ("disk0", "disk1"):
         with (folder / name).open("wb") as image:
             image.truncate(DISK_BYTES)
-    subprocess.run(["mkfs.ext4", "-q", folder / "disk0"], check=True, capture_output=True)
+    mkfs = _find("mkfs.ext4")
+    assert mkfs
+    subprocess.run([mkfs, "-q", folder / "disk0"], check=True, capture_output=True)
     first, count = 2048, DISK_BYTES // 512 - 2048
     linux = 0x83
     entry = struct.pack("<B3sB3sII", 0, b"", linux, b"", first, count)

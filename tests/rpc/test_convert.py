@@ -18,7 +18,7 @@ JOB = Job(
     spec=JobSpec(
         command="/bin/echo",
         args=("a", "b"),
-        limits=Limits(50, 64, 1000),
+        limits=Limits(50, 64, 1000, 32),
         environment={"K": "v"},
         working_directory="/tmp",
         name="n",
@@ -52,6 +52,7 @@ def test_a_job() -> None:
     message = convert.job_to(JOB)
     assert (message.id, message.command, list(message.args)) == ("7", "/bin/echo", ["a", "b"])
     assert (message.maxCPU, message.maxMemory, message.maxIOBPS) == (50, 64, 1000)
+    assert message.max_pids == 32
     assert (message.status, message.exitCode, message.signal) == ("FAILED", -1, 9)
     assert message.cause == pb.SIGNALLED
     assert message.startTime == "1970-01-01T00:00:02.000000Z"

@@ -1,16 +1,24 @@
-"""What the tests in the kernel share: its cgroups, its disks, and processes in them."""
+"""What the tests in the kernel share: its cgroups, its disks, processes in them, and servers."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import os
+import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
+import jobworker
+from functional.server import Client, Server
+from jobworker import certs
 from jobworker.engine.cgroup import Cgroup, CgroupTree
 from jobworker.job import Limits
 
@@ -18,7 +26,11 @@ ROOT = Path("/sys/fs/cgroup")
 DISK = Path("/disk")  # ext4 on ubd0
 ESCAPED = Path(__file__).with_name("written-inside-the-kernel")
 COMMAND_SECONDS = 30
+WAIT_SECONDS = 20
 JOB = itertools.count(1)
+
+DELEGATED = ROOT / "delegated"
+USER = 4242  # has no name here
 
 Create = Callable[..., Cgroup]
 
@@ -40,6 +52,12 @@ def create(tree: CgroupTree) -> Create:
         return tree.create(next(JOB), Limits(**limits), str(working_directory))
 
     return create_with
+
+
+@pytest.fixture
+def delegated() -> Iterator[Path]:
+    with delegated_directory() as path:
+        yield path
 
 
 def clear(tree: CgroupTree) -> None:
@@ -101,6 +119,74 @@ def directory(path: Path) -> Iterator[Path]:
         cgroup = Cgroup(path)
         cgroup.kill()
         cgroup.remove()
+
+
+@contextlib.contextmanager
+def delegated_directory(user: int = 0) -> Iterator[Path]:
+    """A cgroup as systemd makes one for a unit with Delegate=yes."""
+    (ROOT / "cgroup.subtree_control").write_text("+cpu +memory +io +pids")
+    with directory(DELEGATED):
+        delegate(DELEGATED, user)
+        yield DELEGATED
+
+
+def delegate(path: Path, user: int) -> None:
+    for name in (".", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"):
+        os.chown(path / name, user, user)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For what no event tells."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# Servers
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certs")
+    certs.make_all(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, certificates: Path, cgroup: Path = ROOT, user: int = 0, **settings: Any
+) -> Iterator[Server]:
+    """A server in this cgroup, as this user; its files are in the folder."""
+    shutil.copytree(certificates, folder / "certs", dirs_exist_ok=True)
+    if user:
+        give_to(folder, user)
+    # The shell moves itself, and becomes the server.
+    launcher = ["sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"', str(cgroup)]
+    if user:
+        launcher += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    server = Server(folder, folder / "certs", launcher=launcher, **settings)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def give_to(folder: Path, user: int) -> None:
+    """With all that is in it. And the way to it, and to Python and jobworker: these are often
+    in a home that is closed to others. All of this happens in the overlay only."""
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, user, user)
+    for path in (folder, Path(sys.executable).resolve(), Path(jobworker.__path__[0])):
+        for parent in path.parents:
+            parent.chmod(parent.stat().st_mode | 0o055)
+
+
+def refusal(client: Client, **fields: Any) -> tuple[grpc.StatusCode, str]:
+    """Of a job with these fields."""
+    with pytest.raises(grpc.RpcError) as caught:
+        client.create("true", **fields)
+    return caught.value.code(), caught.value.details() or ""
 
 
 def device_of(path: str | Path) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+import grpc
 
 from jobworker.engine.cgroup import CgroupTree
 from jobworker.job import Limits
-from kernel.inside.conftest import ROOT, clear, mounted, run
+from kernel.inside.conftest import ROOT, clear, mounted, refusal, run, serving, wait_until
 
-WAIT_SECONDS = 20
+PROBLEM = "bound to cgroup v1 by this machine; boot with cgroup_no_v1=all"
 
 
 def test_a_read_only_mount_is_named() -> None:
@@ -40,7 +41,7 @@ def test_hybrid(tmp_path: Path) -> None:
             "cpu": "",
             "memory": "",
             "io": "",
-            "pids": "bound to cgroup v1 by this machine; boot with cgroup_no_v1=all",
+            "pids": PROBLEM,
         }
         cgroup = tree.create(1, Limits(memory_mib=50), "/")
         assert (cgroup.path / "memory.max").read_text() == f"{50 << 20}\n"
@@ -50,6 +51,34 @@ def test_hybrid(tmp_path: Path) -> None:
         assert only_v1.path is None
         assert "its filesystem is cgroup; " in only_v1.problem
         assert "cgroup_no_v1=all" in only_v1.problem
+
+
+def test_a_server_on_a_hybrid_machine(tmp_path: Path, certificates: Path) -> None:
+    """What v1 has is refused where a client asks for it, and left out, once said, where it is a
+    default. The rest works."""
+    with (
+        mounted("tmpfs", tmp_path, "-t", "tmpfs"),
+        v1_mounted("cpu", tmp_path / "cpu"),
+        mounted("none", tmp_path / "unified", "-t", "cgroup2"),
+        serving(tmp_path, certificates, CGROUP_BASE=str(tmp_path)) as server,
+        server.connect() as client,
+    ):
+        assert {each.name: each.problem for each in client.info().controllers} == {
+            "cpu": PROBLEM,
+            "memory": "",
+            "io": "",
+            "pids": "",
+        }
+        code, message = refusal(client, maxCPU=50)
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert message.startswith("maxCPU needs the cgroup controller 'cpu', which is not avail")
+        assert PROBLEM in message
+
+        assert server.log.count(f"without the default cpu limit (100): {PROBLEM}") == 1
+        own = f"{tmp_path}/unified$(sed -n s/^0:://p /proc/self/cgroup)"
+        job, output = client.run(f'cat "{own}/memory.max"', maxMemory=50)
+        assert (job.status, job.maxCPU, job.maxMemory) == ("COMPLETED", 0, 50)
+        assert output == b"%d\n" % (50 << 20)
 
 
 @contextlib.contextmanager
@@ -64,10 +93,3 @@ def v1_mounted(controller: str, folder: Path) -> Iterator[None]:
     run("umount", folder)
     available = ROOT / "cgroup.controllers"
     wait_until(lambda: controller in available.read_text().split())
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

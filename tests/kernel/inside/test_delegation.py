@@ -16,10 +16,9 @@ import pytest
 from jobworker.engine.cgroup import Cgroup, CgroupTree
 from jobworker.errors import CgroupError
 from jobworker.job import Limits
-from kernel.inside.conftest import ROOT, clear, directory, run
+from kernel.inside.conftest import ROOT, clear, delegate, directory, run
 
 NOBODY = 65534
-DELEGATED = ROOT / "delegated"
 ALL = {"cpu", "memory", "io", "pids"}
 
 # A server with a tree at argv[1], in the cgroup argv[2], as the user argv[3]; it has a job
@@ -65,19 +64,6 @@ def serve(base: Path, own: Path, user: int = 0) -> dict[str, Any]:
     return answer
 
 
-@pytest.fixture
-def delegated() -> Iterator[Path]:
-    """A cgroup as systemd makes one for a unit with Delegate=yes."""
-    (ROOT / "cgroup.subtree_control").write_text("+cpu +memory +io +pids")
-    with directory(DELEGATED):
-        yield DELEGATED
-
-
-def give_to_nobody(path: Path) -> None:
-    for name in (".", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"):
-        os.chown(path / name, NOBODY, NOBODY)
-
-
 @contextlib.contextmanager
 def process_in(path: Path) -> Iterator[int]:
     with subprocess.Popen(["sleep", "1000"]) as process:
@@ -101,7 +87,7 @@ def test_a_server_in_its_delegated_cgroup_moves_itself_to_a_leaf(delegated: Path
 
 
 def test_a_user_has_the_same_limits_in_a_delegated_cgroup(delegated: Path) -> None:
-    give_to_nobody(delegated)
+    delegate(delegated, NOBODY)
 
     seen = serve(base=delegated, own=delegated, user=NOBODY)
 
@@ -113,7 +99,7 @@ def test_a_user_has_the_same_limits_in_a_delegated_cgroup(delegated: Path) -> No
 
 def test_a_user_outside_the_delegated_cgroup_is_told_to_start_in_it(delegated: Path) -> None:
     """The kernel would refuse to move each job."""
-    give_to_nobody(delegated)
+    delegate(delegated, NOBODY)
 
     seen = serve(base=delegated, own=ROOT, user=NOBODY)
 
@@ -132,10 +118,10 @@ def test_a_user_without_delegation_is_told_how_to_get_it() -> None:
 
 
 def test_controllers_that_were_not_delegated_are_named(delegated: Path) -> None:
-    give_to_nobody(delegated)
+    delegate(delegated, NOBODY)
     inner = delegated / "inner"
     inner.mkdir()
-    give_to_nobody(inner)
+    delegate(inner, NOBODY)
     (delegated / "cgroup.subtree_control").write_text("+memory +pids")
     os.chown(delegated / "cgroup.subtree_control", 0, 0)
 

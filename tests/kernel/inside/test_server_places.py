@@ -1,0 +1,105 @@
+"""Servers in places of all kinds: what each can enforce, and what it says of the rest."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import grpc
+
+from jobworker.pb import job_worker_pb2 as pb
+from kernel.inside.conftest import ROOT, USER, delegate, refusal, serving, wait_until
+
+
+def test_a_user_without_delegation_is_told_how_to_get_it(
+    tmp_path: Path, certificates: Path
+) -> None:
+    """The server runs, and refuses only limits that a client asks for."""
+    with serving(tmp_path, certificates, user=USER) as server, server.connect() as client:
+        info = client.info()
+        assert info.cgroup == ""
+        for controller in info.controllers:
+            assert not controller.available
+            assert "Delegate=yes" in controller.problem
+        for limit in ("maxCPU", "maxMemory", "maxIOBPS"):
+            code, message = refusal(client, **{limit: 50})
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            assert message.startswith(f"{limit} needs the cgroup controller ")
+            assert "Delegate=yes" in message
+        job, output = client.run("id -u; echo $USER $HOME")
+        assert (job.status, job.cleanup_uncertain) == ("COMPLETED", True)
+        assert output == f"{USER}\n{USER} /\n".encode()
+        assert (job.maxCPU, job.maxMemory) == (0, 0)
+    (said,) = [line for line in server.log.splitlines() if "without cgroups" in line]
+    assert "Delegate=yes" in said
+
+
+def test_what_was_not_delegated_is_refused_by_name(
+    delegated: Path, tmp_path: Path, certificates: Path
+) -> None:
+    inner = delegated / "inner"
+    inner.mkdir()
+    delegate(inner, USER)
+    (delegated / "cgroup.subtree_control").write_text("+memory +pids")
+
+    with (
+        serving(tmp_path, certificates, inner, USER, CGROUP_BASE=str(inner)) as server,
+        server.connect() as client,
+    ):
+        for limit, controller in (("maxCPU", "cpu"), ("maxIOBPS", "io")):
+            code, message = refusal(client, **{limit: 50})
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            assert message.startswith(f"{limit} needs the cgroup controller '{controller}'")
+            assert f"cannot write {delegated}/cgroup.subtree_control" in message
+            assert "Delegate=yes" in message
+        job = client.wait(client.create("true", maxMemory=50).id)
+        assert (job.status, job.maxMemory, job.maxCPU) == ("COMPLETED", 50, 0)
+    assert server.log.count("without the default cpu limit (100)") == 1
+
+
+def test_a_server_in_its_delegated_cgroup_moves_itself_to_a_leaf(
+    delegated: Path, tmp_path: Path, certificates: Path
+) -> None:
+    """With jobinit, of which all jobs come."""
+    with (
+        serving(tmp_path, certificates, delegated, CGROUP_BASE=str(delegated)) as server,
+        server.connect() as client,
+    ):
+        assert client.info().cgroup.startswith(f"{delegated}/jobworker-")
+        assert all(controller.available for controller in client.info().controllers)
+        leaf = f"0::{client.info().cgroup.removeprefix(str(ROOT))}-server\n"
+        for pid in (server.process.pid, server.jobinit_pid()):
+            assert Path(f"/proc/{pid}/cgroup").read_text() == leaf
+        job, output = client.run("cat /proc/self/cgroup")
+        assert output.decode() == leaf.replace("-server\n", f"/job-{job.id}\n")
+
+
+def test_what_a_dead_server_and_its_jobinit_left_is_killed(
+    tmp_path: Path, certificates: Path
+) -> None:
+    script = f"""
+own={ROOT}$(sed -n s/^0:://p /proc/self/cgroup)
+mkdir "$own/inner"
+setsid sleep 1000 & echo $! > "$own/inner/cgroup.procs"
+echo $! $$
+exec sleep 1000
+"""
+    with serving(tmp_path, certificates) as server, server.connect() as client:
+        job = client.shell(script)
+        pids = next(client.stream(job.id)).payload.split()
+        cgroup = Path(client.info().cgroup) / f"job-{job.id}"
+        jobinit = server.jobinit_pid()
+        # First of all it itself: it would see that jobinit is gone, and kill the job.
+        os.kill(server.process.pid, signal.SIGKILL)
+        os.kill(jobinit, signal.SIGKILL)
+        server.process.wait()
+        assert (cgroup / "inner").exists()
+
+    with serving(tmp_path, certificates) as server, server.connect() as client:
+        lost = client.wait(job.id)
+        assert (lost.status, lost.cause, lost.exitCode) == ("FAILED", pb.LOST, -1)
+        assert not cgroup.exists()
+        # The first process reaps them in its own time.
+        wait_until(lambda: not any(Path(f"/proc/{int(pid)}").exists() for pid in pids))
+        assert client.run("true")[0].status == "COMPLETED"
