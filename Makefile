@@ -9,10 +9,10 @@ TURN := flock Makefile
 PIP := $(TURN) $(BIN)/pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernel lint build proto venv clean
+.PHONY: help demo test test-kernel soak lint bench bench-quick bench-report build proto venv clean
 
 help:  ## what there is to make
-	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 19
 
 demo: .venv/built  ## a server and a job of its own, live: the quickest look
 	@sh scripts/demo.sh
@@ -23,6 +23,9 @@ test: lint  ## every check and every test
 test-kernel: .venv/built .venv/tools  ## the limits at work, in a Linux with all cgroup controllers
 	$(BIN)/pytest tests/kernel
 
+soak: .venv/built .venv/tools  ## the farm under fire for long: KILLS=1000
+	JOBWORKER_KILLS=$(or $(KILLS),1000) $(BIN)/pytest tests/functional/test_faults.py
+
 lint: .venv/built .venv/tools  ## the checks that run nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,6 +33,24 @@ lint: .venv/built .venv/tools  ## the checks that run nothing
 	$(BIN)/lint-imports
 	PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint jobworker
 	gcc -fsyntax-only -Wall -Wextra -Werror jobinit.c
+
+# One question a script; all are asked, and make fails if one of them did. QUICK=1: small numbers.
+QUESTIONS := stream_throughput job_rate latency scale growth
+
+bench: .venv/built .venv/tools  ## every benchmark beside its floor; takes its time
+	@failed=; for each in $(QUESTIONS); do \
+	    QUICK=$(QUICK) $(BIN)/python benchmarks/$$each.py || failed="$$failed $$each"; done; \
+	QUICK=$(QUICK) $(BIN)/pytest benchmarks/test_micro.py --quiet $(if $(QUICK),--benchmark-max-time=0.1) \
+	    --benchmark-columns=median,rounds --benchmark-sort=name \
+	    --benchmark-json=benchmarks/results/$(if $(QUICK),quick,raw)/micro.json \
+	    || failed="$$failed micro"; \
+	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+
+bench-quick:  ## the same with small numbers, in under 3 minutes
+	@$(MAKE) --no-print-directory bench QUICK=1
+
+bench-report: .venv/tools  ## benchmarks/results, from what `make bench` has stored
+	QUICK=$(QUICK) $(BIN)/python benchmarks/report.py
 
 build: .venv/built  ## the extension and jobinit, in place
 

@@ -13,4 +13,4 @@ def pytest_configure() -> None:
     """Jobs write gigabytes here. Where the usual folder for temporary files is in memory, as on
     many machines, there is the one that outlives a restart."""
     if shutil.disk_usage(tempfile.gettempdir()).free < ROOM_BYTES:
-        os.environ["TMPDIR"] = tempfile.tempdir = "/var/tmp"  # noqa: S108
+        os.environ["TMPDIR"] = tempfile.tempdir = "/var/tmp"

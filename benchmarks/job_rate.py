@@ -1,0 +1,156 @@
+"""How many jobs a second can be started, and recorded as ended?
+
+/bin/true, one CreateJob for each, with 1, 16 and 64 of them under way at a time; measured
+until the server has recorded the ending of the last.
+
+Floor: a C program that does for each job what the kernel must (floor.c), two at a time.
+Peer: HyperQueue from PyPI with the same command, all in one submission.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from client import Client, create_many, run
+from figures import HERE, QUICK, Findings, Target
+from server import Server, running_server, workplace
+
+COMMAND = "/bin/true"
+REPETITIONS = 2 if QUICK else 5
+JOBS = 400 if QUICK else 3000
+FLOOR_WORKERS = 2
+IN_FLIGHT = (1, 16, 64)
+FLOOR_TARGETS = {16: 0.5}
+PEER_TARGETS = {16: 1.8}
+PEER_ENVIRONMENT = HERE.parent / "build" / "hyperqueue"
+
+
+def build_floor(folder: Path) -> Path:
+    program = folder / "floor"
+    subprocess.run(["gcc", "-O2", "-o", program, HERE / "floor.c"], check=True)
+    return program
+
+
+def measure_floor(program: Path, base: Path) -> float:
+    """Jobs a second. base: a directory of a cgroup v2."""
+    cgroup = base / f"jobworker-floor-{os.getpid()}"
+    cgroup.mkdir()
+    try:
+        answer = subprocess.run(
+            [program, cgroup, str(JOBS), str(FLOOR_WORKERS), COMMAND],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        cgroup.rmdir()
+    return JOBS / float(answer.stdout)
+
+
+async def measure_single(client: Client, in_flight: int) -> float:
+    """Jobs a second, one RPC each."""
+    started = time.perf_counter()
+    await create_many(client, JOBS, in_flight, COMMAND)
+    await client.wait_all_ended()
+    return JOBS / (time.perf_counter() - started)
+
+
+def install_peer() -> str | None:
+    """Why it cannot be had; None: it is there."""
+    if (PEER_ENVIRONMENT / "installed").exists():
+        return None
+    steps: tuple[list[str], ...] = (
+        [sys.executable, "-m", "venv", "--clear", str(PEER_ENVIRONMENT)],
+        [str(PEER_ENVIRONMENT / "bin" / "pip"), "--quiet", "install", "hyperqueue"],
+    )
+    for step in steps:
+        done = subprocess.run(step, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return (done.stderr or done.stdout).strip().splitlines()[-1]
+    (PEER_ENVIRONMENT / "installed").touch()
+    return None
+
+
+def measure_peer() -> float:
+    """Jobs a second. Raises CalledProcessError."""
+    answer = subprocess.run(
+        [PEER_ENVIRONMENT / "bin" / "python", HERE / "peer_hyperqueue.py", str(JOBS), COMMAND],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return float(answer.stdout.partition("rate ")[2].split()[0])
+
+
+async def cgroup_base(server: Server) -> Path | None:
+    async with Client(server.address, server.certs) as client:
+        cgroup = (await client.call("GetServerInfo")).cgroup
+    return Path(cgroup).parent if cgroup else None
+
+
+async def main() -> None:
+    findings = Findings("How many jobs a second can be started, and recorded as ended?")
+    no_peer = install_peer()
+    if no_peer:
+        findings.note(f"HyperQueue is not compared: it cannot be installed here: {no_peer}")
+    floor_runs: list[float] = []
+    peer_runs: list[float] = []
+    runs: dict[int, list[float]] = {in_flight: [] for in_flight in IN_FLIGHT}
+    with workplace() as folder, running_server(folder) as server:
+        base = await cgroup_base(server)
+        if base is None:
+            findings.note("no writable cgroup v2: the floor is left out, jobs have no cgroups")
+        program = build_floor(folder)
+        async with Client(server.address, server.certs) as client:
+            await create_many(client, 100, 16, COMMAND)
+            for _ in range(REPETITIONS):
+                if base:
+                    floor_runs.append(measure_floor(program, base))
+                for in_flight in IN_FLIGHT:
+                    runs[in_flight].append(await measure_single(client, in_flight))
+                if not no_peer:
+                    peer_runs.append(measure_peer())
+    report(findings, runs, floor_runs, peer_runs)
+    findings.store()
+
+
+def report(
+    findings: Findings,
+    runs: dict[int, list[float]],
+    floor_runs: list[float],
+    peer_runs: list[float],
+) -> None:
+    for in_flight, rates in runs.items():
+        targets = []
+        if in_flight in FLOOR_TARGETS and floor_runs:
+            targets = [Target("ratio", "least", FLOOR_TARGETS[in_flight])]
+        findings.add(
+            f"one RPC each, {in_flight} in flight",
+            "jobs/s",
+            rates,
+            *targets,
+            floor=floor_runs,
+            floor_name="C floor",
+        )
+    # Here goes `in bulk`, with a target of 0.65, once there is an RPC for many jobs at once.
+    if not peer_runs:
+        return
+    findings.add("HyperQueue", "jobs/s", peer_runs, floor=floor_runs, floor_name="C floor")
+    for in_flight, least in PEER_TARGETS.items():
+        findings.add(
+            f"one RPC each, {in_flight} in flight, beside HyperQueue",
+            "jobs/s",
+            runs[in_flight],
+            Target("ratio", "least", least),
+            floor=peer_runs,
+            floor_name="HyperQueue",
+        )
+
+
+if __name__ == "__main__":
+    run(main())
