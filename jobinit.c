@@ -54,7 +54,7 @@ enum { FORKED_NO_EXEC = 0x40 };    /* PF_FORKNOEXEC of include/linux/sched.h */
 enum { PROTOCOL_MAGIC = 0x54494e4a, PROTOCOL_VERSION = 1 };
 
 enum {
-	ASK_START = 1,       /* struct start and its strings: here, or in a memfd */
+	ASK_START = 1,       /* struct start and its strings: here, or in a memfd; then the input */
 	ASK_SIGNAL = 2,      /* struct to_signal */
 	ASK_ACKNOWLEDGE = 3, /* the ending is recorded: forget the job */
 	ASK_LIST = 4,        /* tell of all jobs that are held, then TELL_LISTED */
@@ -82,7 +82,8 @@ struct exited {
 };
 struct refused { uint32_t type; int32_t error; };
 
-enum { MERGE_OUTPUT = 1, KNOWN_FLAGS = MERGE_OUTPUT };  /* start.flags */
+/* start.flags. With HAS_INPUT the last descriptor is what the job reads, else /dev/null is. */
+enum { MERGE_OUTPUT = 1, HAS_INPUT = 2, KNOWN_FLAGS = MERGE_OUTPUT | HAS_INPUT };
 enum { HAS_PIDFD = 1, HAS_STDOUT = 2, HAS_STDERR = 4 }; /* started.having, in this order */
 
 /* Of becoming a job. In `struct failed` STEP_EXEC without an error says that the child was
@@ -338,7 +339,8 @@ static void remove_job(struct job *job)
 struct request {
 	const char *executable, *directory, *cgroup; /* cgroup: empty for none */
 	char **arguments, **environment;             /* both end with NULL */
-	bool merge_output;
+	bool merge_output, has_input;
+	int input_fd; /* -1: /dev/null */
 	void *memory; /* of both arrays; the strings stay where they came in */
 };
 
@@ -377,6 +379,8 @@ static int parse_start(char *data, size_t size, struct request *request)
 		.arguments = strings + 3,
 		.environment = strings + 3 + start.arguments + 1,
 		.merge_output = start.flags & MERGE_OUTPUT,
+		.has_input = start.flags & HAS_INPUT,
+		.input_fd = -1,
 		.memory = strings,
 	};
 	return 0;
@@ -638,7 +642,9 @@ static void start_job(struct job *job, const struct request *request)
 		return;
 	}
 	theirs = (struct ends){
-		-1, pipes.output[1], pipes.errors[1] < 0 ? pipes.output[1] : pipes.errors[1],
+		request->input_fd,
+		pipes.output[1],
+		pipes.errors[1] < 0 ? pipes.output[1] : pipes.errors[1],
 		pipes.status[1],
 	};
 	if (pid == 0)
@@ -965,18 +971,28 @@ static char *load_start(const char *body, size_t *size, int memfd)
 	return data;
 }
 
-static void start_anew(uint64_t id, const char *body, size_t size, int memfd)
+/* What came with a message: of a start, a memfd with its body where that is long, and then the
+ * job's input. */
+struct received { int count, fds[2]; };
+
+static void start_anew(uint64_t id, const char *body, size_t size, const struct received *received)
 {
-	struct request request;
+	bool is_in_memfd = size == 0;
+	struct request request = {.memory = NULL};
 	struct job *job;
-	char *data = load_start(body, &size, memfd);
+	char *data = load_start(body, &size, is_in_memfd ? received->fds[0] : -1);
 	int error = data ? parse_start(data, size, &request) : errno;
 
+	if (!error && received->count != is_in_memfd + request.has_input)
+		error = EBADMSG;
 	if (error) {
 		refuse(ASK_START, id, error);
+		free(request.memory);
 		free(data);
 		return;
 	}
+	if (request.has_input)
+		request.input_fd = received->fds[received->count - 1];
 	job = add_job(id);
 	if (job)
 		start_job(job, &request);
@@ -1051,7 +1067,7 @@ static int parse_message(const char *packet, size_t size, struct header *header)
 	}
 }
 
-static void handle_message(const char *packet, size_t size, int memfd)
+static void handle_message(const char *packet, size_t size, const struct received *received)
 {
 	const char *body = packet + sizeof(struct header);
 	struct header header;
@@ -1068,7 +1084,7 @@ static void handle_message(const char *packet, size_t size, int memfd)
 		if (job)
 			start_again(job);
 		else
-			start_anew(header.job, body, header.size, memfd);
+			start_anew(header.job, body, header.size, received);
 		break;
 	case ASK_SIGNAL:
 		handle_signal(header.job, job, body);
@@ -1082,12 +1098,12 @@ static void handle_message(const char *packet, size_t size, int memfd)
 	}
 }
 
-/* The one that a start may bring, or -1; what comes beyond it is closed. */
-static int take_descriptor(struct msghdr *message)
+/* Those that a start may bring; what comes beyond them is closed. */
+static void keep_descriptors(struct msghdr *message, struct received *received)
 {
 	struct cmsghdr *part;
-	int kept = -1, fd;
 	size_t i, count;
+	int fd;
 
 	for (part = CMSG_FIRSTHDR(message); part; part = CMSG_NXTHDR(message, part)) {
 		if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS)
@@ -1095,13 +1111,12 @@ static int take_descriptor(struct msghdr *message)
 		count = (part->cmsg_len - CMSG_LEN(0)) / sizeof fd;
 		for (i = 0; i < count; i++) {
 			memcpy(&fd, CMSG_DATA(part) + i * sizeof fd, sizeof fd);
-			if (kept < 0)
-				kept = fd;
+			if (received->count < 2)
+				received->fds[received->count++] = fd;
 			else
 				close(fd);
 		}
 	}
-	return kept;
 }
 
 static void unfollow(struct job *job)
@@ -1133,7 +1148,7 @@ static void receive_message(void)
 		.msg_controllen = sizeof control.room,
 	};
 	ssize_t size = recvmsg(server_fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-	int memfd;
+	struct received received = {0, {-1, -1}};
 
 	/* ECONNRESET comes once, and before what the server has said last (it ended without
 	 * reading all from us). */
@@ -1143,16 +1158,17 @@ static void receive_message(void)
 		lose_server();
 		return;
 	}
-	memfd = take_descriptor(&message);
+	keep_descriptors(&message, &received);
 	if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
 		struct header header;
 
 		parse_message(packet, size, &header);
 		refuse(header.type, header.job, EMSGSIZE);
 	} else {
-		handle_message(packet, size, memfd);
+		handle_message(packet, size, &received);
 	}
-	close_fd(&memfd);
+	close_fd(&received.fds[0]);
+	close_fd(&received.fds[1]);
 }
 
 static void handle_server(uint32_t events)

@@ -81,6 +81,7 @@ class _LiveJob:
     stop_signal: int = 0  # to be sent as soon as there is somebody to send it to
     kill_at: float | None = None  # on the loop's clock; None: nobody asked for the end
     kill_timer: asyncio.TimerHandle | None = None
+    timeout_timer: asyncio.TimerHandle | None = None
 
     def snapshot(self) -> Job:
         if self.log is None:
@@ -117,14 +118,16 @@ class Manager:
     def live_count(self) -> int:
         return len(self._live)
 
-    async def create(self, request: JobSpec) -> Job:
+    async def create(self, request: JobSpec, stdin: bytes = b"") -> Job:
         """Starts a job; returns it RUNNING, or FAILED where one step of its start failed.
+        stdin: what it is to read; it is not recorded.
 
         A client that goes away meanwhile does not take the job with it.
         """
         self._admit()
         transition.validate(request)
-        return await self._shielded(self._create(request))
+        transition.validate_stdin(stdin)
+        return await self._shielded(self._create(request, stdin))
 
     async def get(self, job_id: int) -> Job:
         live = self._live.get(job_id)
@@ -278,6 +281,8 @@ class Manager:
             self._request_end(
                 live, live.job.end_requested, signal.SIGTERM, self.policy.stop_grace_seconds
             )
+        else:
+            self._set_timeout(live)
 
     async def _start_again(self, live: _LiveJob) -> None:
         try:
@@ -343,13 +348,13 @@ class Manager:
                 "descriptors allows; wait for one to end, or raise its hard RLIMIT_NOFILE"
             )
 
-    async def _create(self, request: JobSpec) -> Job:
+    async def _create(self, request: JobSpec, stdin: bytes) -> Job:
         limits = self._limits_in_force(request.limits)
         path = await asyncio.to_thread(self._check_on_machine, request)
         spec = replace(request, command=path, limits=limits)
         live = self._new_live(transition.created(self._store.reserve_id(), spec, time.time_ns()))
         try:
-            await self._start(live, request.command)
+            await self._start(live, request.command, stdin)
         except (StartFailedError, CgroupError, JobinitError, OSError) as error:
             await self._fail_start(live, error)
         except BaseException:
@@ -385,7 +390,7 @@ class Manager:
         check_working_directory(request.working_directory)
         return resolve(request.command, request.environment, request.working_directory)
 
-    async def _start(self, live: _LiveJob, argv0: str) -> None:
+    async def _start(self, live: _LiveJob, argv0: str, stdin: bytes) -> None:
         job, spec = live.job, live.job.spec
         stored = asyncio.ensure_future(self._store.put(job))
         try:
@@ -395,9 +400,10 @@ class Manager:
                 )
         finally:
             await stored
-        self._started(live, await self._jobinits.start(self._start_request(live, argv0)))
+        request = self._start_request(live, argv0, stdin)
+        self._started(live, await self._jobinits.start(request))
 
-    def _start_request(self, live: _LiveJob, argv0: str) -> StartRequest:
+    def _start_request(self, live: _LiveJob, argv0: str, stdin: bytes = b"") -> StartRequest:
         job, spec = live.job, live.job.spec
         return StartRequest(
             job_id=job.id,
@@ -407,6 +413,7 @@ class Manager:
             working_directory=spec.working_directory,
             cgroup=str(live.cgroup.path) if live.cgroup else None,
             merge_output=spec.merge_output,
+            stdin=stdin,
         )
 
     def _started(self, live: _LiveJob, started: Started) -> None:
@@ -416,6 +423,8 @@ class Manager:
             self._spawn(self._end(live))
         elif live.kill_at is not None:
             self._send_stop(live)
+        else:
+            self._set_timeout(live)
 
     def _open_log(self, live: _LiveJob, started: Started) -> None:
         live.log = self._output.open_log(live.job.id, started.stdout_fd, started.stderr_fd)
@@ -451,6 +460,18 @@ class Manager:
         live.stop_signal = signal_number
         if live.job.status is Status.RUNNING:
             self._send_stop(live)
+
+    def _set_timeout(self, live: _LiveJob) -> None:
+        """From the job's start on, though that may have been under an earlier server."""
+        if live.job.spec.timeout_ms:
+            end_ns = live.job.started_ns + live.job.spec.timeout_ms * 1_000_000
+            left_seconds = max(0.0, (end_ns - time.time_ns()) / 1e9)
+            live.timeout_timer = self._loop.call_later(left_seconds, self._time_out, live)
+
+    def _time_out(self, live: _LiveJob) -> None:
+        # Once its main process has ended, the linger time bounds the rest.
+        if live.exited is None and live.job.end_requested is None:
+            self._request_end(live, Cause.TIMED_OUT, signal.SIGTERM, self.policy.stop_grace_seconds)
 
     def _send_stop(self, live: _LiveJob) -> None:
         assert live.kill_at is not None
@@ -555,8 +576,9 @@ class Manager:
         self._jobinits.acknowledge(job.id)
         if not live.begun.done():
             live.begun.set_result(None)
-        if live.kill_timer:
-            live.kill_timer.cancel()
+        for timer in (live.kill_timer, live.timeout_timer):
+            if timer:
+                timer.cancel()
         del self._live[job.id]
         live.over.set_result(job)
 

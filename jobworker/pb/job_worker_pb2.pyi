@@ -42,7 +42,7 @@ class EmptyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class CreateJobReq(_message.Message):
-    __slots__ = ("command", "args", "maxCPU", "maxMemory", "maxIOBPS", "environment", "working_directory", "name", "merge_output")
+    __slots__ = ("command", "args", "maxCPU", "maxMemory", "maxIOBPS", "environment", "working_directory", "name", "merge_output", "stdin", "timeout_milliseconds")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,8 @@ class CreateJobReq(_message.Message):
     WORKING_DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     MERGE_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    STDIN_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
     command: str
     args: _containers.RepeatedScalarFieldContainer[str]
     maxCPU: int
@@ -68,7 +70,9 @@ class CreateJobReq(_message.Message):
     working_directory: str
     name: str
     merge_output: bool
-    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., name: _Optional[str] = ..., merge_output: _Optional[bool] = ...) -> None: ...
+    stdin: bytes
+    timeout_milliseconds: int
+    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., name: _Optional[str] = ..., merge_output: _Optional[bool] = ..., stdin: _Optional[bytes] = ..., timeout_milliseconds: _Optional[int] = ...) -> None: ...
 
 class GetJobReq(_message.Message):
     __slots__ = ("id",)
@@ -99,7 +103,7 @@ class StopJobRes(_message.Message):
     def __init__(self, id: _Optional[str] = ..., status: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain")
+    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain", "timeout_milliseconds")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +137,7 @@ class Job(_message.Message):
     ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
     MERGE_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     CLEANUP_UNCERTAIN_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
     id: str
     command: str
     args: _containers.RepeatedScalarFieldContainer[str]
@@ -159,7 +164,8 @@ class Job(_message.Message):
     environment: _containers.ScalarMap[str, str]
     merge_output: bool
     cleanup_uncertain: bool
-    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ...) -> None: ...
+    timeout_milliseconds: int
+    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ..., timeout_milliseconds: _Optional[int] = ...) -> None: ...
 
 class Accounting(_message.Message):
     __slots__ = ("cpu_user_us", "cpu_system_us", "memory_peak_bytes", "io_read_bytes", "io_written_bytes", "oom_kills")

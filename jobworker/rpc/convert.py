@@ -53,6 +53,7 @@ def spec_from(request: pb.CreateJobReq) -> JobSpec:
         working_directory=request.working_directory or "/",
         name=request.name,
         merge_output=request.merge_output,
+        timeout_ms=request.timeout_milliseconds,
     )
 
 
@@ -93,6 +94,7 @@ def job_to(job: Job) -> pb.Job:
         environment=spec.environment,
         merge_output=spec.merge_output,
         cleanup_uncertain=job.cleanup_uncertain,
+        timeout_milliseconds=spec.timeout_ms,
     )
 
 

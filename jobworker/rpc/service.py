@@ -41,7 +41,8 @@ class JobService:
         self._facts = facts
 
     async def create_job(self, request: pb.CreateJobReq, caller: Identity) -> pb.Job:
-        return convert.job_to(await self._manager.create(convert.spec_from(request)))
+        spec = convert.spec_from(request)
+        return convert.job_to(await self._manager.create(spec, request.stdin))
 
     async def get_job(self, request: pb.GetJobReq, caller: Identity) -> pb.Job:
         return convert.job_to(await self._manager.get(convert.job_id_from(request.id)))

@@ -489,6 +489,43 @@ def test_a_job_reads_nothing_from_stdin(launcher: Launcher) -> None:
     launcher.run(scenario)
 
 
+@pytest.mark.parametrize("argument_bytes", [0, 100 << 10])
+def test_a_job_reads_its_input(launcher: Launcher, argument_bytes: int) -> None:
+    """All of it, once, and it cannot be changed; with a start that is inline or in a memfd."""
+
+    async def scenario(server: Server) -> None:
+        stdin = bytes(range(256)) * 4096
+        script = "import os, sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"
+        script += (
+            "\ntry: os.ftruncate(0, 0)\nexcept PermissionError: print('sealed', file=sys.stderr)"
+        )
+        argv = (sys.executable, "-c", script, "x" * argument_bytes)
+        output, errors, exited = await server.run(*argv, stdin=stdin)
+        assert (output, errors, exited.wait_status) == (stdin, b"sealed\n", 0)
+
+    launcher.run(scenario)
+
+
+@sees_descriptors
+def test_input_that_is_announced_and_does_not_come_is_refused(launcher: Launcher) -> None:
+    pid = launcher.spawn()
+    has_input = _start_body("/bin/true", flags=2)
+    with _raw_connection(launcher.path) as connection:
+        for body, memfds in (
+            (has_input, []),
+            (_start_body("/bin/true"), [b""]),
+            (b"", [has_input]),
+            (has_input, [b"", b""]),
+        ):
+            descriptors = [_memfd(data) for data in memfds]
+            socket.send_fds(connection, [_packet(Ask.START, 7, body)], descriptors)
+            assert _refusal(connection) == (Ask.START, 7, errno.EBADMSG)
+            for descriptor in descriptors:
+                os.close(descriptor)
+        _wait_until(lambda: _descriptors(pid) == IDLE_DESCRIPTORS)
+    assert launcher.wait_end(pid) == 0
+
+
 def test_a_job_leads_its_own_session_and_group(launcher: Launcher) -> None:
     async def scenario(server: Server) -> None:
         started = await server.start("/bin/cat", "/proc/self/stat")
@@ -1186,7 +1223,7 @@ SENSELESS = {
         (Ask.START, 7, errno.EBADMSG),
     ),
     "a flag of later": (
-        _packet(Ask.START, 7, _start_body("/bin/true", flags=2)),
+        _packet(Ask.START, 7, _start_body("/bin/true", flags=4)),
         (Ask.START, 7, errno.EOPNOTSUPP),
     ),
 }
