@@ -65,6 +65,8 @@ class JobSpec:
     name: str = ""
     merge_output: bool = False
     timeout_ms: int = 0  # from its start on; 0: none
+    user: str = ""  # as asked for in a request, by name in a job
+    profile: str = ""  # the same
 
 
 @dataclass(frozen=True, slots=True)

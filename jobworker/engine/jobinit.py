@@ -57,7 +57,8 @@ class Tell(enum.IntEnum):
 
 
 HEADER = struct.Struct("=HHIQ")  # type, number of descriptors, size of the body, job id
-START_BODY = struct.Struct("=IIII")  # flags, arguments, variables, -; then the strings
+# flags, arguments, variables, groups, uid, gid; then the groups, then the strings
+START_BODY = struct.Struct("=IIIIII")
 SIGNAL_BODY = struct.Struct("=ii")  # number, -
 # A later jobinit may append to these: what is behind them is ignored.
 HELLO_BODY = struct.Struct("=IIi4x")  # magic, version, pid
@@ -66,7 +67,7 @@ FAILED_BODY = struct.Struct("=Iii4xQ")  # step, errno, wait status, ended_ns
 EXITED_BODY = struct.Struct("=i4xQQQQ")  # wait status, ended_ns, user µs, system µs, RSS in KiB
 REFUSED_BODY = struct.Struct("=Ii")  # type of the message, errno
 
-MERGE_OUTPUT, HAS_INPUT = 1, 2
+MERGE_OUTPUT, HAS_INPUT, SET_USER, CONFINED = 1, 2, 4, 8
 HAS_PIDFD, HAS_STDOUT, HAS_STDERR = 1, 2, 4
 
 SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -78,9 +79,21 @@ STEPS = {
     4: "session",
     5: "open files limit",
     6: "oom score",
-    7: "working directory",
-    8: "exec",
+    7: "resource limits",
+    8: "privileges",
+    9: "user",
+    10: "working directory",
+    11: "exec",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whom a job runs as."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +108,8 @@ class StartRequest:
     cgroup: str | None  # the directory of the job's cgroup; None: without one
     merge_output: bool
     stdin: bytes = b""
+    identity: Identity | None = None  # None: as jobinit itself
+    is_confined: bool = False  # it can gain no rights that its user has not
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,8 +476,12 @@ def _encode_start(request: StartRequest) -> bytes:
     variables = [f"{name}={value}" for name, value in request.environment.items()]
     strings = [request.executable, request.working_directory, request.cgroup or ""]
     strings += [*request.argv, *variables]
+    who = request.identity or Identity(0, 0, ())
     flags = MERGE_OUTPUT * request.merge_output | HAS_INPUT * bool(request.stdin)
-    head = START_BODY.pack(flags, len(request.argv), len(variables), 0)
+    flags |= SET_USER * bool(request.identity) | CONFINED * request.is_confined
+    counts = (len(request.argv), len(variables), len(who.groups))
+    head = START_BODY.pack(flags, *counts, who.uid, who.gid)
+    head += struct.pack(f"={len(who.groups)}I", *who.groups)
     return head + os.fsencode("\0".join(strings)) + b"\0"
 
 

@@ -29,13 +29,16 @@ from jobworker import job as transition
 from jobworker._fastio import Log
 from jobworker.engine.cgroup import Cgroup, CgroupTree
 from jobworker.engine.command import base_environment, check_working_directory, resolve
+from jobworker.engine.isolation import Confinement, Isolation
 from jobworker.engine.jobinit import Exited, Failed, Held, Started, StartRequest
 from jobworker.engine.jobinits import Jobinits, OrphanExited
 from jobworker.engine.output import Output, Reader
 from jobworker.engine.recovery import Decision, decide
 from jobworker.engine.store import Store
+from jobworker.engine.user import file_rights_of
 from jobworker.errors import (
     CgroupError,
+    InvalidRequestError,
     JobinitError,
     JobNotFoundError,
     JobStateError,
@@ -100,9 +103,11 @@ class Manager:
         output: Output,
         store: Store,
         jobinits: Jobinits,
+        isolation: Isolation,
     ) -> None:
         self.policy = policy
         self.cgroups = cgroups
+        self.isolation = isolation
         self._output = output
         self._store = store
         self._jobinits = jobinits
@@ -285,11 +290,12 @@ class Manager:
             self._set_timeout(live)
 
     async def _start_again(self, live: _LiveJob) -> None:
+        spec = live.job.spec
         try:
-            self._started(
-                live, await self._jobinits.start(self._start_request(live, live.job.spec.command))
-            )
-        except (StartFailedError, JobinitError) as error:
+            confinement = self.isolation.choose(spec.profile, spec.user)
+            request = self._start_request(live, spec.command, confinement)
+            self._started(live, await self._jobinits.start(request))
+        except (StartFailedError, JobinitError, InvalidRequestError) as error:
             await self._fail_start(live, error)
 
     async def _lose(self, live: _LiveJob) -> None:
@@ -350,8 +356,15 @@ class Manager:
 
     async def _create(self, request: JobSpec, stdin: bytes) -> Job:
         limits = self._limits_in_force(request.limits)
-        path = await asyncio.to_thread(self._check_on_machine, request)
-        spec = replace(request, command=path, limits=limits)
+        confinement = self.isolation.choose(request.profile, request.user)
+        path = await asyncio.to_thread(self._check_on_machine, request, confinement)
+        spec = replace(
+            request,
+            command=path,
+            limits=limits,
+            user=confinement.user.name,
+            profile=confinement.profile,
+        )
         live = self._new_live(transition.created(self._store.reserve_id(), spec, time.time_ns()))
         try:
             await self._start(live, request.command, stdin)
@@ -384,11 +397,12 @@ class Manager:
             ),
         )
 
-    def _check_on_machine(self, request: JobSpec) -> str:
+    def _check_on_machine(self, request: JobSpec, confinement: Confinement) -> str:
         """The path of the executable. Blocks: every look at a filesystem may."""
         self.cgroups.check(request.limits, request.working_directory)
-        check_working_directory(request.working_directory)
-        return resolve(request.command, request.environment, request.working_directory)
+        with file_rights_of(confinement.user):
+            check_working_directory(request.working_directory)
+            return resolve(request.command, request.environment, request.working_directory)
 
     async def _start(self, live: _LiveJob, argv0: str, stdin: bytes) -> None:
         job, spec = live.job, live.job.spec
@@ -400,20 +414,25 @@ class Manager:
                 )
         finally:
             await stored
-        request = self._start_request(live, argv0, stdin)
+        confinement = self.isolation.choose(spec.profile, spec.user)
+        request = self._start_request(live, argv0, confinement, stdin)
         self._started(live, await self._jobinits.start(request))
 
-    def _start_request(self, live: _LiveJob, argv0: str, stdin: bytes = b"") -> StartRequest:
+    def _start_request(
+        self, live: _LiveJob, argv0: str, confinement: Confinement, stdin: bytes = b""
+    ) -> StartRequest:
         job, spec = live.job, live.job.spec
         return StartRequest(
             job_id=job.id,
             executable=spec.command,
             argv=(argv0, *spec.args),
-            environment=base_environment(job.id) | dict(spec.environment),
+            environment=base_environment(job.id, confinement.user) | dict(spec.environment),
             working_directory=spec.working_directory,
             cgroup=str(live.cgroup.path) if live.cgroup else None,
             merge_output=spec.merge_output,
             stdin=stdin,
+            identity=confinement.identity,
+            is_confined=confinement.is_confined,
         )
 
     def _started(self, live: _LiveJob, started: Started) -> None:

@@ -54,6 +54,8 @@ def spec_from(request: pb.CreateJobReq) -> JobSpec:
         name=request.name,
         merge_output=request.merge_output,
         timeout_ms=request.timeout_milliseconds,
+        user=request.user,
+        profile=request.profile,
     )
 
 
@@ -95,6 +97,8 @@ def job_to(job: Job) -> pb.Job:
         merge_output=spec.merge_output,
         cleanup_uncertain=job.cleanup_uncertain,
         timeout_milliseconds=spec.timeout_ms,
+        user=spec.user,
+        profile=spec.profile,
     )
 
 

@@ -103,6 +103,11 @@ class JobService:
             default_iobps=defaults.io_bytes_per_second,
             running_jobs=manager.live_count,
             maximum_jobs=manager.policy.maximum_jobs,
+            default_profile=manager.isolation.profile,
+            profiles=sorted(manager.isolation.profiles),
+            default_user=manager.isolation.job_user.name,
+            users=manager.isolation.user_names,
+            isolation_problem=manager.isolation.problem,
         )
 
     async def get_jobs_stream(
