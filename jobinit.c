@@ -15,6 +15,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <malloc.h>
 #include <poll.h>
 #include <signal.h>
@@ -54,7 +55,7 @@ enum { FORKED_NO_EXEC = 0x40 };    /* PF_FORKNOEXEC of include/linux/sched.h */
 enum { PROTOCOL_MAGIC = 0x54494e4a, PROTOCOL_VERSION = 1 };
 
 enum {
-	ASK_START = 1,       /* struct start and its strings: here, or in a memfd */
+	ASK_START = 1,       /* struct start and its strings: here, or in a memfd; then the input */
 	ASK_SIGNAL = 2,      /* struct to_signal */
 	ASK_ACKNOWLEDGE = 3, /* the ending is recorded: forget the job */
 	ASK_LIST = 4,        /* tell of all jobs that are held, then TELL_LISTED */
@@ -72,7 +73,8 @@ enum {
 
 struct header { uint16_t type, descriptors; uint32_t size; uint64_t job; };
 struct hello { uint32_t magic, version; int32_t pid, unused; };
-struct start { uint32_t flags, arguments, variables, unused; };
+/* Then come the groups, 32 bits each, and then the strings. */
+struct start { uint32_t flags, arguments, variables, groups, uid, gid; };
 struct to_signal { int32_t number, unused; };
 struct started { int32_t pid; uint32_t having; uint64_t started_ns; };
 struct failed { uint32_t step; int32_t error, wait_status, unused; uint64_t ended_ns; };
@@ -82,14 +84,21 @@ struct exited {
 };
 struct refused { uint32_t type; int32_t error; };
 
-enum { MERGE_OUTPUT = 1, KNOWN_FLAGS = MERGE_OUTPUT };  /* start.flags */
+/* start.flags */
+enum {
+	MERGE_OUTPUT = 1,
+	HAS_INPUT = 2, /* the last descriptor is what the job reads, else /dev/null is */
+	SET_USER = 4,  /* uid, gid and groups count; else the job is jobinit's user */
+	CONFINED = 8,  /* nothing that it executes gives it rights that its user has not */
+	KNOWN_FLAGS = MERGE_OUTPUT | HAS_INPUT | SET_USER | CONFINED,
+};
 enum { HAS_PIDFD = 1, HAS_STDOUT = 2, HAS_STDERR = 4 }; /* started.having, in this order */
 
 /* Of becoming a job. In `struct failed` STEP_EXEC without an error says that the child was
  * killed before it came to its exec; the wait status says by what. */
 enum step {
 	STEP_FORK = 1, STEP_DESCRIPTORS, STEP_CGROUP, STEP_SESSION, STEP_OPEN_FILES_LIMIT,
-	STEP_OOM_SCORE, STEP_DIRECTORY, STEP_EXEC,
+	STEP_OOM_SCORE, STEP_LIMITS, STEP_PRIVILEGES, STEP_USER, STEP_DIRECTORY, STEP_EXEC,
 };
 
 enum {
@@ -106,6 +115,7 @@ enum {
 	FIRST_CONNECTION_MS = 10 * 1000,
 	RETRY_MS = 20,
 	OWN_DESCRIPTORS = 128, /* kept from jobs: for accept, /proc, and a packet's pidfds */
+	MOST_GROUPS = 65536,   /* NGROUPS_MAX */
 	OWN_FAILURE = 125,     /* exit code by hand, as of env(1) and its like */
 };
 
@@ -338,7 +348,12 @@ static void remove_job(struct job *job)
 struct request {
 	const char *executable, *directory, *cgroup; /* cgroup: empty for none */
 	char **arguments, **environment;             /* both end with NULL */
-	bool merge_output;
+	const gid_t *groups;
+	size_t group_count;
+	uid_t uid;
+	gid_t gid;
+	bool merge_output, has_input, set_user, is_confined;
+	int input_fd; /* -1: /dev/null */
 	void *memory; /* of both arrays; the strings stay where they came in */
 };
 
@@ -347,7 +362,7 @@ struct request {
 static int parse_start(char *data, size_t size, struct request *request)
 {
 	struct start start;
-	char *place = data + sizeof start, *end = data + size;
+	char *place, *end = data + size;
 	char **strings;
 	size_t count, i;
 
@@ -356,6 +371,9 @@ static int parse_start(char *data, size_t size, struct request *request)
 	memcpy(&start, data, sizeof start);
 	if (start.flags & ~KNOWN_FLAGS)
 		return EOPNOTSUPP;
+	if (start.groups > MOST_GROUPS || start.groups > (size - sizeof start) / sizeof(gid_t))
+		return EBADMSG;
+	place = data + sizeof start + start.groups * sizeof(gid_t);
 	if (start.arguments < 1 || start.arguments > size || start.variables > size)
 		return EBADMSG;
 	count = 3 + (size_t)start.arguments + start.variables;
@@ -376,7 +394,15 @@ static int parse_start(char *data, size_t size, struct request *request)
 		.cgroup = strings[2],
 		.arguments = strings + 3,
 		.environment = strings + 3 + start.arguments + 1,
+		.groups = (gid_t *)(data + sizeof start), /* malloc has aligned it */
+		.group_count = start.groups,
+		.uid = start.uid,
+		.gid = start.gid,
+		.set_user = start.flags & SET_USER,
+		.is_confined = start.flags & CONFINED,
 		.merge_output = start.flags & MERGE_OUTPUT,
+		.has_input = start.flags & HAS_INPUT,
+		.input_fd = -1,
 		.memory = strings,
 	};
 	return 0;
@@ -477,6 +503,45 @@ static bool reset_oom_score(void)
 	return done || errno == EACCES;
 }
 
+/* Nothing of a job's that crashes is written anywhere, and it cannot come before others by a
+ * real-time priority. What of its limits is higher than usual was given to the server. */
+static bool lower_limits(void)
+{
+	static const struct rlimit none;
+	struct rlimit core;
+
+	getrlimit(RLIMIT_CORE, &core);
+	core.rlim_cur = 0; /* a job that wants dumps may raise it again */
+	return setrlimit(RLIMIT_CORE, &core) == 0 && setrlimit(RLIMIT_RTPRIO, &none) == 0
+	       && setrlimit(RLIMIT_NICE, &none) == 0;
+}
+
+/* Not by a setuid program, not by a file's capabilities, and not by root's either. */
+static bool renounce_privileges(void)
+{
+	int capability;
+
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+		return false;
+	/* Up to the last one that this kernel knows. Who has no capabilities cannot drop them
+	 * here, and with the bit above cannot gain them either. */
+	for (capability = 0; prctl(PR_CAPBSET_READ, capability) >= 0; capability++)
+		if (prctl(PR_CAPBSET_DROP, capability) < 0 && (errno != EPERM || geteuid() == 0))
+			return false;
+	return true;
+}
+
+/* The groups first, as only root may change them. With the uid go all capabilities. */
+static bool become_user(const struct request *request)
+{
+	/* So that the job may open /dev/stdout and the like again. */
+	return fchown(STDOUT_FILENO, request->uid, request->gid) == 0
+	       && fchown(STDERR_FILENO, request->uid, request->gid) == 0
+	       && setgroups(request->group_count, request->groups) == 0
+	       && setresgid(request->gid, request->gid, request->gid) == 0
+	       && setresuid(request->uid, request->uid, request->uid) == 0;
+}
+
 /* The steps, in an order that matters. Where one fails, its number and errno travel back. */
 static _Noreturn void become_job(const struct request *request, const struct ends *ends)
 {
@@ -491,6 +556,13 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	umask(022);
 	must(setrlimit(RLIMIT_NOFILE, &original_open_files) == 0, STEP_OPEN_FILES_LIMIT);
 	must(reset_oom_score(), STEP_OOM_SCORE);
+	if (request->is_confined)
+		must(lower_limits(), STEP_LIMITS);
+	/* Before the uid changes: afterwards nothing can be dropped. */
+	if (request->is_confined)
+		must(renounce_privileges(), STEP_PRIVILEGES);
+	if (request->set_user)
+		must(become_user(request), STEP_USER);
 	/* Last, as with the rights and the view of the job. Both may hang, for long. */
 	must(chdir(request->directory) == 0, STEP_DIRECTORY);
 	execve(request->executable, request->arguments, request->environment);
@@ -638,7 +710,9 @@ static void start_job(struct job *job, const struct request *request)
 		return;
 	}
 	theirs = (struct ends){
-		-1, pipes.output[1], pipes.errors[1] < 0 ? pipes.output[1] : pipes.errors[1],
+		request->input_fd,
+		pipes.output[1],
+		pipes.errors[1] < 0 ? pipes.output[1] : pipes.errors[1],
 		pipes.status[1],
 	};
 	if (pid == 0)
@@ -965,18 +1039,28 @@ static char *load_start(const char *body, size_t *size, int memfd)
 	return data;
 }
 
-static void start_anew(uint64_t id, const char *body, size_t size, int memfd)
+/* What came with a message: of a start, a memfd with its body where that is long, and then the
+ * job's input. */
+struct received { int count, fds[2]; };
+
+static void start_anew(uint64_t id, const char *body, size_t size, const struct received *received)
 {
-	struct request request;
+	bool is_in_memfd = size == 0;
+	struct request request = {.memory = NULL};
 	struct job *job;
-	char *data = load_start(body, &size, memfd);
+	char *data = load_start(body, &size, is_in_memfd ? received->fds[0] : -1);
 	int error = data ? parse_start(data, size, &request) : errno;
 
+	if (!error && received->count != is_in_memfd + request.has_input)
+		error = EBADMSG;
 	if (error) {
 		refuse(ASK_START, id, error);
+		free(request.memory);
 		free(data);
 		return;
 	}
+	if (request.has_input)
+		request.input_fd = received->fds[received->count - 1];
 	job = add_job(id);
 	if (job)
 		start_job(job, &request);
@@ -1051,7 +1135,7 @@ static int parse_message(const char *packet, size_t size, struct header *header)
 	}
 }
 
-static void handle_message(const char *packet, size_t size, int memfd)
+static void handle_message(const char *packet, size_t size, const struct received *received)
 {
 	const char *body = packet + sizeof(struct header);
 	struct header header;
@@ -1068,7 +1152,7 @@ static void handle_message(const char *packet, size_t size, int memfd)
 		if (job)
 			start_again(job);
 		else
-			start_anew(header.job, body, header.size, memfd);
+			start_anew(header.job, body, header.size, received);
 		break;
 	case ASK_SIGNAL:
 		handle_signal(header.job, job, body);
@@ -1082,12 +1166,12 @@ static void handle_message(const char *packet, size_t size, int memfd)
 	}
 }
 
-/* The one that a start may bring, or -1; what comes beyond it is closed. */
-static int take_descriptor(struct msghdr *message)
+/* Those that a start may bring; what comes beyond them is closed. */
+static void keep_descriptors(struct msghdr *message, struct received *received)
 {
 	struct cmsghdr *part;
-	int kept = -1, fd;
 	size_t i, count;
+	int fd;
 
 	for (part = CMSG_FIRSTHDR(message); part; part = CMSG_NXTHDR(message, part)) {
 		if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS)
@@ -1095,13 +1179,12 @@ static int take_descriptor(struct msghdr *message)
 		count = (part->cmsg_len - CMSG_LEN(0)) / sizeof fd;
 		for (i = 0; i < count; i++) {
 			memcpy(&fd, CMSG_DATA(part) + i * sizeof fd, sizeof fd);
-			if (kept < 0)
-				kept = fd;
+			if (received->count < 2)
+				received->fds[received->count++] = fd;
 			else
 				close(fd);
 		}
 	}
-	return kept;
 }
 
 static void unfollow(struct job *job)
@@ -1133,7 +1216,7 @@ static void receive_message(void)
 		.msg_controllen = sizeof control.room,
 	};
 	ssize_t size = recvmsg(server_fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-	int memfd;
+	struct received received = {0, {-1, -1}};
 
 	/* ECONNRESET comes once, and before what the server has said last (it ended without
 	 * reading all from us). */
@@ -1143,16 +1226,17 @@ static void receive_message(void)
 		lose_server();
 		return;
 	}
-	memfd = take_descriptor(&message);
+	keep_descriptors(&message, &received);
 	if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) {
 		struct header header;
 
 		parse_message(packet, size, &header);
 		refuse(header.type, header.job, EMSGSIZE);
 	} else {
-		handle_message(packet, size, memfd);
+		handle_message(packet, size, &received);
 	}
-	close_fd(&memfd);
+	close_fd(&received.fds[0]);
+	close_fd(&received.fds[1]);
 }
 
 static void handle_server(uint32_t events)

@@ -121,6 +121,21 @@ def _parse_choice(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _parse_names(text: str) -> tuple[str, ...]:
+    """`alice, bob`."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _parse_choices(*choices: str) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = _parse_names(text.lower())
+        if not set(names) <= set(choices):
+            raise ValueError(f"use some of {', '.join(choices)}, with commas between")
+        return names
+
+    return parse
+
+
 def _parse_bool(text: str) -> bool:
     answers = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
     if text.lower() not in answers:
@@ -149,6 +164,9 @@ def default_state_dir() -> Path:
     except RuntimeError as error:
         problem = "not set, and this user has no home folder"
         raise SettingError(f"{PREFIX}STATE_DIR", "", problem, "give a folder") from error
+
+
+PROFILES = ("default", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +249,36 @@ class Settings:
         "Whether the jobs are stopped when the server is. Else they go on, and the next server "
         "takes them over.",
         shown_default="no",
+    )
+    profile: str = _setting(
+        "profile",
+        "",
+        _parse_choice(*PROFILES),
+        "How a job that asks for nothing else is separated from the machine. default: as an "
+        "unprivileged user, and so that it can gain no other rights. none: a cgroup only, as "
+        "the server's user.",
+        shown_default="default for root, else none",
+    )
+    profiles_allowed: tuple[str, ...] = _setting(
+        "profiles_allowed",
+        ("default",),
+        _parse_choices(*PROFILES),
+        "The other profiles that a job may ask for.",
+        shown_default="default",
+    )
+    job_user: str = _setting(
+        "job_user",
+        "nobody",
+        str,
+        "The user, by name or number, as whom jobs run where the server is root, but for those "
+        "with profile none.",
+    )
+    users_allowed: tuple[str, ...] = _setting(
+        "users_allowed",
+        (),
+        _parse_names,
+        "The other users that a job may ask for.",
+        shown_default="none",
     )
     ring_memory_bytes: int = _setting(
         "ring_memory",

@@ -20,6 +20,7 @@ from jobworker import __version__
 from jobworker.certs import check_server_files
 from jobworker.config import Settings
 from jobworker.engine.cgroup import CgroupTree
+from jobworker.engine.isolation import Isolation
 from jobworker.engine.jobinits import Jobinits
 from jobworker.engine.manager import Manager, Policy
 from jobworker.engine.output import Output
@@ -47,6 +48,7 @@ def main(settings: Settings) -> int:
     _set_up_logging(settings.log_level)
     os.umask(0o077)
     try:
+        isolation = _isolation(settings)
         lock = _lock_state_folder(settings.state_dir)
         check_server_files(settings.cert_path)
         jobinits = Jobinits(settings.state_dir, JOBINIT)
@@ -54,7 +56,7 @@ def main(settings: Settings) -> int:
         jobinits.prepare()
         _raise_open_files_limit()
         _prepare_grpc()
-        uvloop.run(_serve(settings, jobinits))
+        uvloop.run(_serve(settings, jobinits, isolation))
     except (StartupError, JobinitError) as error:
         log.error("cannot start: %s", error)
         return 1
@@ -63,7 +65,7 @@ def main(settings: Settings) -> int:
     return 0
 
 
-async def _serve(settings: Settings, jobinits: Jobinits) -> None:
+async def _serve(settings: Settings, jobinits: Jobinits, isolation: Isolation) -> None:
     """Whatever is opened here is closed in the opposite order, also where the start fails."""
     from jobworker.rpc.server import RpcServer
     from jobworker.rpc.service import JobService, ServerFacts
@@ -78,7 +80,7 @@ async def _serve(settings: Settings, jobinits: Jobinits) -> None:
         closing.push_async_callback(store.close)
         output = Output(settings.state_dir / "output", settings.ring_memory_bytes)
         closing.push_async_callback(output.close)
-        manager = Manager(_policy(settings), cgroups, output, store, jobinits)
+        manager = Manager(_policy(settings), cgroups, output, store, jobinits, isolation)
         closing.push_async_callback(jobinits.close)
         facts = ServerFacts(__version__, started_ns, str(settings.state_dir))
         server = RpcServer(settings, JobService(manager, facts))
@@ -167,6 +169,15 @@ def _policy(settings: Settings) -> Policy:
         stop_grace_seconds=settings.stop_grace_seconds,
         maximum_jobs=_maximum_jobs(),
     )
+
+
+def _isolation(settings: Settings) -> Isolation:
+    isolation = Isolation(
+        settings.profile, settings.profiles_allowed, settings.job_user, settings.users_allowed
+    )
+    if isolation.problem:
+        log.warning("jobs are not separated from the machine: %s", isolation.problem)
+    return isolation
 
 
 def _maximum_jobs() -> int:

@@ -65,6 +65,9 @@ class JobSpec:
     working_directory: str = "/"
     name: str = ""
     merge_output: bool = False
+    timeout_ms: int = 0  # from its start on; 0: none
+    user: str = ""  # as asked for in a request, by name in a job
+    profile: str = ""  # the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,8 @@ LONGEST_STRING_BYTES = 128 << 10
 LONGEST_STRINGS_BYTES = 512 << 10
 POINTER_BYTES = 8  # each string also costs one
 LONGEST_NAME = 256
+LONGEST_STDIN_BYTES = 1 << 20
+LONGEST_TIMEOUT_MS = 1000 * 86400 * 365 * 10
 
 
 def validate(spec: JobSpec) -> None:
@@ -147,6 +152,17 @@ def validate(spec: JobSpec) -> None:
             raise InvalidRequestError("environment", f"{name!r} is not a variable's name")
         _check_string(f"environment[{name!r}]", f"{name}={value}")
     _check_total(spec)
+    if not 0 <= spec.timeout_ms <= LONGEST_TIMEOUT_MS:
+        problem = f"{spec.timeout_ms} is not from 0, for none, to {LONGEST_TIMEOUT_MS} (ten years)"
+        raise InvalidRequestError("timeout_milliseconds", problem)
+
+
+def validate_stdin(stdin: bytes) -> None:
+    """Raises InvalidRequestError where it is too long. It is no part of the spec: nothing
+    keeps it once the job has got it."""
+    if len(stdin) > LONGEST_STDIN_BYTES:
+        problem = f"is {len(stdin)} bytes long; at most {LONGEST_STDIN_BYTES} are taken"
+        raise InvalidRequestError("stdin", f"{problem}, so pass it in a file")
 
 
 def _check_name(name: str) -> None:
@@ -276,6 +292,8 @@ def signal_name(number: int) -> str:
 
 
 def _cause_of(job: Job, signal_number: int, oom: OomKills) -> tuple[Cause, str]:
+    if job.end_requested is Cause.TIMED_OUT:
+        return Cause.TIMED_OUT, f"its time limit of {job.spec.timeout_ms / 1000:g} s was over"
     if job.end_requested is not None:
         return job.end_requested, ""
     # oom_kill also counts a helper process that died while the job itself went on to a

@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import pwd
 import stat
 from collections.abc import Mapping
 
+from jobworker.engine.user import User
 from jobworker.errors import InvalidRequestError
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def base_environment(job_id: int) -> dict[str, str]:
+HOME_OF_THE_HOMELESS = "/tmp"  # noqa: S108 such as nobody, who could write nothing in `/`
+
+
+def base_environment(job_id: int, user: User) -> dict[str, str]:
     """The variables that every job gets; a request's own are stronger. Nothing of the
     server's environment is among them."""
-    return _of_user(os.getuid()) | {"JOB_ID": str(job_id)}
-
-
-@functools.cache
-def _of_user(user_id: int) -> dict[str, str]:
-    name, home = _name_and_home(user_id)
     return {
         "PATH": PATH,
-        "HOME": home,
-        "USER": name,
-        "LOGNAME": name,
+        "HOME": user.home if os.path.isdir(user.home) else HOME_OF_THE_HOMELESS,
+        "USER": user.name,
+        "LOGNAME": user.name,
         "SHELL": "/bin/sh",
         "LANG": "C.UTF-8",
+        "JOB_ID": str(job_id),
     }
 
 
-def _name_and_home(user_id: int) -> tuple[str, str]:
-    try:
-        user = pwd.getpwuid(user_id)
-    except KeyError:  # as in a container that runs with any number for a user
-        return str(user_id), "/"
-    return user.pw_name, user.pw_dir
-
-
 def check_working_directory(path: str) -> None:
-    """Raises InvalidRequestError unless it is a directory."""
+    """Raises InvalidRequestError unless it is a directory that the user of this thread may
+    enter."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -50,10 +40,14 @@ def check_working_directory(path: str) -> None:
     if not stat.S_ISDIR(mode):
         problem = f"{path!r} is not a directory; give one that exists on the server"
         raise InvalidRequestError("working_directory", problem)
+    if not os.access(path, os.X_OK, effective_ids=True):
+        problem = f"{path!r} cannot be entered by the job's user; give one that can"
+        raise InvalidRequestError("working_directory", problem)
 
 
 def resolve(command: str, environment: Mapping[str, str], working_directory: str) -> str:
-    """The absolute path of the executable that a shell in the job's place would find.
+    """The absolute path of the executable that a shell in the job's place would find, with
+    the rights of this thread's user.
 
     Raises InvalidRequestError where there is none.
     """
@@ -95,6 +89,6 @@ def _problem_with(path: str) -> str:
         return "is a directory; give the program in it"
     if not stat.S_ISREG(mode):
         return "is not a regular file"
-    if not os.access(path, os.X_OK):
-        return "is not executable; use chmod +x, or name its interpreter as the command"
+    if not os.access(path, os.X_OK, effective_ids=True):
+        return "is not executable by its user; use chmod +x, or name its interpreter as the command"
     return ""

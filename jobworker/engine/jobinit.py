@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import asyncio
 import enum
+import fcntl
 import logging
 import os
 import socket
@@ -56,7 +57,8 @@ class Tell(enum.IntEnum):
 
 
 HEADER = struct.Struct("=HHIQ")  # type, number of descriptors, size of the body, job id
-START_BODY = struct.Struct("=IIII")  # flags, arguments, variables, -; then the strings
+# flags, arguments, variables, groups, uid, gid; then the groups, then the strings
+START_BODY = struct.Struct("=IIIIII")
 SIGNAL_BODY = struct.Struct("=ii")  # number, -
 # A later jobinit may append to these: what is behind them is ignored.
 HELLO_BODY = struct.Struct("=IIi4x")  # magic, version, pid
@@ -65,8 +67,10 @@ FAILED_BODY = struct.Struct("=Iii4xQ")  # step, errno, wait status, ended_ns
 EXITED_BODY = struct.Struct("=i4xQQQQ")  # wait status, ended_ns, user µs, system µs, RSS in KiB
 REFUSED_BODY = struct.Struct("=Ii")  # type of the message, errno
 
-MERGE_OUTPUT = 1
+MERGE_OUTPUT, HAS_INPUT, SET_USER, CONFINED = 1, 2, 4, 8
 HAS_PIDFD, HAS_STDOUT, HAS_STDERR = 1, 2, 4
+
+SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 STEPS = {
     1: "fork",
@@ -75,9 +79,21 @@ STEPS = {
     4: "session",
     5: "open files limit",
     6: "oom score",
-    7: "working directory",
-    8: "exec",
+    7: "resource limits",
+    8: "privileges",
+    9: "user",
+    10: "working directory",
+    11: "exec",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whom a job runs as."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +107,9 @@ class StartRequest:
     working_directory: str
     cgroup: str | None  # the directory of the job's cgroup; None: without one
     merge_output: bool
+    stdin: bytes = b""
+    identity: Identity | None = None  # None: as jobinit itself
+    is_confined: bool = False  # it can gain no rights that its user has not
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +233,7 @@ class Jobinit:
         self._starting: dict[int, asyncio.Future[Started]] = {}
         self._adopting: asyncio.Future[list[Held]] | None = None
         self._held: dict[int, Held] = {}  # what came so far, while adopting
-        self._unsent: deque[tuple[bytes, int]] = deque()  # packet, and memfd or -1
+        self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()  # packet, and memfds
         self._loop.add_reader(connection.fileno(), self._receive)
 
     @classmethod
@@ -254,10 +273,11 @@ class Jobinit:
         future: asyncio.Future[Started] = self._loop.create_future()
         self._starting[request.job_id] = future
         body = _encode_start(request)
+        stdin = (_memfd_with(request.stdin),) if request.stdin else ()
         if len(body) <= LONGEST_INLINE_START_BYTES:
-            self._send(Ask.START, request.job_id, body)
+            self._send(Ask.START, request.job_id, body, stdin)
         else:
-            self._send(Ask.START, request.job_id, memfd=_memfd_with(body))
+            self._send(Ask.START, request.job_id, memfds=(_memfd_with(body), *stdin))
         return await future
 
     def signal(self, job_id: int, number: int) -> None:
@@ -287,12 +307,14 @@ class Jobinit:
 
     # Sending
 
-    def _send(self, kind: Ask, job_id: int, body: bytes = b"", memfd: int = -1) -> None:
+    def _send(
+        self, kind: Ask, job_id: int, body: bytes = b"", memfds: tuple[int, ...] = ()
+    ) -> None:
         """Nothing is sent once the connection is gone: `on_lost` has told of that."""
         if self._socket.fileno() < 0:
             return
-        header = HEADER.pack(kind, 0 if memfd < 0 else 1, len(body), job_id)
-        self._unsent.append((header + body, memfd))
+        header = HEADER.pack(kind, len(memfds), len(body), job_id)
+        self._unsent.append((header + body, memfds))
         if len(self._unsent) == 1 and not self._send_unsent():
             self._loop.add_writer(self._socket.fileno(), self._on_writable)
 
@@ -303,9 +325,9 @@ class Jobinit:
     def _send_unsent(self) -> bool:
         """False: the socket is full."""
         while self._unsent:
-            packet, memfd = self._unsent[0]
+            packet, memfds = self._unsent[0]
             try:
-                _send_packet(self._socket, packet, memfd)
+                _send_packet(self._socket, packet, memfds)
             except BlockingIOError:
                 return False
             except (BrokenPipeError, ConnectionResetError):
@@ -315,12 +337,12 @@ class Jobinit:
                 self._lose(f"cannot send to jobinit: {error.strerror}")
             else:
                 self._unsent.popleft()
-                if memfd >= 0:
-                    os.close(memfd)
+                _close_all(memfds)
         return True
 
     def _drop_unsent(self) -> None:
-        _close_all(memfd for _, memfd in self._unsent if memfd >= 0)
+        for _, memfds in self._unsent:
+            _close_all(memfds)
         self._unsent.clear()
 
     # Receiving
@@ -454,24 +476,31 @@ def _encode_start(request: StartRequest) -> bytes:
     variables = [f"{name}={value}" for name, value in request.environment.items()]
     strings = [request.executable, request.working_directory, request.cgroup or ""]
     strings += [*request.argv, *variables]
-    flags = MERGE_OUTPUT if request.merge_output else 0
-    head = START_BODY.pack(flags, len(request.argv), len(variables), 0)
+    who = request.identity or Identity(0, 0, ())
+    flags = MERGE_OUTPUT * request.merge_output | HAS_INPUT * bool(request.stdin)
+    flags |= SET_USER * bool(request.identity) | CONFINED * request.is_confined
+    counts = (len(request.argv), len(variables), len(who.groups))
+    head = START_BODY.pack(flags, *counts, who.uid, who.gid)
+    head += struct.pack(f"={len(who.groups)}I", *who.groups)
     return head + os.fsencode("\0".join(strings)) + b"\0"
 
 
 def _memfd_with(data: bytes) -> int:
-    memfd = os.memfd_create("start", os.MFD_CLOEXEC)
+    """To be read from its beginning, and to be changed by nobody: a job gets one as stdin."""
+    memfd = os.memfd_create("start", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     view = memoryview(data)
     while view:
         view = view[os.write(memfd, view) :]
+    os.lseek(memfd, 0, os.SEEK_SET)
+    fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALED)
     return memfd
 
 
-def _send_packet(connection: socket.socket, packet: bytes, memfd: int) -> None:
-    if memfd < 0:
-        connection.send(packet)
+def _send_packet(connection: socket.socket, packet: bytes, memfds: tuple[int, ...]) -> None:
+    if memfds:
+        socket.send_fds(connection, [packet], memfds)
     else:
-        socket.send_fds(connection, [packet], [memfd])
+        connection.send(packet)
 
 
 def _receive_packet(connection: socket.socket) -> tuple[bytes, list[int], int]:

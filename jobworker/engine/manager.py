@@ -29,13 +29,16 @@ from jobworker import job as transition
 from jobworker._fastio import Extent, Log
 from jobworker.engine.cgroup import Cgroup, CgroupTree
 from jobworker.engine.command import base_environment, check_working_directory, resolve
+from jobworker.engine.isolation import Confinement, Isolation
 from jobworker.engine.jobinit import Exited, Failed, Held, Started, StartRequest
 from jobworker.engine.jobinits import Jobinits, OrphanExited
 from jobworker.engine.output import Output, Reader
 from jobworker.engine.recovery import Decision, decide
 from jobworker.engine.store import Store
+from jobworker.engine.user import file_rights_of
 from jobworker.errors import (
     CgroupError,
+    InvalidRequestError,
     JobinitError,
     JobNotFoundError,
     JobStateError,
@@ -82,6 +85,7 @@ class _LiveJob:
     stop_signal: int = 0  # to be sent as soon as there is somebody to send it to
     kill_at: float | None = None  # on the loop's clock; None: nobody asked for the end
     kill_timer: asyncio.TimerHandle | None = None
+    timeout_timer: asyncio.TimerHandle | None = None
 
     def snapshot(self) -> Job:
         if self.log is None:
@@ -100,9 +104,11 @@ class Manager:
         output: Output,
         store: Store,
         jobinits: Jobinits,
+        isolation: Isolation,
     ) -> None:
         self.policy = policy
         self.cgroups = cgroups
+        self.isolation = isolation
         self._output = output
         self._store = store
         self._jobinits = jobinits
@@ -118,14 +124,16 @@ class Manager:
     def live_count(self) -> int:
         return len(self._live)
 
-    async def create(self, request: JobSpec) -> Job:
+    async def create(self, request: JobSpec, stdin: bytes = b"") -> Job:
         """Starts a job; returns it RUNNING, or FAILED where one step of its start failed.
+        stdin: what it is to read; it is not recorded.
 
         A client that goes away meanwhile does not take the job with it.
         """
         self._admit()
         transition.validate(request)
-        return await self._shielded(self._create(request))
+        transition.validate_stdin(stdin)
+        return await self._shielded(self._create(request, stdin))
 
     async def get(self, job_id: int) -> Job:
         live = self._live.get(job_id)
@@ -288,13 +296,16 @@ class Manager:
             self._request_end(
                 live, live.job.end_requested, signal.SIGTERM, self.policy.stop_grace_seconds
             )
+        else:
+            self._set_timeout(live)
 
     async def _start_again(self, live: _LiveJob) -> None:
+        spec = live.job.spec
         try:
-            self._started(
-                live, await self._jobinits.start(self._start_request(live, live.job.spec.command))
-            )
-        except (StartFailedError, JobinitError) as error:
+            confinement = self.isolation.choose(spec.profile, spec.user)
+            request = self._start_request(live, spec.command, confinement)
+            self._started(live, await self._jobinits.start(request))
+        except (StartFailedError, JobinitError, InvalidRequestError) as error:
             await self._fail_start(live, error)
 
     async def _lose(self, live: _LiveJob, extent: Extent | None) -> None:
@@ -355,13 +366,20 @@ class Manager:
                 "descriptors allows; wait for one to end, or raise its hard RLIMIT_NOFILE"
             )
 
-    async def _create(self, request: JobSpec) -> Job:
+    async def _create(self, request: JobSpec, stdin: bytes) -> Job:
         limits = self._limits_in_force(request.limits)
-        path = await asyncio.to_thread(self._check_on_machine, request)
-        spec = replace(request, command=path, limits=limits)
+        confinement = self.isolation.choose(request.profile, request.user)
+        path = await asyncio.to_thread(self._check_on_machine, request, confinement)
+        spec = replace(
+            request,
+            command=path,
+            limits=limits,
+            user=confinement.user.name,
+            profile=confinement.profile,
+        )
         live = self._new_live(transition.created(self._store.reserve_id(), spec, time.time_ns()))
         try:
-            await self._start(live, request.command)
+            await self._start(live, request.command, stdin)
         except (StartFailedError, CgroupError, JobinitError, OSError) as error:
             await self._fail_start(live, error)
         except BaseException:
@@ -392,13 +410,14 @@ class Manager:
             pids=choose(asked.pids, default.pids, "pids"),
         )
 
-    def _check_on_machine(self, request: JobSpec) -> str:
+    def _check_on_machine(self, request: JobSpec, confinement: Confinement) -> str:
         """The path of the executable. Blocks: every look at a filesystem may."""
         self.cgroups.check(request.limits, request.working_directory)
-        check_working_directory(request.working_directory)
-        return resolve(request.command, request.environment, request.working_directory)
+        with file_rights_of(confinement.user):
+            check_working_directory(request.working_directory)
+            return resolve(request.command, request.environment, request.working_directory)
 
-    async def _start(self, live: _LiveJob, argv0: str) -> None:
+    async def _start(self, live: _LiveJob, argv0: str, stdin: bytes) -> None:
         job, spec = live.job, live.job.spec
         stored = asyncio.ensure_future(self._store.put(job))
         try:
@@ -408,18 +427,25 @@ class Manager:
                 )
         finally:
             await stored
-        self._started(live, await self._jobinits.start(self._start_request(live, argv0)))
+        confinement = self.isolation.choose(spec.profile, spec.user)
+        request = self._start_request(live, argv0, confinement, stdin)
+        self._started(live, await self._jobinits.start(request))
 
-    def _start_request(self, live: _LiveJob, argv0: str) -> StartRequest:
+    def _start_request(
+        self, live: _LiveJob, argv0: str, confinement: Confinement, stdin: bytes = b""
+    ) -> StartRequest:
         job, spec = live.job, live.job.spec
         return StartRequest(
             job_id=job.id,
             executable=spec.command,
             argv=(argv0, *spec.args),
-            environment=base_environment(job.id) | dict(spec.environment),
+            environment=base_environment(job.id, confinement.user) | dict(spec.environment),
             working_directory=spec.working_directory,
             cgroup=str(live.cgroup.path) if live.cgroup else None,
             merge_output=spec.merge_output,
+            stdin=stdin,
+            identity=confinement.identity,
+            is_confined=confinement.is_confined,
         )
 
     def _started(self, live: _LiveJob, started: Started) -> None:
@@ -429,6 +455,8 @@ class Manager:
             self._spawn(self._end(live))
         elif live.kill_at is not None:
             self._send_stop(live)
+        else:
+            self._set_timeout(live)
 
     def _open_log(self, live: _LiveJob, started: Started, resumed: Extent | None = None) -> None:
         live.log = self._output.open_log(
@@ -475,6 +503,18 @@ class Manager:
         live.stop_signal = signal_number
         if live.job.status is Status.RUNNING:
             self._send_stop(live)
+
+    def _set_timeout(self, live: _LiveJob) -> None:
+        """From the job's start on, though that may have been under an earlier server."""
+        if live.job.spec.timeout_ms:
+            end_ns = live.job.started_ns + live.job.spec.timeout_ms * 1_000_000
+            left_seconds = max(0.0, (end_ns - time.time_ns()) / 1e9)
+            live.timeout_timer = self._loop.call_later(left_seconds, self._time_out, live)
+
+    def _time_out(self, live: _LiveJob) -> None:
+        # Once its main process has ended, the linger time bounds the rest.
+        if live.exited is None and live.job.end_requested is None:
+            self._request_end(live, Cause.TIMED_OUT, signal.SIGTERM, self.policy.stop_grace_seconds)
 
     def _send_stop(self, live: _LiveJob) -> None:
         assert live.kill_at is not None
@@ -580,8 +620,9 @@ class Manager:
         self._jobinits.acknowledge(job.id)
         if not live.begun.done():
             live.begun.set_result(None)
-        if live.kill_timer:
-            live.kill_timer.cancel()
+        for timer in (live.kill_timer, live.timeout_timer):
+            if timer:
+                timer.cancel()
         del self._live[job.id]
         live.over.set_result(job)
 

@@ -53,6 +53,9 @@ def spec_from(request: pb.CreateJobReq) -> JobSpec:
         working_directory=request.working_directory or "/",
         name=request.name,
         merge_output=request.merge_output,
+        timeout_ms=request.timeout_milliseconds,
+        user=request.user,
+        profile=request.profile,
     )
 
 
@@ -94,6 +97,9 @@ def job_to(job: Job) -> pb.Job:
         merge_output=spec.merge_output,
         cleanup_uncertain=job.cleanup_uncertain,
         max_pids=spec.limits.pids,
+        timeout_milliseconds=spec.timeout_ms,
+        user=spec.user,
+        profile=spec.profile,
     )
 
 

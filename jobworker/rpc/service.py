@@ -41,7 +41,8 @@ class JobService:
         self._facts = facts
 
     async def create_job(self, request: pb.CreateJobReq, caller: Identity) -> pb.Job:
-        return convert.job_to(await self._manager.create(convert.spec_from(request)))
+        spec = convert.spec_from(request)
+        return convert.job_to(await self._manager.create(spec, request.stdin))
 
     async def get_job(self, request: pb.GetJobReq, caller: Identity) -> pb.Job:
         return convert.job_to(await self._manager.get(convert.job_id_from(request.id)))
@@ -103,6 +104,11 @@ class JobService:
             default_pids=defaults.pids,
             running_jobs=manager.live_count,
             maximum_jobs=manager.policy.maximum_jobs,
+            default_profile=manager.isolation.profile,
+            profiles=sorted(manager.isolation.profiles),
+            default_user=manager.isolation.job_user.name,
+            users=manager.isolation.user_names,
+            isolation_problem=manager.isolation.problem,
         )
 
     async def get_jobs_stream(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.engine.command import base_environment, check_working_directory, resolve
+from jobworker.engine.user import own_user
 from jobworker.errors import InvalidRequestError
 
 
@@ -55,7 +56,7 @@ def test_what_cannot_be_executed_is_passed_over(program: Path, tmp_path: Path) -
         ("/no/such/program", "does not exist"),
         ("/etc/passwd/x", "does not exist"),
         ("/etc", "is a directory"),
-        ("/etc/passwd", "is not executable"),
+        ("/etc/passwd", "is not executable by its user"),
         ("/dev/null", "is not a regular file"),
     ],
 )
@@ -80,7 +81,7 @@ def test_no_working_directory(path: str) -> None:
 def test_nothing_of_the_servers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "x")
     monkeypatch.setenv("PATH", "/the/servers")
-    environment = base_environment(7)
+    environment = base_environment(7, own_user())
     assert environment["JOB_ID"] == "7"
     assert "SECRET" not in environment
     assert "/the/servers" not in environment["PATH"]

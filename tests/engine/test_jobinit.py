@@ -35,6 +35,7 @@ from jobworker.engine.jobinit import (
     Exited,
     Failed,
     Held,
+    Identity,
     Jobinit,
     Started,
     StartRequest,
@@ -489,6 +490,43 @@ def test_a_job_reads_nothing_from_stdin(launcher: Launcher) -> None:
     launcher.run(scenario)
 
 
+@pytest.mark.parametrize("argument_bytes", [0, 100 << 10])
+def test_a_job_reads_its_input(launcher: Launcher, argument_bytes: int) -> None:
+    """All of it, once, and it cannot be changed; with a start that is inline or in a memfd."""
+
+    async def scenario(server: Server) -> None:
+        stdin = bytes(range(256)) * 4096
+        script = "import os, sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"
+        script += (
+            "\ntry: os.ftruncate(0, 0)\nexcept PermissionError: print('sealed', file=sys.stderr)"
+        )
+        argv = (sys.executable, "-c", script, "x" * argument_bytes)
+        output, errors, exited = await server.run(*argv, stdin=stdin)
+        assert (output, errors, exited.wait_status) == (stdin, b"sealed\n", 0)
+
+    launcher.run(scenario)
+
+
+@sees_descriptors
+def test_input_that_is_announced_and_does_not_come_is_refused(launcher: Launcher) -> None:
+    pid = launcher.spawn()
+    has_input = _start_body("/bin/true", flags=2)
+    with _raw_connection(launcher.path) as connection:
+        for body, memfds in (
+            (has_input, []),
+            (_start_body("/bin/true"), [b""]),
+            (b"", [has_input]),
+            (has_input, [b"", b""]),
+        ):
+            descriptors = [_memfd(data) for data in memfds]
+            socket.send_fds(connection, [_packet(Ask.START, 7, body)], descriptors)
+            assert _refusal(connection) == (Ask.START, 7, errno.EBADMSG)
+            for descriptor in descriptors:
+                os.close(descriptor)
+        _wait_until(lambda: _descriptors(pid) == IDLE_DESCRIPTORS)
+    assert launcher.wait_end(pid) == 0
+
+
 def test_a_job_leads_its_own_session_and_group(launcher: Launcher) -> None:
     async def scenario(server: Server) -> None:
         started = await server.start("/bin/cat", "/proc/self/stat")
@@ -551,6 +589,38 @@ CAP_SYS_RESOURCE = 24
 def _has_capability(number: int) -> bool:
     effective = re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())
     return bool(effective and int(effective[1], 16) >> number & 1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to be somebody else")
+@pytest.mark.parametrize("groups", [(), (65534,), tuple(range(7000, 7300))])
+def test_a_job_is_the_user_that_it_is_asked_to_be(
+    launcher: Launcher, groups: tuple[int, ...]
+) -> None:
+    async def scenario(server: Server) -> None:
+        identity = Identity(4711, 4712, groups)
+        status = await server.output("/bin/cat", "/proc/self/status", identity=identity)
+        lines = dict(line.split(":", 1) for line in status.splitlines())
+        assert lines["Uid"].split() == ["4711"] * 4
+        assert lines["Gid"].split() == ["4712"] * 4
+        assert lines["Groups"].split() == [str(group) for group in groups]
+        assert {lines[f"Cap{which}"].strip() for which in ("Prm", "Eff", "Inh", "Amb")} == {
+            "0" * 16
+        }
+        assert lines["NoNewPrivs"].strip() == "0"
+
+    launcher.run(scenario)
+
+
+@pytest.mark.parametrize("is_confined", [False, True])
+def test_a_confined_job_can_gain_no_rights(launcher: Launcher, is_confined: bool) -> None:
+    async def scenario(server: Server) -> None:
+        status = await server.output("/bin/cat", "/proc/self/status", is_confined=is_confined)
+        lines = dict(line.split(":", 1) for line in status.splitlines())
+        assert int(lines["NoNewPrivs"]) == is_confined
+        if os.geteuid() == 0:
+            assert (int(lines["CapBnd"], 16) == 0) == is_confined
+
+    launcher.run(scenario)
 
 
 def test_a_job_is_born_in_its_cgroup(launcher: Launcher, cgroup: Path) -> None:
@@ -1132,9 +1202,12 @@ def _packet(kind: int, job_id: int, body: bytes = b"", descriptors: int = 0) -> 
     return struct.pack("=HHIQ", kind, descriptors, len(body), job_id) + body
 
 
-def _start_body(*argv: str, flags: int = 0, arguments: int = -1, variables: int = 0) -> bytes:
+def _start_body(
+    *argv: str, flags: int = 0, arguments: int = -1, variables: int = 0, groups: int = 0
+) -> bytes:
     strings = [argv[0], "/", "", *argv]
-    head = struct.pack("=IIII", flags, len(argv) if arguments < 0 else arguments, variables, 0)
+    counts = (len(argv) if arguments < 0 else arguments, variables, groups)
+    head = struct.pack("=IIIIII", flags, *counts, 65534, 65534)
     return head + "".join(string + "\0" for string in strings).encode()
 
 
@@ -1185,8 +1258,16 @@ SENSELESS = {
         _packet(Ask.START, 7, _start_body("/bin/true", arguments=2**32 - 1, variables=2**32 - 1)),
         (Ask.START, 7, errno.EBADMSG),
     ),
+    "countless groups": (
+        _packet(Ask.START, 7, _start_body("/bin/true", groups=2**32 - 1)),
+        (Ask.START, 7, errno.EBADMSG),
+    ),
+    "more groups than fit": (
+        _packet(Ask.START, 7, _start_body("/bin/true", groups=8)),
+        (Ask.START, 7, errno.EBADMSG),
+    ),
     "a flag of later": (
-        _packet(Ask.START, 7, _start_body("/bin/true", flags=2)),
+        _packet(Ask.START, 7, _start_body("/bin/true", flags=1 << 31)),
         (Ask.START, 7, errno.EOPNOTSUPP),
     ),
 }
@@ -1233,10 +1314,11 @@ def _memfd(data: bytes) -> int:
 
 # Starts whose strings name no program: random ones might.
 START_BODIES = st.builds(
-    lambda flags, arguments, variables, strings: (
-        struct.pack("=IIII", flags, arguments, variables, 0) + strings
+    lambda flags, arguments, variables, groups, strings: (
+        struct.pack("=IIIIII", flags, arguments, variables, groups, 65534, 65534) + strings
     ),
-    st.integers(0, 3),
+    st.integers(0, 15) | st.integers(0, 2**32 - 1),
+    st.integers(0, 5) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
     st.lists(st.sampled_from([b"\0", b"/no", b"x\0"])).map(b"".join),

@@ -58,6 +58,9 @@ class Server:
             "JOB_WORKER_CERT_PATH": str(certs),
             "JOB_WORKER_STATE_DIR": str(self.state),
             "JOB_WORKER_STOP_JOBS": "yes",  # so that no test leaves any
+            # Where the subject is not isolation itself, jobs write into folders of the tests,
+            # and show the machine's own process ids.
+            "JOB_WORKER_PROFILE": "none",
         }
         environ |= {f"JOB_WORKER_{name}": value for name, value in settings.items()}
         self.keeps_jobs = environ["JOB_WORKER_STOP_JOBS"] == "no"

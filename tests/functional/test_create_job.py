@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -116,6 +117,47 @@ def test_surroundings(client: Client) -> None:
     assert int(files) == os.sysconf("SC_OPEN_MAX")
 
 
+def test_stdin(client: Client) -> None:
+    stdin = bytes(range(256)) * 4096  # as much as is taken
+    job = client.create("cat", stdin=stdin)
+    assert client.output(job.id) == stdin
+    _, output = client.run("wc -l; cat <&0", stdin=b"one\ntwo\n")
+    assert output == b"2\n"
+
+
+def test_a_time_limit(client: Client) -> None:
+    started = time.monotonic()
+    job, output = client.run("echo up; exec sleep 60", timeout_milliseconds=300)
+    assert 0.3 <= time.monotonic() - started < 10
+    assert (job.status, job.cause, job.signal) == ("FAILED", pb.TIMED_OUT, signal.SIGTERM)
+    assert job.timeout_milliseconds == 300
+    assert "0.3 s" in job.detail
+    assert output == b"up\n"
+
+
+def test_what_is_out_of_time_ends_as_gracefully_as_by_a_stop(client: Client) -> None:
+    script = 'trap "echo bye; exit 7" TERM; while :; do sleep 0.02; done'
+    job, _ = client.run(script, timeout_milliseconds=300)
+    assert (job.status, job.cause, job.exitCode) == ("FAILED", pb.TIMED_OUT, 7)
+    assert client.output(job.id, stream=pb.STDOUT) == b"bye\n"
+
+
+def test_a_time_limit_that_is_not_reached_changes_nothing(client: Client) -> None:
+    job, _ = client.run("exit 3", timeout_milliseconds=60_000)
+    assert (job.cause, job.exitCode) == (pb.EXITED, 3)
+
+
+def test_a_stop_before_the_time_limit_is_the_cause(client: Client) -> None:
+    script = 'trap "" TERM; echo up; while :; do sleep 0.02; done'
+    job = client.shell(script, timeout_milliseconds=500)
+    next(client.stream(job.id))
+    assert client.stop(job.id, grace_milliseconds=1000).status == "STOPPED"
+    ended = client.get(job.id)
+    assert ended.cause == pb.STOPPED
+    # Nor has the time limit cut the grace period short, or made it longer.
+    assert 1.0 <= (ended.end_time_ns - job.start_time_ns) / 1e9 < 5
+
+
 def test_merged_output_has_the_exact_order(client: Client) -> None:
     script = "for i in $(seq 200); do echo out $i; echo err $i >&2; done"
     _, output = client.run(script, merge_output=True)
@@ -159,6 +201,8 @@ INVALID: dict[str, dict[str, Any]] = {
     "file as directory": {"command": "echo", "working_directory": "/etc/passwd"},
     "one long string": {"command": "echo", "args": ["x" * (128 << 10)]},
     "many strings": {"command": "echo", "args": ["x" * 60_000] * 10},
+    "stdin": {"command": "echo", "stdin": bytes((1 << 20) + 1)},
+    "time limit": {"command": "echo", "timeout_milliseconds": 1 << 60},
     "name with control characters": {"command": "echo", "name": "a\nb"},
 }
 

@@ -109,6 +109,19 @@ def test_what_ends_meanwhile_is_known_exactly(
             assert client.output(job_id) == b"end\n"
 
 
+def test_a_time_limit_goes_on_from_the_start_of_the_job(restart: Callable[[], Server]) -> None:
+    with restart().connect() as client:
+        over = client.create("sleep", "60", timeout_milliseconds=1000)
+        running = client.create("sleep", "60", timeout_milliseconds=60_000)
+    server = restart()
+    with server.connect() as client:
+        ended = client.wait(over.id)
+        assert (ended.status, ended.cause) == ("FAILED", pb.TIMED_OUT)
+        assert 1.0 <= (ended.end_time_ns - over.start_time_ns) / 1e9 < 10
+        assert client.get(running.id).status == "RUNNING"
+        client.stop(running.id)
+
+
 def wait_for_no_children(pid: int) -> None:
     """Until all jobs of this jobinit are reaped."""
     deadline = time.monotonic() + 30
