@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from jobworker.client import Client
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Two Ctrl-C in a row: the request to stop gets out before this program is gone.
+SENDING_SECONDS = 0.5
 FROM_SIGNAL = 128  # as shells say it: 128 + its number
 
 
@@ -112,6 +115,7 @@ class Interrupts:
         self._client = client
         self._job_id: int | None = None
         self._is_asked = False
+        self._asked_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -133,8 +137,10 @@ class Interrupts:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._is_asked:
+            time.sleep(max(0.0, self._asked_at + SENDING_SECONDS - time.monotonic()))
             os._exit(FROM_SIGNAL + number)
         self._is_asked = True
+        self._asked_at = time.monotonic()
         if self._job_id is not None:
             self._start_stopping(self._job_id)
 

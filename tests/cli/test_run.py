@@ -166,7 +166,21 @@ def test_a_second_ctrl_c_leaves_at_once(jobworker: Program) -> None:
     job_id = jobworker.newest_id("--name", "stubborn")
     # The grace period of the first one is not over yet.
     assert jobworker.json("get", job_id)["status"] == "RUNNING"
-    jobworker("wait", job_id)
+    jobworker("stop", job_id, "--grace", "0")
+
+
+def test_two_ctrl_c_in_a_row_stop_the_job(jobworker: Program) -> None:
+    """The program is gone, and the request to stop was sent all the same."""
+    with jobworker.on_terminal(
+        "run", "--name", "twice", "sh", "-c", "echo r; sleep 60"
+    ) as terminal:
+        terminal.wait_shown("r")
+        terminal.press("\x03")
+        terminal.wait_shown("Ctrl-C again")
+        terminal.press("\x03")
+        terminal.wait()
+    job_id = jobworker.newest_id("--name", "twice")
+    assert jobworker("wait", job_id).stdout.startswith(f"Job {job_id}: STOPPED")
 
 
 def test_nohup_stays_nohup(jobworker: Program) -> None:
