@@ -1,10 +1,8 @@
 """Runs commands as jobs, each in its own cgroup, and streams their output live over gRPC."""
 
-from __future__ import annotations
+import typing
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from jobworker.client import AsyncClient, Client
 
 __all__ = ["AsyncClient", "Client", "__version__"]
@@ -12,7 +10,7 @@ __all__ = ["AsyncClient", "Client", "__version__"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """Imports the client when it is first asked for: the command line answers sooner."""
     if name in __all__:
         from jobworker import client
