@@ -1253,8 +1253,8 @@ cdef class Log:
             raise ValueError("the pump is closed")
         if job in pump.logs:
             raise ValueError(f"job {job} has a log already")
-        if segment_bytes == 0:
-            raise ValueError("a segment has a size")
+        if segment_bytes == 0 or resumed and resumed.segment_bytes not in (0, segment_bytes):
+            raise ValueError(f"the segments of job {job} have another size")
         self.pump = pump
         self.shared = {}
         self.state = pump.take_state()
