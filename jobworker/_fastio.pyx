@@ -33,7 +33,7 @@ from libc.string cimport memcmp, memcpy, memset, strcmp, strncmp
 from posix.stat cimport fstat, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.types cimport off_t
-from posix.unistd cimport close, pread, pwrite, read, write
+from posix.unistd cimport close, ftruncate, pread, pwrite, read, write
 
 cdef extern from "<fcntl.h>" nogil:
     enum: O_CLOEXEC, O_CREAT, O_DIRECTORY, O_RDONLY, O_RDWR, O_WRONLY
@@ -430,21 +430,26 @@ cdef int take_up_index(LogState *log, Files *files) noexcept nogil:
     cdef struct_stat segment, index
     cdef Header header
     cdef Run last
-    cdef uint64_t index_bytes = HEADER_BYTES
-    cdef bint is_new = not load_header(files.index, files.first, &header)
+    cdef uint64_t index_bytes = 0
+    cdef int error = 0
     last.place = last.time_ns = 0
     if fstat(files.segment, &segment) < 0 or fstat(files.index, &index) < 0:
         return errno
-    if is_new:
-        fill_header(log, files.first, &header)
-        if pwrite(files.index, &header, HEADER_BYTES, 0) != HEADER_BYTES:
-            return errno or EIO
-    else:
-        # A piece of a record at the end is written over.
+    if load_header(files.index, files.first, &header):
         index_bytes = index.st_size - (index.st_size - HEADER_BYTES) % RUN_BYTES
         if index_bytes > HEADER_BYTES and pread(
                 files.index, &last, RUN_BYTES, index_bytes - RUN_BYTES) != RUN_BYTES:
-            return errno or EIO
+            return EIO
+    if index_bytes != <uint64_t> index.st_size:  # with a piece of a record, or of the header
+        if ftruncate(files.index, index_bytes) < 0:
+            return errno
+        count_disk_bytes(log, index_bytes - index.st_size)
+    if index_bytes == 0:
+        fill_header(log, files.first, &header)
+        error = write_index(log, files.index, &header, HEADER_BYTES, 0, 0)
+        if error:
+            return error
+        index_bytes = HEADER_BYTES
     log.index_first = files.first
     log.index_bytes = index_bytes
     log.segment_size = segment.st_size
@@ -453,8 +458,21 @@ cdef int take_up_index(LogState *log, Files *files) noexcept nogil:
     if run_stream(&last):
         log.time_ns = max(log.time_ns, last.time_ns)
     log.run.place = run_offset(&last)  # of no stream: the next bytes get a record in any case
-    if is_new:
-        count_disk_bytes(log, HEADER_BYTES)
+    return 0
+
+
+cdef int write_index(LogState *log, int index, const void *data, size_t length,
+                     uint64_t position, uint64_t size) noexcept nogil:
+    """All of it or, as far as the size of the file goes, nothing. size: of the file so far.
+    Returns errno, or 0."""
+    cdef ssize_t written = pwrite(index, data, length, position)
+    cdef int error
+    if written != <ssize_t> length:
+        # A short write sets no errno: the disk had room for a part of it.
+        error = errno if written < 0 else ENOSPC
+        ftruncate(index, size)
+        return error
+    count_disk_bytes(log, max(size, position + length) - size)
     return 0
 
 
@@ -480,6 +498,7 @@ cdef int write_records(LogState *log, int stream, uint64_t time_ns, Files *files
     the gap is that ends there. stream: 0 where that gap goes on. Returns errno, or 0."""
     cdef Run records[2]
     cdef int count = 0
+    cdef int error
     cdef uint64_t gap_start = max(log.kept_end, files.first)
     cdef uint64_t position = log.index_bytes
     if log.gap_position:
@@ -493,15 +512,14 @@ cdef int write_records(LogState *log, int stream, uint64_t time_ns, Files *files
     records[count].place = log.end | (<uint64_t> stream << STREAM_SHIFT)
     records[count].time_ns = time_ns
     count += 1
-    if pwrite(files.index, records, count * RUN_BYTES, position) != count * RUN_BYTES:
-        return errno or EIO
+    error = write_index(log, files.index, records, count * RUN_BYTES, position, log.index_bytes)
+    if error:
+        return error
     log.run = records[count - 1]
     log.run_is_new = True
     log.gap_position = position if count == 2 else 0
     log.time_ns = max(log.time_ns, time_ns)
-    position += count * RUN_BYTES
-    count_disk_bytes(log, position - log.index_bytes)
-    log.index_bytes = position
+    log.index_bytes = position + count * RUN_BYTES
     return 0
 
 
@@ -1235,8 +1253,8 @@ cdef class Log:
             raise ValueError("the pump is closed")
         if job in pump.logs:
             raise ValueError(f"job {job} has a log already")
-        if segment_bytes == 0:
-            raise ValueError("a segment has a size")
+        if segment_bytes == 0 or resumed and resumed.segment_bytes not in (0, segment_bytes):
+            raise ValueError(f"the segments of job {job} have another size")
         self.pump = pump
         self.shared = {}
         self.state = pump.take_state()

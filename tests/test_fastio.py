@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from jobworker import _fastio
-from jobworker._fastio import ARRIVED, FINISHED, LIMIT, STDERR, STDOUT, Log, Pump, read_message
+from jobworker._fastio import (
+    ARRIVED,
+    FINISHED,
+    LIMIT,
+    STDERR,
+    STDOUT,
+    Extent,
+    Log,
+    Pump,
+    read_extent,
+    read_message,
+    read_packed,
+)
 from jobworker.pb import job_worker_pb2 as pb
 
 SMALL_SEGMENT = 4096
@@ -385,12 +401,13 @@ def test_a_full_disk_may_drop_bytes_and_count_them(
     ]
     job.close()
     wait_finished(pump, job.log)
-    extent = _fastio.read_extent(folder, 1, segments(folder))
+    extent = read_extent(folder, 1, segments(folder))
     assert (extent.stdout_bytes, extent.stderr_bytes) == job.log.stream_bytes
     assert (extent.lost_bytes, extent.disk_bytes) == (job.log.lost_bytes, disk_bytes(folder))
     pump.close()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 def test_a_job_that_never_had_room_for_a_byte(tmp_path: Path) -> None:
     """A real file system without a free block, in a mount namespace of its own."""
     program = """
@@ -456,7 +473,7 @@ def test_a_ring_keeps_the_newest_segments(pump: Pump, folder: int) -> None:
     job.close()
     wait_finished(pump, job.log)
     assert payload(read_all(folder, job.size, SMALL_SEGMENT)) == job.expected()[-kept:]
-    extent = _fastio.read_extent(folder, 1, segments(folder))
+    extent = read_extent(folder, 1, segments(folder))
     assert (extent.stdout_bytes, extent.stderr_bytes) == job.log.stream_bytes
     assert (extent.lost_bytes, extent.disk_bytes) == (job.log.lost_bytes, disk_bytes(folder))
 
@@ -480,7 +497,7 @@ def test_without_a_ring_the_first_bytes_stay(pump: Pump, folder: int) -> None:
     *chunks, last = read_all(folder, job.size, SMALL_SEGMENT)
     assert (last.offset, last.lost_bytes, last.payload) == (job.size, job.size - kept, b"")
     assert payload(chunks) == job.expected()[:kept]
-    extent = _fastio.read_extent(folder, 1, segments(folder))
+    extent = read_extent(folder, 1, segments(folder))
     assert (extent.stdout_bytes, extent.stderr_bytes) == job.log.stream_bytes
     assert (extent.lost_bytes, extent.disk_bytes) == (job.log.lost_bytes, disk_bytes(folder))
 
@@ -491,8 +508,8 @@ def test_a_packed_log_is_read_like_its_files(pump: Pump, folder: int) -> None:
         job.write(STDOUT if number % 3 else STDERR, b"%d;" % number)
     segment, index = (open_bytes(folder, f"1.0.{kind}") for kind in ("log", "idx"))
     for offset, max_bytes, stream in [(0, 4096, 0), (7, 16, STDERR), (job.size, 16, 0)]:
-        packed = _fastio.read_packed(segment, index, job.size, offset, max_bytes, stream)
-        assert packed == job.read_disk(offset, max_bytes, stream)
+        found = read_packed(segment, index, job.size, offset, max_bytes, stream)
+        assert found == job.read_disk(offset, max_bytes, stream)
     job.close()
 
 
@@ -535,11 +552,18 @@ def test_closing_the_pump_closes_the_pipes(folder: int) -> None:
 MOVER = """
 import os, signal, sys
 from jobworker._fastio import Log, Pump, read_extent
-folder, stdout, stderr, segment_bytes = map(int, sys.argv[1:5])
-firsts = [int(first) for first in sys.argv[5:]]
+folder, stdout, stderr, segment_bytes, max_bytes, *firsts = map(int, sys.argv[1:])
 pump = Pump(folder, 1 << 20)
-extent = read_extent(folder, 1, firsts)
-log = Log(pump, 1, stdout, stderr, segment_bytes=segment_bytes, resumed=extent)
+log = Log(
+    pump,
+    1,
+    stdout,
+    stderr,
+    segment_bytes=segment_bytes,
+    max_bytes=max_bytes,
+    is_ring=True,
+    resumed=read_extent(folder, 1, firsts),
+)
 signal.pause()
 """
 
@@ -558,9 +582,11 @@ def read_all(folder: int, end: int, segment_bytes: int, stream: int = 0) -> list
     return chunks
 
 
-def test_killed_at_any_moment_and_gone_on_with(folder: int) -> None:
-    """Each byte once, in order, of the right stream, after ten kills."""
-    segment_bytes = 100_000
+@pytest.mark.parametrize("max_bytes", [0, 200_000])
+def test_killed_at_any_moment_and_gone_on_with(folder: int, max_bytes: int) -> None:
+    """Each byte once, in order, of the right stream, after ten kills; in a ring too, each byte
+    that it dropped is counted."""
+    segment_bytes = 10_000
     ours, theirs = zip(os.pipe(), os.pipe(), strict=True)
     for descriptor in ours:
         os.set_blocking(descriptor, False)
@@ -569,89 +595,250 @@ def test_killed_at_any_moment_and_gone_on_with(folder: int) -> None:
         for descriptor in theirs:
             os.close(descriptor)
         for kill in range(10):
-            before = _index_bytes(folder)
+            before = file_sizes(folder)
             mover = subprocess.Popen(
                 [
                     *(sys.executable, "-c", MOVER, str(folder), *map(str, ours)),
-                    *(str(segment_bytes), *map(str, segments(folder))),
+                    *(str(segment_bytes), str(max_bytes), *map(str, segments(folder))),
                 ],
                 pass_fds=(folder, *ours),
             )
-            while _index_bytes(folder) == before:
+            while file_sizes(folder) == before:
                 assert mover.poll() is None
             time.sleep(kill / 1000)  # anywhere in what it does
             mover.kill()
             mover.wait()
         job.kill()
     pump = Pump(folder, 1 << 20)
-    extent = _fastio.read_extent(folder, 1, segments(folder))
-    log = Log(pump, 1, *ours, segment_bytes=segment_bytes, resumed=extent)
+    extent = read_extent(folder, 1, segments(folder))
+    log = Log(
+        *(pump, 1, *ours),
+        segment_bytes=segment_bytes,
+        max_bytes=max_bytes,
+        is_ring=True,
+        resumed=extent,
+    )
     wait_finished(pump, log)
     pump.close()
+    kept = 0
     for stream, name in ((STDOUT, "out"), (STDERR, "err")):
         data = payload(read_all(folder, log.end, segment_bytes, stream))
-        count = data.count(b"\n")
+        count = int(data.split()[-1])
         assert count > 10_000
-        assert data == "".join(f"{name} {i}\n" for i in range(1, count + 1)).encode()
-        assert log.stream_bytes[stream - 1] == len(data)
-    assert log.lost_bytes == 0
+        written = "".join(f"{name} {i}\n" for i in range(1, count + 1)).encode()
+        assert log.stream_bytes[stream - 1] == len(written)
+        assert written.endswith(data)
+        kept += len(data)
+    assert log.lost_bytes == log.end - kept
+    assert (log.lost_bytes > 0) == (max_bytes > 0)
     assert log.disk_bytes == disk_bytes(folder)
+    assert not max_bytes or log.disk_bytes <= max_bytes
 
 
 def disk_bytes(folder: int) -> int:
     return sum(os.stat(name, dir_fd=folder).st_size for name in os.listdir(folder))
 
 
-def _index_bytes(folder: int) -> int:
-    names = [name for name in os.listdir(folder) if name.endswith(".idx")]
-    return sum(os.stat(name, dir_fd=folder).st_size for name in names)
+def file_sizes(folder: int) -> dict[str, int]:
+    sizes = {}
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # a ring has just dropped it
+            sizes[name] = os.stat(name, dir_fd=folder).st_size
+    return sizes
 
 
-# A property test: the log against a list.
+# A property test: the log against two byte strings.
 
-WRITES = st.lists(
-    st.tuples(st.sampled_from([STDOUT, STDERR]), st.binary(min_size=1, max_size=3000)),
-    max_size=12,
-)
-READS = st.lists(
-    st.tuples(
-        st.integers(0, 40_000),
-        st.sampled_from([16, 256, 1024, 65536]),
-        st.sampled_from([0, STDOUT, STDERR]),
-    ),
-    max_size=6,
+STREAMS = st.sampled_from([STDOUT, STDERR])
+# (the size of a segment, the quota, whether it is a ring)
+QUOTAS = st.one_of(
+    st.just((SMALL_SEGMENT, 0, False)),
+    st.tuples(st.sampled_from([256, 1000]), st.integers(2000, 30_000), st.booleans()),
 )
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(writes=WRITES, reads=READS, reader_from=st.integers(0, 12))
-def test_any_reader_of_any_log_gets_what_was_written(
-    tmp_path_factory: pytest.TempPathFactory,
-    writes: list[tuple[int, bytes]],
-    reads: list[tuple[int, int, int]],
-    reader_from: int,
-) -> None:
-    folder = os.open(tmp_path_factory.mktemp("logs"), os.O_RDONLY | os.O_DIRECTORY)
-    pump = Pump(folder, 1 << 20)
-    job = Job(pump, folder, segment_bytes=SMALL_SEGMENT)
-    try:
-        for number, (stream, data) in enumerate(writes):
-            if number == reader_from:
-                job.log.add_reader()
-            job.write(stream, data)
-        assert runs(job.read()) == join(job.written)
-        marks = b"".join(bytes([of]) * len(data) for of, data in job.written)
-        for start, max_bytes, stream in reads:
-            offset = min(start, job.size)
-            expected = bytes(
-                byte
-                for byte, of in zip(job.expected()[offset:], marks[offset:], strict=True)
-                if stream in (0, of)
-            )
-            assert payload(job.read(offset, max_bytes, stream)) == expected
-    finally:
-        job.close()
-        pump.close()
-        os.close(folder)
+class LogMachine(RuleBasedStateMachine):
+    """Writes, readers, full disks and restarts, in any order.
+
+    Only one stream is written to at a time, so which byte stands at which offset is known,
+    whether it was dropped or not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = tempfile.mkdtemp()
+        self.folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        # The read ends that outlive a server.
+        self.kept_fds, self.their_fds = zip(os.pipe(), os.pipe(), strict=True)
+        self.data = bytearray()
+        self.streams = bytearray()
+        self.known: dict[int, bool] = {}  # by offset, whether a reader was given the byte
+        self.was_full = False
+        self.shift = 0
+
+    @initialize(quota=QUOTAS, ring_budget=st.sampled_from([0, 1 << 20]))
+    def begin(self, quota: tuple[int, int, bool], ring_budget: int) -> None:
+        self.segment_bytes, self.max_bytes, self.is_ring = quota
+        self.ring_budget = ring_budget
+        self.open(None)
+
+    def open(self, extent: Extent | None) -> None:
+        self.pump = Pump(self.folder, self.ring_budget, drops_when_full=True)
+        ours = [os.dup(descriptor) for descriptor in self.kept_fds]
+        for descriptor in ours:
+            os.set_blocking(descriptor, False)
+        self.log = Log(
+            self.pump,
+            1,
+            *ours,
+            segment_bytes=self.segment_bytes,
+            max_bytes=self.max_bytes,
+            is_ring=self.is_ring,
+            resumed=extent,
+        )
+
+    def send(self, stream: int, data: bytes) -> None:
+        os.write(self.their_fds[stream - 1], data)
+        self.data += data
+        self.streams += bytes([stream]) * len(data)
+
+    @rule(stream=STREAMS, data=st.binary(min_size=1, max_size=3000))
+    def write(self, stream: int, data: bytes) -> None:
+        self.send(stream, data)
+        self.settle()
+
+    def settle(self) -> None:
+        wait_until(lambda: self.log.end == len(self.data))
+
+    @rule(pieces=st.lists(st.tuples(STREAMS, st.binary(min_size=1, max_size=9)), max_size=60))
+    def write_in_pieces(self, pieces: list[tuple[int, bytes]]) -> None:
+        for stream, data in pieces:
+            self.write(stream, data)
+
+    @rule(stream=STREAMS, data=st.binary(min_size=1, max_size=5000), room=st.integers(0, 3000))
+    def write_to_a_full_disk(self, stream: int, data: bytes, room: int) -> None:
+        self.was_full = True
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, self.limits[1]))
+        try:
+            self.write(stream, data)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+    @rule()
+    def read_from_memory(self) -> None:
+        self.log.add_reader()
+
+    @rule(
+        start=st.floats(0, 1),
+        max_bytes=st.sampled_from([16, 256, 1024, 65536]),
+        stream=st.sampled_from([0, STDOUT, STDERR]),
+        from_disk=st.booleans(),
+    )
+    def read(self, start: float, max_bytes: int, stream: int, from_disk: bool) -> None:
+        end = self.log.told_end
+        offset = int(start * end)
+        while offset < end:
+            found = None if from_disk else self.log.message(offset, max_bytes, stream)
+            if found is None:
+                found = read_message(
+                    self.folder, 1, end, offset, max_bytes, stream, self.segment_bytes
+                )
+            message, following = found
+            chunk = pb.DataChunk.FromString(message or b"")
+            self.check(chunk, offset, following, stream)
+            offset = following
+        assert offset == end
+
+    def check(self, chunk: pb.DataChunk, offset: int, following: int, stream: int) -> None:
+        """The chunk is all there is to say about the bytes from `offset` to `following`."""
+        assert following > offset
+        if chunk.lost_bytes:
+            assert (chunk.lost_bytes, chunk.payload) == (following - offset, b"")
+            assert chunk.offset == chunk.next_offset == following
+            self.lost(offset, following)
+            return
+        streams = self.streams[offset:following]
+        asked = [at for at, of in enumerate(streams, offset) if stream in (0, of)]
+        assert chunk.payload == bytes(self.data[at] for at in asked)
+        told = b"".join(bytes([run.stream]) * run.length for run in chunk.runs)
+        assert told == bytes(self.streams[at] for at in asked)
+        for at in asked:
+            assert self.known.get(at, True), "it was dropped, and came back"
+            self.known[at] = True
+
+    def lost(self, offset: int, following: int) -> None:
+        assert self.max_bytes or self.was_full, "nothing may be lost"
+        for at in range(offset, following):
+            if not self.is_ring:
+                assert not self.known.get(at), "it was kept, and went away"
+            self.known[at] = False
+
+    @rule(stream=STREAMS, data=st.binary(max_size=3000), is_busy=st.booleans())
+    def restart(self, stream: int, data: bytes, is_busy: bool) -> None:
+        """While bytes are moving, or not."""
+        told_end = self.log.told_end
+        if is_busy and data:
+            self.send(stream, data)
+        self.pump.close()
+        extent = read_extent(self.folder, 1, segments(self.folder))
+        assert extent.end >= told_end, "offsets that readers may have seen are gone"
+        assert extent.disk_bytes == self.log.disk_bytes == disk_bytes(self.folder)
+        unknown = self.log.end - extent.end  # of a gap that the full disk could not note
+        if unknown:
+            assert self.was_full
+            del self.data[extent.end : self.log.end]
+            del self.streams[extent.end : self.log.end]
+        # The limit that stands for the full disk may cut in two what a disk writes in one: then
+        # how many bytes of a gap were of which stream is the older figure.
+        self.shift = extent.stdout_bytes - self.streams[: extent.end].count(STDOUT)
+        assert self.shift == 0 or self.was_full
+        assert extent.lost_bytes == self.log.lost_bytes - unknown
+        self.open(extent)
+        self.settle()
+
+    @invariant()
+    def sizes_are_right(self) -> None:
+        if not hasattr(self, "log"):
+            return
+        assert self.log.end == len(self.data)
+        stdout_bytes = self.streams.count(STDOUT) + self.shift
+        assert self.log.stream_bytes == (stdout_bytes, len(self.data) - stdout_bytes)
+        # A gap is noted after its bytes were dropped.
+        wait_until(lambda: self.log.disk_bytes == disk_bytes(self.folder))
+        newest = 2 * self.segment_bytes + 17 * self.segment_bytes
+        if self.max_bytes:
+            assert self.log.disk_bytes <= max(self.max_bytes, self.is_ring * newest)
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "log"):
+                self.finish()
+        finally:
+            signal.signal(signal.SIGXFSZ, self.handler)
+            self.pump.close()
+            for descriptor in (*self.kept_fds, *self.their_fds, self.folder):
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+            shutil.rmtree(self.path)
+
+    def finish(self) -> None:
+        """The job ends; its log, now read from disk alone, has or tells every byte."""
+        for descriptor in self.their_fds:
+            os.close(descriptor)
+        wait_finished(self.pump, self.log)
+        chunks = read_all(self.folder, self.log.end, self.segment_bytes)
+        kept = sum(len(chunk.payload) for chunk in chunks)
+        lost = sum(chunk.lost_bytes for chunk in chunks)
+        assert (kept + lost, lost) == (len(self.data), self.log.lost_bytes)
+        for chunk in chunks:
+            offset = chunk.offset - chunk.lost_bytes
+            self.check(chunk, offset, chunk.next_offset, 0)
+        if self.max_bytes and not self.is_ring and not self.was_full and lost:
+            assert len(chunks[-1].payload) == 0
+            assert not any(chunk.lost_bytes for chunk in chunks[:-1])
+
+
+TestAnyLog = LogMachine.TestCase
+TestAnyLog.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)

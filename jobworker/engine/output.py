@@ -318,7 +318,7 @@ class Reader:
         """Steps to the end of the next message; None where that has no byte for us."""
         found = None
         if self._log and self._follow:
-            self._end = self._log.told_end
+            self._end = self._log.told_end  # a gap is told when it is over
             found = self._log.message(self.offset, self._max_bytes, self._stream)
         if self._packed:
             found = _fastio.read_packed(

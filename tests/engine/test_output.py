@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from jobworker._fastio import STDERR, STDOUT, Log
-from jobworker.engine.output import FIRST_MESSAGE_BYTES, LARGEST_MESSAGE_BYTES, Output, Reader
+from jobworker.engine.output import (
+    FIRST_MESSAGE_BYTES,
+    LARGEST_MESSAGE_BYTES,
+    LARGEST_PACKED_BYTES,
+    UNLIMITED,
+    LogPolicy,
+    Output,
+    Quota,
+    Reader,
+)
 from jobworker.errors import ShuttingDownError, StateFolderError
 from jobworker.pb import job_worker_pb2 as pb
 
@@ -20,15 +29,24 @@ DEADLINE_SECONDS = 10
 class Pipes:
     """The write ends of a job."""
 
-    def __init__(self, output: Output, job_id: int = 1) -> None:
+    def __init__(self, output: Output, job_id: int = 1, quota: Quota = UNLIMITED) -> None:
         (ours_out, self.stdout), (ours_err, self.stderr) = os.pipe(), os.pipe()
         for descriptor in (ours_out, ours_err):
             os.set_blocking(descriptor, False)
-        self.log = output.open_log(job_id, ours_out, ours_err)
+        # As jobinit does: so the pipes outlive the server.
+        self.kept_fds = (os.dup(ours_out), os.dup(ours_err))
+        self.quota = quota
+        self.log = output.open_log(job_id, ours_out, ours_err, quota)
+
+    def resume(self, output: Output) -> None:
+        """In the next server."""
+        extent = output.recover([1])[1]
+        ours_out, ours_err = map(os.dup, self.kept_fds)
+        self.log = output.open_log(1, ours_out, ours_err, self.quota, extent)
 
     def close(self) -> None:
-        os.close(self.stdout)
-        os.close(self.stderr)
+        for descriptor in (self.stdout, self.stderr, *self.kept_fds):
+            os.close(descriptor)
 
 
 def run(folder: Path, test: Callable[[Output], Awaitable[None]]) -> None:
@@ -50,10 +68,17 @@ async def next_payload(reader: Reader) -> bytes:
 
 
 async def rest(reader: Reader) -> bytes:
-    payload = b""
-    while (message := await reader.next()) is not None:
-        payload += pb.DataChunk.FromString(message).payload
+    payload, _ = await rest_and_lost(reader)
     return payload
+
+
+async def rest_and_lost(reader: Reader) -> tuple[bytes, int]:
+    payload, lost = b"", 0
+    while (message := await reader.next()) is not None:
+        chunk = pb.DataChunk.FromString(message)
+        payload += chunk.payload
+        lost += chunk.lost_bytes
+    return payload, lost
 
 
 def sizes(output: Output, job_id: int) -> tuple[int, int]:
@@ -167,6 +192,180 @@ def test_sizes_are_recovered_from_a_torn_index(tmp_path: Path) -> None:
             index.write(b"torn")
         assert sizes(output, 1) == (25, 25)
         assert sizes(output, 2) == (0, 0)
+
+    run(tmp_path, test)
+
+
+def test_a_log_goes_on_in_the_next_server(tmp_path: Path) -> None:
+    pipes: Pipes
+
+    async def first(output: Output) -> None:
+        nonlocal pipes
+        pipes = Pipes(output)
+        os.write(pipes.stdout, b"one ")
+        await landed(pipes.log, 4)
+
+    async def second(output: Output) -> None:
+        os.write(pipes.stderr, b"two ")
+        pipes.resume(output)
+        assert pipes.log.end >= 4
+        reader = Reader(output, 1, pipes.log, 0, offset=4)
+        assert await next_payload(reader) == b"two "
+        os.write(pipes.stdout, b"three")
+        await landed(pipes.log, 13)
+        pipes.close()
+        assert await rest(reader) == b"three"
+        reader.close()
+        assert await rest(Reader(output, 1, None, 13, stream=STDOUT)) == b"one three"
+        assert sizes(output, 1) == (9, 4)
+
+    run(tmp_path, first)
+    run(tmp_path, second)
+
+
+def test_a_reader_that_a_ring_overtakes_is_told_and_goes_on(tmp_path: Path) -> None:
+    async def test(output: Output) -> None:
+        pipes = Pipes(output, quota=Quota(2 << 20))
+        size = 0
+        reader = Reader(output, 1, pipes.log, 0, quota=pipes.quota)
+        os.write(pipes.stdout, b"first")
+        assert await next_payload(reader) == b"first"
+        for number in range(128):
+            os.write(pipes.stdout, bytes([number]) * 65536)
+            size += 65536
+            await landed(pipes.log, 5 + size)
+        pipes.close()
+        payload, lost = await rest_and_lost(reader)
+        reader.close()
+        assert len(payload) + lost == size
+        assert payload == b"".join(bytes([n]) * 65536 for n in range(128))[lost:]
+        assert (1 << 20) < len(payload) <= pipes.log.disk_bytes <= (2 << 20)
+        # Once more from disk, from before and after the place where it starts.
+        for offset in (0, size - 10):
+            late = Reader(output, 1, None, size + 5, offset=offset, quota=pipes.quota)
+            kept, missing = await rest_and_lost(late)
+            assert len(kept) + missing == size + 5 - offset
+            assert payload.endswith(kept)
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("policy", [LogPolicy.HEAD, LogPolicy.STOP])
+def test_a_limit_is_reported_once_and_the_rest_counted(tmp_path: Path, policy: LogPolicy) -> None:
+    async def test(output: Output) -> None:
+        reported: list[int] = []
+        output.on_log_limit = reported.append
+        pipes = Pipes(output, quota=Quota(100_000, policy))
+        for number in range(20):
+            os.write(pipes.stdout, b"x" * 10_000)
+            await landed(pipes.log, 10_000 * (number + 1))
+        while not reported:
+            await asyncio.sleep(0)
+        pipes.close()
+        reader = Reader(output, 1, pipes.log, 0, quota=pipes.quota)
+        payload, lost = await rest_and_lost(reader)
+        reader.close()
+        assert reported == [1]
+        assert 99_000 < len(payload) <= pipes.log.disk_bytes <= 100_000
+        assert lost == pipes.log.lost_bytes == 200_000 - len(payload)
+
+    run(tmp_path, test)
+
+
+def test_a_follower_learns_of_a_gap_once_it_is_over(tmp_path: Path) -> None:
+    """And does not turn in circles while it grows."""
+
+    async def test(output: Output) -> None:
+        pipes = Pipes(output, quota=Quota(66_000, LogPolicy.HEAD))
+        reader = Reader(output, 1, pipes.log, 0, quota=pipes.quota)
+        following = asyncio.ensure_future(rest_and_lost(reader))
+        for number in range(20):
+            os.write(pipes.stdout, b"x" * 10_000)
+            await landed(pipes.log, 10_000 * (number + 1))
+        assert not following.done()
+        pipes.close()
+        payload, lost = await following
+        reader.close()
+        assert lost == pipes.log.lost_bytes
+        assert len(payload) + lost == 200_000
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "segment_bytes"),
+    [(0, 64 << 20), (1, 64 << 10), (2 << 20, 64 << 10), (1 << 30, 32 << 20), (1 << 50, 64 << 20)],
+)
+def test_segments_are_a_small_part_of_their_quota(max_bytes: int, segment_bytes: int) -> None:
+    assert Quota(max_bytes).segment_bytes == segment_bytes
+
+
+def test_deleted_files_are_gone_and_readers_told(tmp_path: Path) -> None:
+    async def test(output: Output) -> None:
+        quota = Quota(10 << 20)
+        pipes = Pipes(output, quota=quota)
+        end = 0
+        for _ in range(8):
+            os.write(pipes.stdout, b"x" * 65536)
+            end += 65536
+            await landed(pipes.log, end)
+        pipes.close()
+        await output.wait_finished(pipes.log)
+        assert output.job_ids() == {1}
+        assert output.disk_bytes(1, end, quota) == pipes.log.disk_bytes > end
+        reader = Reader(output, 1, None, end, quota=quota)
+        got = await next_payload(reader)
+        output.delete(1, end, quota)
+        output.delete(1, end, quota)  # what is gone stays gone
+        assert os.listdir(tmp_path / "output") == []
+        assert output.disk_bytes(1, end, quota) == 0
+        assert await rest_and_lost(reader) == (b"", end - len(got))
+
+    run(tmp_path, test)
+
+
+def test_a_small_log_can_do_without_files(tmp_path: Path) -> None:
+    async def test(output: Output) -> None:
+        pipes = Pipes(output)
+        os.write(pipes.stdout, b"out")
+        await landed(pipes.log, 3)
+        os.write(pipes.stderr, b"err")
+        pipes.close()
+        await output.wait_finished(pipes.log)
+        packed = output.pack(1, 6)
+        assert packed
+        assert sum(map(len, packed)) <= 100
+        output.delete(1, 6)
+        assert await rest(Reader(output, 1, None, 6, packed=packed)) == b"outerr"
+        assert await rest(Reader(output, 1, None, 6, 1, STDOUT, packed=packed)) == b"ut"
+        assert output.pack(1, 6) is None
+        assert output.pack(1, 0) is None
+
+    run(tmp_path, test)
+
+
+def test_a_large_log_is_not_packed(tmp_path: Path) -> None:
+    async def test(output: Output) -> None:
+        pipes = Pipes(output)
+        size = LARGEST_PACKED_BYTES  # and its index
+        os.write(pipes.stdout, b"x" * size)
+        pipes.close()
+        await output.wait_finished(pipes.log)
+        assert output.pack(1, size) is None
+
+    run(tmp_path, test)
+
+
+def test_an_index_without_its_segment_is_removed(tmp_path: Path) -> None:
+    """Of a server that was killed while it dropped a segment."""
+
+    async def test(output: Output) -> None:
+        folder = tmp_path / "output"
+        (folder / "7.0.idx").write_bytes(b"jwindex\x01")
+        (folder / "8.0.log").touch()  # killed before anything was written
+        extent = output.recover([7, 8])
+        assert (extent[7].end, extent[8].end) == (0, 0)
+        assert os.listdir(folder) == ["8.0.log"]
 
     run(tmp_path, test)
 
