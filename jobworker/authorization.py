@@ -26,6 +26,8 @@ ADMINS = frozenset({Role.ADMIN})
 ALLOWED: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
         "CreateJob": ADMINS,
+        "CreateJobs": ADMINS,
+        "DeleteJob": ADMINS,
         "StopJob": ADMINS,
         "GetJob": EVERYBODY,
         "GetJobs": EVERYBODY,

@@ -112,6 +112,11 @@ def parse_bytes(text: str) -> int:
     return int(count)
 
 
+def _parse_reserve(text: str) -> str:
+    """`auto`, or bytes, as text."""
+    return "auto" if text.lower() == "auto" else str(parse_bytes(text))
+
+
 def _parse_choice(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text.lower() not in choices:
@@ -279,6 +284,52 @@ class Settings:
         _parse_names,
         "The other users that a job may ask for.",
         shown_default="none",
+    )
+    log_max_bytes: int = _setting(
+        "log_max_bytes",
+        0,
+        parse_bytes,
+        "How much of a job's output is kept, with its index. 0: all.",
+    )
+    log_policy: str = _setting(
+        "log_policy",
+        "ring",
+        _parse_choice("ring", "head", "stop"),
+        "What happens beyond log_max_bytes: `ring` drops the oldest output, `head` the newest, and "
+        "`stop` ends the job. Readers are told what was dropped.",
+    )
+    keep_jobs: int = _setting(
+        "keep_jobs",
+        0,
+        _parse_number(0),
+        "How many ended jobs are kept; the longest ended are deleted first. 0: all.",
+    )
+    keep_seconds: float = _setting(
+        "keep_time",
+        0.0,
+        parse_seconds,
+        "How long ended jobs are kept, such as 30d. 0: for ever.",
+        shown_default="0",
+    )
+    keep_bytes: int = _setting(
+        "keep_bytes",
+        0,
+        parse_bytes,
+        "How much output of ended jobs is kept, of all together. 0: all.",
+    )
+    disk_reserve: str = _setting(
+        "disk_reserve",
+        "auto",
+        _parse_reserve,
+        "With less room than this on the state folder's disk no job is created. auto: the larger "
+        "of 1 GiB and 2 %.",
+    )
+    disk_full: str = _setting(
+        "disk_full",
+        "block",
+        _parse_choice("block", "drop"),
+        "What happens to output while that disk is full: `block` lets the jobs wait, `drop` drops "
+        "it, and tells readers how much.",
     )
     ring_memory_bytes: int = _setting(
         "ring_memory",

@@ -24,9 +24,10 @@ from jobworker.engine.isolation import Isolation
 from jobworker.engine.jobinits import Jobinits
 from jobworker.engine.manager import Manager, Policy
 from jobworker.engine.output import Output
+from jobworker.engine.retention import Keep, Retention
 from jobworker.engine.store import Store
 from jobworker.errors import JobinitError, SettingError, StartupError, StateFolderError
-from jobworker.job import Limits
+from jobworker.job import Limits, LogPolicy
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ JOBINIT = Path(__file__).parent / "_bin" / "jobinit"
 DESCRIPTORS_PER_JOB = 3
 RESERVED_SHARE = 0.1
 SMALLEST_RESERVE = 200
+LEAST_DISK_RESERVE_BYTES = 1 << 30
+DISK_RESERVE_SHARE = 0.02
 
 # Calls that wait for a job to end are answered before the server goes.
 ANSWER_SECONDS = 2.0
@@ -78,9 +81,22 @@ async def _serve(settings: Settings, jobinits: Jobinits, isolation: Isolation) -
         _report_cgroups(cgroups, settings)
         store = Store.open(settings.state_dir / "jobs.db")
         closing.push_async_callback(store.close)
-        output = Output(settings.state_dir / "output", settings.ring_memory_bytes)
+        output = Output(
+            settings.state_dir / "output",
+            settings.ring_memory_bytes,
+            drops_when_full=settings.disk_full == "drop",
+        )
         closing.push_async_callback(output.close)
-        manager = Manager(_policy(settings), cgroups, output, store, jobinits, isolation)
+        keep = Keep(settings.keep_jobs, settings.keep_seconds, settings.keep_bytes)
+        manager = Manager(
+            _policy(settings, output),
+            cgroups,
+            output,
+            store,
+            jobinits,
+            isolation,
+            Retention(store, output, keep),
+        )
         closing.push_async_callback(jobinits.close)
         facts = ServerFacts(__version__, started_ns, str(settings.state_dir))
         server = RpcServer(settings, JobService(manager, facts))
@@ -157,7 +173,7 @@ def _prepare_grpc() -> None:
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
 
 
-def _policy(settings: Settings) -> Policy:
+def _policy(settings: Settings, output: Output) -> Policy:
     return Policy(
         default_limits=Limits(
             settings.default_cpu,
@@ -168,7 +184,16 @@ def _policy(settings: Settings) -> Policy:
         linger_seconds=settings.linger_seconds,
         stop_grace_seconds=settings.stop_grace_seconds,
         maximum_jobs=_maximum_jobs(),
+        log_max_bytes=settings.log_max_bytes,
+        log_policy=LogPolicy(settings.log_policy),
+        disk_reserve_bytes=_disk_reserve_bytes(settings.disk_reserve, output.size_bytes()),
     )
+
+
+def _disk_reserve_bytes(setting: str, disk_bytes: int) -> int:
+    if setting != "auto":
+        return int(setting)
+    return max(LEAST_DISK_RESERVE_BYTES, int(disk_bytes * DISK_RESERVE_SHARE))
 
 
 def _isolation(settings: Settings) -> Isolation:

@@ -44,6 +44,14 @@ class Cause(enum.IntEnum):
     STOPPED = 8
 
 
+class LogPolicy(enum.StrEnum):
+    """What happens once a job's log has reached its quota."""
+
+    RING = "ring"  # the oldest segments give way
+    HEAD = "head"  # what comes is dropped
+    STOP = "stop"  # the same, and the job is ended
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a job may use at the most; 0 is no limit."""
@@ -68,6 +76,9 @@ class JobSpec:
     timeout_ms: int = 0  # from its start on; 0: none
     user: str = ""  # as asked for in a request, by name in a job
     profile: str = ""  # the same
+    # Of its output; what reading the output takes, whatever the setting says by then.
+    log_max_bytes: int = 0  # with the index; 0: no limit
+    log_policy: LogPolicy = LogPolicy.RING
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,9 @@ class Job:
     accounting: Accounting | None = None
     stdout_bytes: int = 0
     stderr_bytes: int = 0
+    lost_bytes: int = 0  # of its output, dropped by a quota or by a full disk
+    # While it runs: why its output cannot be written, so that it waits or loses some.
+    output_problem: str = ""
     log_bytes: int = 0  # what output and index of an ended job take in the state folder
     cleanup_uncertain: bool = False
 

@@ -39,7 +39,7 @@ main() {
 }
 
 start_server() {
-    JOB_WORKER_ADDR=127.0.0.1:0 JOB_WORKER_STATE_DIR="$folder/state" JOB_WORKER_STOP_JOBS=yes \
+    JOB_WORKER_ADDR=127.0.0.1:0 JOB_WORKER_STATE_DIR="$folder/state" JOB_WORKER_STOP_JOBS=yes JOB_WORKER_DISK_RESERVE=0 \
         JOB_WORKER_CERT_PATH="$folder/certs" jobworker serve 2>"$folder/log" &
     server=$!
     until port=$(sed -n 's/.*listening on .*:\([0-9]*\)$/\1/p' "$folder/log") && [ -n "$port" ]; do

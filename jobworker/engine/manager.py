@@ -19,6 +19,7 @@ import contextlib
 import errno
 import itertools
 import logging
+import os
 import signal
 import time
 from collections.abc import Coroutine
@@ -32,8 +33,9 @@ from jobworker.engine.command import base_environment, check_working_directory, 
 from jobworker.engine.isolation import Confinement, Isolation
 from jobworker.engine.jobinit import Exited, Failed, Held, Started, StartRequest
 from jobworker.engine.jobinits import Jobinits, OrphanExited
-from jobworker.engine.output import Output, Reader
+from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Packed, Reader
 from jobworker.engine.recovery import Decision, decide
+from jobworker.engine.retention import Retention, quota_of
 from jobworker.engine.store import Store
 from jobworker.engine.user import file_rights_of
 from jobworker.errors import (
@@ -49,7 +51,17 @@ from jobworker.errors import (
     StartFailedError,
     StoreError,
 )
-from jobworker.job import ENDED, Accounting, Cause, Job, JobSpec, Limits, OomKills, Status
+from jobworker.job import (
+    ENDED,
+    Accounting,
+    Cause,
+    Job,
+    JobSpec,
+    Limits,
+    LogPolicy,
+    OomKills,
+    Status,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +82,18 @@ class Policy:
     linger_seconds: float  # for what a job leaves behind when its main process ends
     stop_grace_seconds: float
     maximum_jobs: int  # at the same time
+    log_max_bytes: int  # of each job's output; 0: no limit
+    log_policy: LogPolicy
+    disk_reserve_bytes: int  # with less room than that in the state folder no job is made
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What ended jobs take, and what is left."""
+
+    ended_jobs: int
+    ended_log_bytes: int
+    disk_room_bytes: int  # of the state folder
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +115,14 @@ class _LiveJob:
         if self.log is None:
             return self.job
         stdout_bytes, stderr_bytes = self.log.stream_bytes
-        return replace(self.job, stdout_bytes=stdout_bytes, stderr_bytes=stderr_bytes)
+        return replace(
+            self.job,
+            stdout_bytes=stdout_bytes,
+            stderr_bytes=stderr_bytes,
+            lost_bytes=self.log.lost_bytes,
+            output_problem=os.strerror(self.log.error) if self.log.error else "",
+            log_bytes=self.log.disk_bytes,
+        )
 
 
 class Manager:
@@ -105,6 +136,7 @@ class Manager:
         store: Store,
         jobinits: Jobinits,
         isolation: Isolation,
+        retention: Retention,
     ) -> None:
         self.policy = policy
         self.cgroups = cgroups
@@ -112,6 +144,8 @@ class Manager:
         self._output = output
         self._store = store
         self._jobinits = jobinits
+        self._retention = retention
+        output.on_log_limit = self._on_log_limit
         self._live: dict[int, _LiveJob] = {}
         self._strangers: set[int] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -123,6 +157,10 @@ class Manager:
     @property
     def live_count(self) -> int:
         return len(self._live)
+
+    async def usage(self) -> Usage:
+        totals = await self._store.ended_totals()
+        return Usage(totals.jobs, totals.log_bytes, self._output.room_bytes())
 
     async def create(self, request: JobSpec, stdin: bytes = b"") -> Job:
         """Starts a job; returns it RUNNING, or FAILED where one step of its start failed.
@@ -204,10 +242,32 @@ class Manager:
         if live:
             await asyncio.shield(live.begun)
         open_log = live.log if live else None
-        end = open_log.end if open_log else (await self.get(job_id)).output_bytes
+        job = await self.get(job_id)
+        end = open_log.end if open_log else job.output_bytes
         if offset > end:
             raise OffsetOutOfRangeError(job_id, offset, end)
-        return Reader(self._output, job_id, open_log, end, offset, stream, follow)
+        quota = quota_of(job)
+        reader = Reader(self._output, job_id, open_log, end, offset, stream, follow, quota)
+        if open_log is None and end <= LARGEST_PACKED_BYTES:
+            await self._use_packed(reader, job_id)
+        return reader
+
+    async def _use_packed(self, reader: Reader, job_id: int) -> None:
+        try:
+            packed = await self._store.get_output(job_id)
+        except BaseException:
+            reader.close()
+            raise
+        if packed:
+            reader.use_packed(Packed(*packed))
+
+    async def delete(self, job_id: int) -> None:
+        """Forgets an ended job, and what it has written. Raises JobStateError for one that has
+        not ended."""
+        job = await self.get(job_id)
+        if job_id in self._live:
+            raise JobStateError(job_id, job.status, "delete")
+        await self._retention.delete([job])
 
     # From the start of the server to its end
 
@@ -225,6 +285,7 @@ class Manager:
         for record in records.values():
             self._take_over(record.id, record, None, extents[record.id])
         self._kill_leftovers()
+        self._retention.start(self._live)
 
     async def close(self, *, stop_jobs: bool) -> None:
         """Takes no more work. Jobs go on, unless they are to be stopped: then this returns once
@@ -238,6 +299,7 @@ class Manager:
             await asyncio.wait(self._tasks, timeout=SETTLE_SECONDS)
         for task in self._tasks:
             task.cancel()
+        await self._retention.close()
 
     async def _stop_all(self) -> None:
         if self._live:
@@ -315,7 +377,11 @@ class Manager:
             await self._kill_cgroup(live, live.cgroup)
         if extent:
             live.job = replace(
-                live.job, stdout_bytes=extent.stdout_bytes, stderr_bytes=extent.stderr_bytes
+                live.job,
+                stdout_bytes=extent.stdout_bytes,
+                stderr_bytes=extent.stderr_bytes,
+                lost_bytes=extent.lost_bytes,
+                log_bytes=extent.disk_bytes,
             )
         accounting = self._account(live, None)
         job = transition.lost(live.job, _why_lost(live.job), time.time_ns())
@@ -355,11 +421,23 @@ class Manager:
         if live.job.status is Status.RUNNING:
             self._spawn(self._end(live))
 
+    def _on_log_limit(self, job_id: int) -> None:
+        live = self._live.get(job_id)
+        if live and not live.job.is_ended:
+            log.warning("job %d has used up its log quota", job_id)
+            self._request_end(live, Cause.LOG_LIMIT, signal.SIGTERM, self.policy.stop_grace_seconds)
+
     # Starting
 
     def _admit(self) -> None:
         if self._closing:
             raise ShuttingDownError
+        room = self._output.room_bytes()
+        if room < self.policy.disk_reserve_bytes:
+            raise ResourceExhaustedError(
+                f"the disk of the state folder has {room >> 20} MiB left, less than the reserve of "
+                f"{self.policy.disk_reserve_bytes >> 20} MiB; delete ended jobs, or make room"
+            )
         if len(self._live) >= self.policy.maximum_jobs:
             raise ResourceExhaustedError(
                 f"{len(self._live)} jobs are running, as many as the server's limit on open "
@@ -376,6 +454,8 @@ class Manager:
             limits=limits,
             user=confinement.user.name,
             profile=confinement.profile,
+            log_max_bytes=self.policy.log_max_bytes,
+            log_policy=self.policy.log_policy,
         )
         live = self._new_live(transition.created(self._store.reserve_id(), spec, time.time_ns()))
         try:
@@ -460,7 +540,7 @@ class Manager:
 
     def _open_log(self, live: _LiveJob, started: Started, resumed: Extent | None = None) -> None:
         live.log = self._output.open_log(
-            live.job.id, started.stdout_fd, started.stderr_fd, resumed=resumed
+            live.job.id, started.stdout_fd, started.stderr_fd, quota_of(live.job), resumed
         )
         live.begun.set_result(None)
 
@@ -613,7 +693,7 @@ class Manager:
     async def _record_end(self, live: _LiveJob, job: Job) -> None:
         """The ending is certain: store it, then let go of everything."""
         live.job = job
-        live.job = job = live.snapshot()
+        live.job = job = replace(live.snapshot(), output_problem="")
         await self._store_certainly(job)
         if live.cgroup:
             await self._remove_cgroup(live.cgroup)
@@ -625,6 +705,7 @@ class Manager:
                 timer.cancel()
         del self._live[job.id]
         live.over.set_result(job)
+        self._retention.take(job)
 
     async def _store_certainly(self, job: Job) -> None:
         """However long the disk refuses: jobinit, too, holds the ending until then."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import errno
 import logging
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from typing import NamedTuple
 from jobworker import _fastio
 from jobworker._fastio import Extent, Log
 from jobworker.errors import ShuttingDownError, StateFolderError
+from jobworker.job import LogPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +54,6 @@ LARGEST_PACKED_BYTES = 16 << 10
 
 # With these errors a disk says that it has no room.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-class LogPolicy(enum.StrEnum):
-    """What happens once a job's log has reached its quota."""
-
-    RING = "ring"  # the oldest segments give way
-    HEAD = "head"  # what comes is dropped
-    STOP = "stop"  # the same, and the job is ended by whom `Output.on_log_limit` tells
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +98,8 @@ class Output:
         self._drops_when_full = drops_when_full
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
+        self._readers: Counter[int] = Counter()  # by job
+        self._unread: dict[int, list[asyncio.Future[None]]] = {}
         self._directory = _open_folder(folder)
         self._threads = ThreadPoolExecutor(HISTORY_THREADS, thread_name_prefix="history")
         self._pump = _fastio.Pump(self._directory, ring_budget_bytes, drops_when_full)
@@ -182,6 +177,36 @@ class Output:
         except FileNotFoundError:
             return None  # all of it was dropped
         return packed if sum(map(len, packed)) <= LARGEST_PACKED_BYTES else None
+
+    def delete_stray(self, job_id: int) -> None:
+        """Removes all files of a job of which nothing is known. Blocks."""
+        for first in _segments(self._directory).get(job_id, ()):
+            _remove(self._directory, f"{job_id}.{first}.log")
+            _remove(self._directory, f"{job_id}.{first}.idx")
+
+    def count_reader(self, job_id: int, change: int) -> None:
+        """change: 1 for one that comes, -1 for one that goes."""
+        self._readers[job_id] += change
+        if not self._readers[job_id]:
+            del self._readers[job_id]
+            _resolve(self._unread.pop(job_id, ()))
+
+    async def wait_unread(self, job_id: int) -> None:
+        """Until nobody reads the output of this job."""
+        while self._readers[job_id]:
+            future = self._loop.create_future()
+            self._unread.setdefault(job_id, []).append(future)
+            await future
+
+    def room_bytes(self) -> int:
+        """What is left on the disk."""
+        disk = os.fstatvfs(self._directory)
+        return disk.f_bavail * disk.f_frsize
+
+    def size_bytes(self) -> int:
+        """Of the disk."""
+        disk = os.fstatvfs(self._directory)
+        return disk.f_blocks * disk.f_frsize
 
     def interrupt_readers(self) -> None:
         """All readers that have caught up, now and from now on, end with ShuttingDownError."""
@@ -263,13 +288,11 @@ class Reader:
         stream: int = 0,
         follow: bool = True,
         quota: Quota = UNLIMITED,
-        packed: Packed | None = None,
     ) -> None:
         """log: of a job that has not ended; None: the job has ended, and wrote `end` bytes.
         stream: _fastio.STDOUT, STDERR, or 0 for both.
         follow: False ends at what is there now.
         quota: of the job's log.
-        packed: the log of an ended job, where it is no longer in files.
         """
         self.offset = offset
         self._output = output
@@ -279,12 +302,19 @@ class Reader:
         self._stream = stream
         self._follow = follow and log is not None
         self._quota = quota
-        self._packed = packed
+        self._packed: Packed | None = None
+        self._is_open = True
+        output.count_reader(job_id, 1)
         self._max_bytes = FIRST_MESSAGE_BYTES
         self._handed_bytes = 0
         self._handed_at = 0.0
         if log:
             log.add_reader()
+
+    def use_packed(self, packed: Packed) -> None:
+        """The log is that of an ended job, and no longer in files. To be looked for when there
+        is a Reader already: from then on the files stay, if they were there."""
+        self._packed = packed
 
     async def next(self) -> bytes | None:
         """The next finished DataChunk; None when there are no more. Where bytes were dropped,
@@ -309,7 +339,11 @@ class Reader:
                 return None
 
     def close(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
         self._take_back()
+        self._output.count_reader(self._job_id, -1)
         if self._log:
             self._log.remove_reader()
             self._log = None

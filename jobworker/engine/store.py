@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jobworker.errors import StateFolderError, StoreError
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, LogPolicy, Status
 
 log = logging.getLogger(__name__)
 
@@ -752,6 +752,7 @@ def _row_from(job: Job) -> tuple[object, ...]:
                 "detail": job.detail,
                 "accounting": job.accounting and _fields(job.accounting),
                 "cleanup_uncertain": job.cleanup_uncertain,
+                "lost_bytes": job.lost_bytes,
             }
         ),
         job.log_bytes,
@@ -773,7 +774,7 @@ def _job_from(row: tuple[Any, ...]) -> Job:
     spec, rest = json.loads(spec), json.loads(rest)
     return Job(
         id=job_id,
-        spec=JobSpec(**spec | {"args": tuple(spec["args"]), "limits": Limits(**spec["limits"])}),
+        spec=_spec_from(spec),
         status=Status(status),
         created_ns=created_ns,
         started_ns=started_ns,
@@ -790,6 +791,11 @@ def _job_from(row: tuple[Any, ...]) -> Job:
             "accounting": _optional(lambda fields: Accounting(**fields), rest["accounting"]),
         },
     )
+
+
+def _spec_from(fields: dict[str, Any]) -> JobSpec:
+    spec = JobSpec(**fields | {"args": tuple(fields["args"]), "limits": Limits(**fields["limits"])})
+    return dataclasses.replace(spec, log_policy=LogPolicy(spec.log_policy))
 
 
 def _optional(make: Callable[[Any], T], value: Any) -> T | None:

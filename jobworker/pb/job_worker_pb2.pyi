@@ -78,6 +78,39 @@ class CreateJobReq(_message.Message):
     profile: str
     def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., name: _Optional[str] = ..., merge_output: _Optional[bool] = ..., stdin: _Optional[bytes] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ...) -> None: ...
 
+class CreateJobsReq(_message.Message):
+    __slots__ = ("jobs",)
+    JOBS_FIELD_NUMBER: _ClassVar[int]
+    jobs: _containers.RepeatedCompositeFieldContainer[CreateJobReq]
+    def __init__(self, jobs: _Optional[_Iterable[_Union[CreateJobReq, _Mapping]]] = ...) -> None: ...
+
+class CreateJobsRes(_message.Message):
+    __slots__ = ("results",)
+    class Result(_message.Message):
+        __slots__ = ("id", "status", "code", "error")
+        ID_FIELD_NUMBER: _ClassVar[int]
+        STATUS_FIELD_NUMBER: _ClassVar[int]
+        CODE_FIELD_NUMBER: _ClassVar[int]
+        ERROR_FIELD_NUMBER: _ClassVar[int]
+        id: str
+        status: str
+        code: int
+        error: str
+        def __init__(self, id: _Optional[str] = ..., status: _Optional[str] = ..., code: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[CreateJobsRes.Result]
+    def __init__(self, results: _Optional[_Iterable[_Union[CreateJobsRes.Result, _Mapping]]] = ...) -> None: ...
+
+class DeleteJobReq(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
+class DeleteJobRes(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class GetJobReq(_message.Message):
     __slots__ = ("id",)
     ID_FIELD_NUMBER: _ClassVar[int]
@@ -107,7 +140,7 @@ class StopJobRes(_message.Message):
     def __init__(self, id: _Optional[str] = ..., status: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain", "max_pids", "timeout_milliseconds", "user", "profile")
+    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain", "max_pids", "timeout_milliseconds", "user", "profile", "lost_bytes", "output_problem")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +178,8 @@ class Job(_message.Message):
     TIMEOUT_MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    LOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     id: str
     command: str
     args: _containers.RepeatedScalarFieldContainer[str]
@@ -175,7 +210,9 @@ class Job(_message.Message):
     timeout_milliseconds: int
     user: str
     profile: str
-    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ..., max_pids: _Optional[int] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ...) -> None: ...
+    lost_bytes: int
+    output_problem: str
+    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ..., max_pids: _Optional[int] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ..., lost_bytes: _Optional[int] = ..., output_problem: _Optional[str] = ...) -> None: ...
 
 class Accounting(_message.Message):
     __slots__ = ("cpu_user_us", "cpu_system_us", "memory_peak_bytes", "io_read_bytes", "io_written_bytes", "oom_kills")
@@ -257,7 +294,7 @@ class ListJobsRes(_message.Message):
     def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids", "default_profile", "profiles", "default_user", "users", "isolation_problem")
+    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids", "default_profile", "profiles", "default_user", "users", "ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes", "log_max_bytes", "log_policy", "isolation_problem")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     START_TIME_NS_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
@@ -275,6 +312,12 @@ class ServerInfo(_message.Message):
     PROFILES_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_USER_FIELD_NUMBER: _ClassVar[int]
     USERS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_JOBS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_LOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_ROOM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_RESERVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOG_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOG_POLICY_FIELD_NUMBER: _ClassVar[int]
     ISOLATION_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     version: str
     start_time_ns: int
@@ -293,8 +336,14 @@ class ServerInfo(_message.Message):
     profiles: _containers.RepeatedScalarFieldContainer[str]
     default_user: str
     users: _containers.RepeatedScalarFieldContainer[str]
+    ended_jobs: int
+    ended_log_bytes: int
+    disk_room_bytes: int
+    disk_reserve_bytes: int
+    log_max_bytes: int
+    log_policy: str
     isolation_problem: str
-    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ..., default_profile: _Optional[str] = ..., profiles: _Optional[_Iterable[str]] = ..., default_user: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ..., isolation_problem: _Optional[str] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ..., default_profile: _Optional[str] = ..., profiles: _Optional[_Iterable[str]] = ..., default_user: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ..., ended_jobs: _Optional[int] = ..., ended_log_bytes: _Optional[int] = ..., disk_room_bytes: _Optional[int] = ..., disk_reserve_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., log_policy: _Optional[str] = ..., isolation_problem: _Optional[str] = ...) -> None: ...
 
 class Controller(_message.Message):
     __slots__ = ("name", "available", "problem")

@@ -100,6 +100,8 @@ def job_to(job: Job) -> pb.Job:
         timeout_milliseconds=spec.timeout_ms,
         user=spec.user,
         profile=spec.profile,
+        lost_bytes=job.lost_bytes,
+        output_problem=job.output_problem,
     )
 
 

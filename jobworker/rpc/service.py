@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from jobworker.rpc.identity import identify
 
 SERVICE = "job_worker.JobService"
 PAGE_JOBS = 100
+CREATES_AT_ONCE = 64  # of one request: more would only wait for each other
 LARGEST_PAGE_JOBS = 1000
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -43,6 +45,24 @@ class JobService:
     async def create_job(self, request: pb.CreateJobReq, caller: Identity) -> pb.Job:
         spec = convert.spec_from(request)
         return convert.job_to(await self._manager.create(spec, request.stdin))
+
+    async def create_jobs(self, request: pb.CreateJobsReq, caller: Identity) -> pb.CreateJobsRes:
+        at_once = asyncio.Semaphore(CREATES_AT_ONCE)
+
+        async def create(each: pb.CreateJobReq) -> pb.CreateJobsRes.Result:
+            async with at_once:
+                try:
+                    job = await self._manager.create(convert.spec_from(each), each.stdin)
+                except JobWorkerError as error:
+                    code = convert.code_of(error).value[0]
+                    return pb.CreateJobsRes.Result(code=code, error=str(error))
+            return pb.CreateJobsRes.Result(id=str(job.id), status=job.status)
+
+        return pb.CreateJobsRes(results=await asyncio.gather(*map(create, request.jobs)))
+
+    async def delete_job(self, request: pb.DeleteJobReq, caller: Identity) -> pb.DeleteJobRes:
+        await self._manager.delete(convert.job_id_from(request.id))
+        return pb.DeleteJobRes()
 
     async def get_job(self, request: pb.GetJobReq, caller: Identity) -> pb.Job:
         return convert.job_to(await self._manager.get(convert.job_id_from(request.id)))
@@ -87,6 +107,7 @@ class JobService:
     async def get_server_info(self, request: pb.EmptyRequest, caller: Identity) -> pb.ServerInfo:
         manager = self._manager
         defaults = manager.policy.default_limits
+        usage = await manager.usage()
         return pb.ServerInfo(
             version=self._facts.version,
             start_time_ns=self._facts.started_ns,
@@ -109,6 +130,12 @@ class JobService:
             default_user=manager.isolation.job_user.name,
             users=manager.isolation.user_names,
             isolation_problem=manager.isolation.problem,
+            ended_jobs=usage.ended_jobs,
+            ended_log_bytes=usage.ended_log_bytes,
+            disk_room_bytes=usage.disk_room_bytes,
+            disk_reserve_bytes=manager.policy.disk_reserve_bytes,
+            log_max_bytes=manager.policy.log_max_bytes,
+            log_policy=manager.policy.log_policy,
         )
 
     async def get_jobs_stream(
@@ -157,6 +184,8 @@ class ServiceHandler(grpc.GenericRpcHandler):
     def __init__(self, service: JobService) -> None:
         unary: list[tuple[str, UnaryMethod, Any]] = [
             ("CreateJob", service.create_job, pb.CreateJobReq),
+            ("CreateJobs", service.create_jobs, pb.CreateJobsReq),
+            ("DeleteJob", service.delete_job, pb.DeleteJobReq),
             ("GetJob", service.get_job, pb.GetJobReq),
             ("StopJob", service.stop_job, pb.StopJobReq),
             ("GetJobs", service.get_jobs, pb.EmptyRequest),

@@ -15,12 +15,12 @@ from jobworker.engine.output import (
     LARGEST_MESSAGE_BYTES,
     LARGEST_PACKED_BYTES,
     UNLIMITED,
-    LogPolicy,
     Output,
     Quota,
     Reader,
 )
 from jobworker.errors import ShuttingDownError, StateFolderError
+from jobworker.job import LogPolicy
 from jobworker.pb import job_worker_pb2 as pb
 
 DEADLINE_SECONDS = 10
@@ -336,8 +336,11 @@ def test_a_small_log_can_do_without_files(tmp_path: Path) -> None:
         assert packed
         assert sum(map(len, packed)) <= 100
         output.delete(1, 6)
-        assert await rest(Reader(output, 1, None, 6, packed=packed)) == b"outerr"
-        assert await rest(Reader(output, 1, None, 6, 1, STDOUT, packed=packed)) == b"ut"
+        for offset, stream, expected in ((0, 0, b"outerr"), (1, STDOUT, b"ut")):
+            reader = Reader(output, 1, None, 6, offset, stream)
+            reader.use_packed(packed)
+            assert await rest(reader) == expected
+            reader.close()
         assert output.pack(1, 6) is None
         assert output.pack(1, 0) is None
 

@@ -28,6 +28,8 @@ ANSWERS: dict[str, Any] = {
     "GetJobs": pb.Jobs,
     "ListJobs": pb.ListJobsRes,
     "GetServerInfo": pb.ServerInfo,
+    "CreateJobs": pb.CreateJobsRes,
+    "DeleteJob": pb.DeleteJobRes,
 }
 
 
@@ -57,6 +59,7 @@ class Server:
             "JOB_WORKER_ADDR": f"127.0.0.1:{port}",
             "JOB_WORKER_CERT_PATH": str(certs),
             "JOB_WORKER_STATE_DIR": str(self.state),
+            "JOB_WORKER_DISK_RESERVE": "0",  # the machine's disk may be small
             "JOB_WORKER_STOP_JOBS": "yes",  # so that no test leaves any
             # Where the subject is not isolation itself, jobs write into folders of the tests,
             # and show the machine's own process ids.

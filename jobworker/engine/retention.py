@@ -1,0 +1,159 @@
+"""What becomes of ended jobs: their small logs are packed, and the oldest give way.
+
+ended ─▶ small log? ─▶ into the store, files removed ─▶ too many, too old, too large?
+                                                          └─▶ the longest ended are deleted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Quota
+from jobworker.engine.store import EndedJob, Store
+from jobworker.errors import JobWorkerError
+from jobworker.job import Job
+
+log = logging.getLogger(__name__)
+
+# Between two looks at what is to be deleted, where jobs end all the time.
+PRUNE_PAUSE_SECONDS = 1.0
+# So often where none ends, as they grow older all the same.
+AGE_SECONDS = 60.0
+BATCH_JOBS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """How much of ended jobs is kept; 0 is no limit."""
+
+    jobs: int = 0
+    seconds: float = 0.0
+    log_bytes: int = 0
+
+
+class Retention:
+    """Of one server's ended jobs; works in the background, from `start` to `close`."""
+
+    def __init__(self, store: Store, output: Output, keep: Keep) -> None:
+        self._store = store
+        self._output = output
+        self._keep = keep
+        self._packing: dict[int, asyncio.Task[None]] = {}
+        self._ended = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, live_ids: Iterable[int]) -> None:
+        """live_ids: the jobs that have not ended."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._tidy(frozenset(live_ids)))]
+        if self._keep != Keep():
+            self._tasks.append(loop.create_task(self._prune()))
+
+    async def close(self) -> None:
+        tasks = [*self._tasks, *self._packing.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def take(self, job: Job) -> None:
+        """A job whose ending has just been stored."""
+        self._ended.set()
+        if 0 < job.output_bytes <= LARGEST_PACKED_BYTES:
+            task = asyncio.get_running_loop().create_task(self._pack(job))
+            self._packing[job.id] = task
+            task.add_done_callback(lambda _: self._packing.pop(job.id, None))
+
+    async def delete(self, jobs: Iterable[Job]) -> None:
+        """Forgets ended jobs, and removes what they have written. Raises StoreError."""
+        jobs = list(jobs)
+        for job in jobs:
+            if task := self._packing.get(job.id):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        # First the records: of files without a record the next start knows what to do.
+        await self._store.delete(job.id for job in jobs)
+        await asyncio.to_thread(self._delete_files, jobs)
+
+    def _delete_files(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            if job.output_bytes:
+                self._output.delete(job.id, job.output_bytes, quota_of(job))
+
+    # Packing
+
+    async def _pack(self, job: Job) -> None:
+        """While nobody reads it: a reader goes on where it began."""
+        try:
+            await self._output.wait_unread(job.id)
+            packed = await asyncio.to_thread(self._output.pack, job.id, job.output_bytes)
+            if packed is None:
+                return
+            await self._store.put_output(job.id, *packed)
+            # Who came before it was stored reads the files.
+            await self._output.wait_unread(job.id)
+            await asyncio.to_thread(self._delete_files, [job])
+        except (JobWorkerError, OSError) as error:
+            log.warning("the output of job %d stays in files: %s", job.id, error)
+
+    async def _tidy(self, live_ids: frozenset[int]) -> None:
+        """What an earlier server did not come to do."""
+        for job_id in sorted(await asyncio.to_thread(self._output.job_ids) - live_ids):
+            job = await self._store.get(job_id)
+            if job is None:
+                log.warning("removing the output of job %d, of which there is no record", job_id)
+                await asyncio.to_thread(self._output.delete_stray, job_id)
+            elif job.is_ended and 0 < job.output_bytes <= LARGEST_PACKED_BYTES:
+                await self._pack(job)
+
+    # Pruning
+
+    async def _prune(self) -> None:
+        self._ended.set()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(AGE_SECONDS):
+                    await self._ended.wait()
+            self._ended.clear()
+            try:
+                while surplus := await self._surplus():
+                    jobs = [await self._store.get(each.id) for each in surplus]
+                    await self.delete(job for job in jobs if job)
+                    log.info("deleted %d ended jobs, up to job %d", len(jobs), surplus[-1].id)
+            except (JobWorkerError, OSError) as error:
+                log.error("ended jobs cannot be deleted: %s", error)
+            await asyncio.sleep(PRUNE_PAUSE_SECONDS)
+
+    async def _surplus(self) -> list[EndedJob]:
+        """Those to be deleted next."""
+        now = time.time_ns()
+        totals = await self._store.ended_totals()
+        oldest = await self._store.ended_before(now, BATCH_JOBS)
+        return surplus_of(self._keep, totals.jobs, totals.log_bytes, oldest, now)
+
+
+def surplus_of(
+    keep: Keep, jobs: int, log_bytes: int, oldest: list[EndedJob], now_ns: int
+) -> list[EndedJob]:
+    """oldest: the longest ended first, of `jobs` with `log_bytes` in all."""
+    surplus = []
+    for each in oldest:
+        is_too_many = keep.jobs and jobs > keep.jobs
+        is_too_large = keep.log_bytes and log_bytes > keep.log_bytes
+        is_too_old = keep.seconds and each.ended_ns < now_ns - int(keep.seconds * 1e9)
+        if not (is_too_many or is_too_large or is_too_old):
+            break
+        surplus.append(each)
+        jobs -= 1
+        log_bytes -= each.log_bytes
+    return surplus
+
+
+def quota_of(job: Job) -> Quota:
+    """Of its log, as it was when the job was made."""
+    return Quota(job.spec.log_max_bytes, job.spec.log_policy)

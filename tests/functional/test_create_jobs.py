@@ -1,0 +1,53 @@
+"""CreateJobs: many jobs in one request, and a result for each."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from functional.server import Client, Server
+from jobworker.pb import job_worker_pb2 as pb
+
+
+def create_all(client: Client, *requests: pb.CreateJobReq) -> list[pb.CreateJobsRes.Result]:
+    return list(client.call("CreateJobs", pb.CreateJobsReq(jobs=requests)).results)
+
+
+def test_each_has_its_result_in_order(client: Client) -> None:
+    results = create_all(
+        client,
+        pb.CreateJobReq(command="echo", args=["first"]),
+        pb.CreateJobReq(command="no-such-command"),
+        pb.CreateJobReq(command="echo", args=["third"], environment={"A=B": "c"}),
+        pb.CreateJobReq(command="echo", args=["fourth"]),
+    )
+    assert [result.code for result in results] == [
+        0,
+        grpc.StatusCode.INVALID_ARGUMENT.value[0],
+        grpc.StatusCode.INVALID_ARGUMENT.value[0],
+        0,
+    ]
+    assert client.output(results[0].id) == b"first\n"
+    assert client.output(results[3].id) == b"fourth\n"
+    assert results[0].status in {"RUNNING", "COMPLETED"}
+    assert (results[1].id, results[2].id) == ("", "")
+    assert "no-such-command" in results[1].error
+
+
+def test_hundreds(client: Client) -> None:
+    requests = [pb.CreateJobReq(command="true", name="one of many") for _ in range(300)]
+    results = create_all(client, *requests)
+    ids = [result.id for result in results]
+    assert len(set(ids)) == 300
+    assert [client.wait(job_id).status for job_id in ids] == ["COMPLETED"] * 300
+
+
+def test_none(client: Client) -> None:
+    assert create_all(client) == []
+
+
+def test_a_viewer_may_not(server: Server) -> None:
+    with server.connect("viewer") as viewer:
+        with pytest.raises(grpc.RpcError) as caught:
+            create_all(viewer, pb.CreateJobReq(command="true"))
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
