@@ -109,6 +109,7 @@ class Isolation:
         return (each for each in profiles if each is Profile.NONE or not self.problem)
 
 
+SECCOMP = "/proc/sys/kernel/seccomp/actions_avail"
 NONE_OR_ROOT = "run the server as root, or set it to none"
 
 
@@ -116,6 +117,8 @@ def _problem() -> str:
     """Why this process can confine no job; empty where it can."""
     if os.geteuid() != 0:
         return "the server is not root, so that its jobs run as its own user"
+    if not os.path.exists(SECCOMP):
+        return "this kernel has no seccomp filters"
     return ""
 
 

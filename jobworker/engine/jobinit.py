@@ -83,7 +83,8 @@ STEPS = {
     8: "privileges",
     9: "user",
     10: "working directory",
-    11: "exec",
+    11: "system call filter",
+    12: "exec",
 }
 
 
