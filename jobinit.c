@@ -102,7 +102,7 @@ enum { HAS_PIDFD = 1, HAS_STDOUT = 2, HAS_STDERR = 4 }; /* started.having, in th
  * killed before it came to its exec; the wait status says by what. */
 enum step {
 	STEP_FORK = 1, STEP_DESCRIPTORS, STEP_CGROUP, STEP_SESSION, STEP_OPEN_FILES_LIMIT,
-	STEP_OOM_SCORE, STEP_LIMITS, STEP_PRIVILEGES, STEP_USER, STEP_DIRECTORY,
+	STEP_OOM_SCORE, STEP_NAMESPACES, STEP_LIMITS, STEP_PRIVILEGES, STEP_USER, STEP_DIRECTORY,
 	STEP_CALL_FILTER, STEP_EXEC,
 };
 
@@ -639,6 +639,14 @@ static bool reset_oom_score(void)
 	return done || errno == EACCES;
 }
 
+/* Of what goes by number or by name among processes that have nothing to do with each other:
+ * System V's and POSIX' message queues, shared memory and semaphores, which also end with the
+ * job; the machine's name; and where in the tree of cgroups it is. */
+static bool enter_namespaces(void)
+{
+	return unshare(CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP) == 0;
+}
+
 /* Nothing of a job's that crashes is written anywhere, and it cannot come before others by a
  * real-time priority. What of its limits is higher than usual was given to the server. */
 static bool lower_limits(void)
@@ -699,6 +707,9 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	umask(022);
 	must(setrlimit(RLIMIT_NOFILE, &original_open_files) == 0, STEP_OPEN_FILES_LIMIT);
 	must(reset_oom_score(), STEP_OOM_SCORE);
+	/* After the cgroup, which becomes the root of what the job sees. */
+	if (request->is_confined)
+		must(enter_namespaces(), STEP_NAMESPACES);
 	if (request->is_confined)
 		must(lower_limits(), STEP_LIMITS);
 	/* Before the uid changes: afterwards nothing can be dropped. */

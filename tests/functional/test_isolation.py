@@ -124,6 +124,32 @@ def test_the_server_tells_what_is_in_force(client: Client) -> None:
     assert info.isolation_problem == ""
 
 
+# Its namespaces
+
+
+def test_it_has_shared_memory_of_its_own(client: Client) -> None:
+    """System V's: nobody else's is seen, and its own is gone afterwards."""
+    before = Path("/proc/sysvipc/shm").read_text()
+    _, output = client.run("ipcmk -M 4096 >&2; ipcs -m | grep -c 0x; readlink /proc/self/ns/ipc")
+    count, namespace = output.splitlines()[-2:]
+    assert count == b"1"
+    assert namespace.decode() != os.readlink("/proc/self/ns/ipc")
+    assert Path("/proc/sysvipc/shm").read_text() == before
+
+
+def test_it_sees_no_other_cgroup_in_its_path(client: Client) -> None:
+    _, output = client.run("grep ^0:: /proc/self/cgroup")
+    assert output == b"0::/\n"
+    _, output = client.run("grep ^0:: /proc/self/cgroup", profile="none")
+    assert output != b"0::/\n" or not client.info().cgroup
+
+
+def test_it_cannot_rename_the_machine(client: Client) -> None:
+    job, _ = client.run("hostname taken 2>&1")
+    assert job.exitCode != 0
+    assert os.uname().nodename != "taken"
+
+
 # What it may not ask the kernel for
 
 # Number (on x86_64 and aarch64), arguments, the errno that is expected. All of it is harmless
