@@ -16,8 +16,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <malloc.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -98,7 +102,8 @@ enum { HAS_PIDFD = 1, HAS_STDOUT = 2, HAS_STDERR = 4 }; /* started.having, in th
  * killed before it came to its exec; the wait status says by what. */
 enum step {
 	STEP_FORK = 1, STEP_DESCRIPTORS, STEP_CGROUP, STEP_SESSION, STEP_OPEN_FILES_LIMIT,
-	STEP_OOM_SCORE, STEP_LIMITS, STEP_PRIVILEGES, STEP_USER, STEP_DIRECTORY, STEP_EXEC,
+	STEP_OOM_SCORE, STEP_NAMESPACES, STEP_LIMITS, STEP_PRIVILEGES, STEP_USER, STEP_DIRECTORY,
+	STEP_CALL_FILTER, STEP_EXEC,
 };
 
 enum {
@@ -408,6 +413,137 @@ static int parse_start(char *data, size_t size, struct request *request)
 	return 0;
 }
 
+/* ==== What a confined job may not ask the kernel for ====
+ *
+ * Most of it takes privileges that the job has not; but it is where the kernel's own mistakes
+ * have been found, and a job has no honest use for it. All else stays allowed. */
+
+#if defined(__x86_64__)
+enum { OWN_ARCHITECTURE = AUDIT_ARCH_X86_64 };
+#elif defined(__aarch64__)
+enum { OWN_ARCHITECTURE = AUDIT_ARCH_AARCH64 };
+#elif defined(__riscv) && __riscv_xlen == 64
+enum { OWN_ARCHITECTURE = AUDIT_ARCH_RISCV64 };
+#else
+#error "add this architecture, once the table below has been reviewed for it"
+#endif
+
+/* Up to here, which is Linux 6.18, all calls have been looked at. Later ones do not exist for a
+ * confined job; nor do those of x32, whose numbers are far higher. */
+enum { LAST_REVIEWED_CALL = 469 };
+
+enum verdict { ALLOW, FORBID, UNKNOWN, NO_NAMESPACES, VERDICTS };
+
+struct rule { unsigned call; enum verdict verdict; };
+
+/* By number where the headers of the systems that wheels are built on may not have the name. */
+static struct rule rules[] = {
+	/* Namespaces. clone3 has its flags in memory, where a filter cannot look: C libraries
+	 * use clone where it does not exist. */
+	{SYS_clone, NO_NAMESPACES}, {SYS_unshare, NO_NAMESPACES}, {435 /* clone3 */, UNKNOWN},
+	{SYS_setns, FORBID},
+	/* What is mounted */
+	{SYS_mount, FORBID}, {SYS_umount2, FORBID}, {SYS_pivot_root, FORBID},
+	{SYS_chroot, FORBID}, {428 /* open_tree */, FORBID}, {429 /* move_mount */, FORBID},
+	{430 /* fsopen */, FORBID}, {431 /* fsconfig */, FORBID}, {432 /* fsmount */, FORBID},
+	{433 /* fspick */, FORBID}, {442 /* mount_setattr */, FORBID},
+	{467 /* open_tree_attr */, FORBID}, {SYS_quotactl, FORBID},
+	{443 /* quotactl_fd */, FORBID}, {SYS_open_by_handle_at, FORBID},
+	{SYS_fanotify_init, FORBID},
+	/* Other processes */
+	{SYS_ptrace, FORBID}, {SYS_process_vm_readv, FORBID}, {SYS_process_vm_writev, FORBID},
+	{SYS_kcmp, FORBID}, {438 /* pidfd_getfd */, FORBID}, {440 /* process_madvise */, FORBID},
+	/* The kernel itself */
+	{SYS_kexec_load, FORBID}, {SYS_init_module, FORBID}, {SYS_finit_module, FORBID},
+	{SYS_delete_module, FORBID}, {SYS_reboot, FORBID}, {SYS_syslog, FORBID},
+	{SYS_bpf, FORBID}, {SYS_perf_event_open, FORBID}, {SYS_userfaultfd, FORBID},
+	/* Programs do without these where they do not exist. */
+	{425 /* io_uring_setup */, UNKNOWN}, {426 /* io_uring_enter */, UNKNOWN},
+	{427 /* io_uring_register */, UNKNOWN},
+	/* Keys, which no namespace separates */
+	{SYS_keyctl, FORBID}, {SYS_add_key, FORBID}, {SYS_request_key, FORBID},
+	/* The machine as a whole */
+	{SYS_swapon, FORBID}, {SYS_swapoff, FORBID}, {SYS_acct, FORBID},
+	{SYS_settimeofday, FORBID}, {SYS_clock_settime, FORBID}, {SYS_sethostname, FORBID},
+	{SYS_setdomainname, FORBID}, {SYS_vhangup, FORBID}, {SYS_nfsservctl, FORBID},
+#ifdef SYS_kexec_file_load
+	{SYS_kexec_file_load, FORBID},
+#endif
+#ifdef __x86_64__
+	{SYS_iopl, FORBID}, {SYS_ioperm, FORBID}, {SYS_uselib, FORBID}, {SYS__sysctl, FORBID},
+	{SYS_modify_ldt, FORBID},
+#endif
+};
+
+enum {
+	NAMESPACES = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER
+		     | CLONE_NEWPID | CLONE_NEWNET,
+	RULES = sizeof rules / sizeof *rules,
+	LONGEST_FILTER = 2 * RULES + 16, /* a jump reaches 255 further */
+};
+
+_Static_assert(LONGEST_FILTER < 255, "jumps would not reach");
+
+static struct sock_filter filter[LONGEST_FILTER];
+static unsigned filter_size;
+
+static unsigned emit(unsigned code, unsigned operand, unsigned if_true, unsigned if_false)
+{
+	filter[filter_size] = (struct sock_filter){code, if_true, if_false, operand};
+	return filter_size++;
+}
+
+/* Of rules[first] up to and without rules[end], which are sorted. A tree and not a list: when a
+ * filter is installed, the kernel walks it once for each call that there is. A match has for
+ * now its verdict as its jump. */
+static void emit_rules(unsigned first, unsigned end)
+{
+	unsigned middle = first + (end - first) / 2, jump;
+
+	if (end - first > 3) {
+		jump = emit(BPF_JMP | BPF_JGE | BPF_K, rules[middle].call, 0, 0);
+		emit_rules(first, middle);
+		filter[jump].jt = filter_size - jump - 1;
+		emit_rules(middle, end);
+		return;
+	}
+	for (; first < end; first++)
+		emit(BPF_JMP | BPF_JEQ | BPF_K, rules[first].call, rules[first].verdict, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+}
+
+static int compare_rules(const void *left, const void *right)
+{
+	const struct rule *a = left, *b = right;
+
+	return (a->call > b->call) - (a->call < b->call);
+}
+
+/* The verdicts come last, as jumps go forwards only. */
+static void make_filter(void)
+{
+	unsigned targets[VERDICTS], i, tree_end;
+
+	qsort(rules, RULES, sizeof *rules, compare_rules);
+	emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch), 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, OWN_ARCHITECTURE, 1, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS, 0, 0);
+	emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0);
+	emit(BPF_JMP | BPF_JGT | BPF_K, LAST_REVIEWED_CALL, UNKNOWN, 0);
+	emit_rules(0, RULES);
+	tree_end = filter_size;
+	targets[UNKNOWN] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS, 0, 0);
+	/* The first argument's lower half; all of these architectures are little-endian. */
+	targets[NO_NAMESPACES] =
+		emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[0]), 0, 0);
+	emit(BPF_JMP | BPF_JSET | BPF_K, NAMESPACES, 1, 0);
+	targets[ALLOW] = emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	targets[FORBID] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
+	for (i = 4; i < tree_end; i++)
+		if (BPF_OP(filter[i].code) != BPF_JGE && BPF_CLASS(filter[i].code) == BPF_JMP)
+			filter[i].jt = targets[filter[i].jt] - i - 1;
+}
+
 /* ==== Becoming a job: in the forked child ==== */
 
 /* The child's ends. input -1: /dev/null. */
@@ -503,6 +639,14 @@ static bool reset_oom_score(void)
 	return done || errno == EACCES;
 }
 
+/* Of what goes by number or by name among processes that have nothing to do with each other:
+ * System V's and POSIX' message queues, shared memory and semaphores, which also end with the
+ * job; the machine's name; and where in the tree of cgroups it is. */
+static bool enter_namespaces(void)
+{
+	return unshare(CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP) == 0;
+}
+
 /* Nothing of a job's that crashes is written anywhere, and it cannot come before others by a
  * real-time priority. What of its limits is higher than usual was given to the server. */
 static bool lower_limits(void)
@@ -542,6 +686,13 @@ static bool become_user(const struct request *request)
 	       && setresuid(request->uid, request->uid, request->uid) == 0;
 }
 
+static bool install_filter(void)
+{
+	struct sock_fprog program = {filter_size, filter};
+
+	return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
+}
+
 /* The steps, in an order that matters. Where one fails, its number and errno travel back. */
 static _Noreturn void become_job(const struct request *request, const struct ends *ends)
 {
@@ -556,6 +707,9 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	umask(022);
 	must(setrlimit(RLIMIT_NOFILE, &original_open_files) == 0, STEP_OPEN_FILES_LIMIT);
 	must(reset_oom_score(), STEP_OOM_SCORE);
+	/* After the cgroup, which becomes the root of what the job sees. */
+	if (request->is_confined)
+		must(enter_namespaces(), STEP_NAMESPACES);
 	if (request->is_confined)
 		must(lower_limits(), STEP_LIMITS);
 	/* Before the uid changes: afterwards nothing can be dropped. */
@@ -565,6 +719,9 @@ static _Noreturn void become_job(const struct request *request, const struct end
 		must(become_user(request), STEP_USER);
 	/* Last, as with the rights and the view of the job. Both may hang, for long. */
 	must(chdir(request->directory) == 0, STEP_DIRECTORY);
+	/* Nothing but the exec may come after it. */
+	if (request->is_confined)
+		must(install_filter(), STEP_CALL_FILTER);
 	execve(request->executable, request->arguments, request->environment);
 	fail_step(REPORT_FD, STEP_EXEC);
 }
@@ -1387,6 +1544,7 @@ static int serve(void)
 {
 	/* Fixed, as it would else grow with the largest start, and memory be kept for ever. */
 	mallopt(M_MMAP_THRESHOLD, 64 << 10);
+	make_filter();
 	take_own_descriptors();
 	raise_open_files_limit();
 	take_own_signals();

@@ -9,6 +9,7 @@ import enum
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from jobworker.engine.jobinit import Identity
 from jobworker.engine.user import User, find_user, own_user
@@ -109,14 +110,35 @@ class Isolation:
         return (each for each in profiles if each is Profile.NONE or not self.problem)
 
 
-NONE_OR_ROOT = "run the server as root, or set it to none"
+# What confining takes (linux/capability.h).
+CAPABILITIES = {
+    0: "CAP_CHOWN",
+    5: "CAP_KILL",
+    6: "CAP_SETGID",
+    7: "CAP_SETUID",
+    8: "CAP_SETPCAP",
+    21: "CAP_SYS_ADMIN",
+}
+SECCOMP = "/proc/sys/kernel/seccomp/actions_avail"
+NONE_OR_ROOT = "run the server as root, with these rights, or set it to none"
 
 
 def _problem() -> str:
     """Why this process can confine no job; empty where it can."""
     if os.geteuid() != 0:
         return "the server is not root, so that its jobs run as its own user"
+    missing = [name for number, name in CAPABILITIES.items() if not _has_capability(number)]
+    if missing:
+        return f"the server is root, but lacks {', '.join(missing)}"
+    if not os.path.exists(SECCOMP):
+        return "this kernel has no seccomp filters"
     return ""
+
+
+def _has_capability(number: int) -> bool:
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split(maxsplit=1)[0], 16)
+    return bool(effective >> number & 1)
 
 
 def _job_user(name: str) -> User:

@@ -79,11 +79,13 @@ STEPS = {
     4: "session",
     5: "open files limit",
     6: "oom score",
-    7: "resource limits",
-    8: "privileges",
-    9: "user",
-    10: "working directory",
-    11: "exec",
+    7: "namespaces",
+    8: "resource limits",
+    9: "privileges",
+    10: "user",
+    11: "working directory",
+    12: "system call filter",
+    13: "exec",
 }
 
 

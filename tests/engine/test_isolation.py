@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -91,3 +93,14 @@ def test_a_server_that_is_not_root_says_so_and_does_not_pretend(
         isolation.choose("", "root")
     with pytest.raises(SettingError, match="PROFILE"):
         Isolation(profile="default")
+
+
+@as_root
+def test_a_root_that_lacks_rights_says_which() -> None:
+    program = "from jobworker.engine.isolation import Isolation; print(Isolation().problem)"
+    command = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
+    answer = subprocess.run(
+        [*command, sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "CAP_SYS_ADMIN" in answer.stdout
+    assert "CAP_KILL" not in answer.stdout

@@ -122,3 +122,91 @@ def test_the_server_tells_what_is_in_force(client: Client) -> None:
     assert info.default_user == "nobody"
     assert list(info.users) == ["daemon", "root", "4711"]
     assert info.isolation_problem == ""
+
+
+# Its namespaces
+
+
+def test_it_has_shared_memory_of_its_own(client: Client) -> None:
+    """System V's: nobody else's is seen, and its own is gone afterwards."""
+    before = Path("/proc/sysvipc/shm").read_text()
+    _, output = client.run("ipcmk -M 4096 >&2; ipcs -m | grep -c 0x; readlink /proc/self/ns/ipc")
+    count, namespace = output.splitlines()[-2:]
+    assert count == b"1"
+    assert namespace.decode() != os.readlink("/proc/self/ns/ipc")
+    assert Path("/proc/sysvipc/shm").read_text() == before
+
+
+def test_it_sees_no_other_cgroup_in_its_path(client: Client) -> None:
+    _, output = client.run("grep ^0:: /proc/self/cgroup")
+    assert output == b"0::/\n"
+    _, output = client.run("grep ^0:: /proc/self/cgroup", profile="none")
+    assert output != b"0::/\n" or not client.info().cgroup
+
+
+def test_it_cannot_rename_the_machine(client: Client) -> None:
+    job, _ = client.run("hostname taken 2>&1")
+    assert job.exitCode != 0
+    assert os.uname().nodename != "taken"
+
+
+# What it may not ask the kernel for
+
+# Number (on x86_64 and aarch64), arguments, the errno that is expected. All of it is harmless
+# where it succeeds: the arguments make no sense, or ask for nothing.
+CALLS = """
+import ctypes, errno, platform, sys
+libc = ctypes.CDLL(None, use_errno=True)
+column = ["x86_64", "aarch64"].index(platform.machine())
+CALLS = {
+    "clone3": (435, 435, errno.ENOSYS), "unshare user": (272, 97, errno.EPERM, 0x10000000),
+    "unshare files": (272, 97, 0, 0x400), "clone user": (56, 220, errno.EPERM, 0x10000000 | 17),
+    "setns": (308, 268, errno.EPERM, -1, 0), "mount": (165, 40, errno.EPERM),
+    "umount2": (166, 39, errno.EPERM), "pivot_root": (155, 41, errno.EPERM),
+    "chroot": (161, 51, errno.EPERM, b"/"), "open_tree": (428, 428, errno.EPERM, -1),
+    "fsopen": (430, 430, errno.EPERM), "mount_setattr": (442, 442, errno.EPERM),
+    "ptrace": (101, 117, errno.EPERM, -1), "process_vm_readv": (310, 270, errno.EPERM),
+    "pidfd_getfd": (438, 438, errno.EPERM, -1), "kexec_load": (246, 104, errno.EPERM),
+    "init_module": (175, 105, errno.EPERM), "finit_module": (313, 273, errno.EPERM, -1),
+    "delete_module": (176, 106, errno.EPERM), "bpf": (321, 280, errno.EPERM, -1),
+    "perf_event_open": (298, 241, errno.EPERM), "userfaultfd": (323, 282, errno.EPERM, -1),
+    "io_uring_setup": (425, 425, errno.ENOSYS), "keyctl": (250, 219, errno.EPERM, -1),
+    "add_key": (248, 217, errno.EPERM), "request_key": (249, 218, errno.EPERM),
+    "of a later kernel": (470, 470, errno.ENOSYS),
+    "of x32": (0x40000000 | 39, 1 << 30, errno.ENOSYS),
+    "getppid": (110, 173, 0), "the first": (0, 0, errno.EBADF, -1),
+}
+for name, (x86, arm, expected, *arguments) in CALLS.items():
+    ctypes.set_errno(0)
+    result = libc.syscall([x86, arm][column], *(arguments + [0] * (5 - len(arguments))))
+    found = ctypes.get_errno() if result == -1 else 0
+    if found != expected:
+        print(name, errno.errorcode.get(found, found), flush=True)
+"""
+
+
+def test_calls_that_it_has_no_use_for_are_refused(client: Client) -> None:
+    job, output = client.run("exec python3 -", stdin=CALLS.encode())
+    assert (output, job.exitCode) == (b"", 0)
+
+
+def test_with_profile_none_they_are_not(client: Client) -> None:
+    status = status_of(client, profile="none")
+    assert (status["Seccomp"], status_of(client)["Seccomp"]) == (["0"], ["2"])
+
+
+def test_programs_run_under_the_filter(client: Client) -> None:
+    """Threads, processes, shared memory and sockets, which is what the calls are for."""
+    program = """
+import multiprocessing, socket, subprocess, threading
+thread = threading.Thread(target=print, args=("thread",))
+thread.start()
+thread.join()
+subprocess.run(["echo", "process"], check=True)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    print(sum(pool.map(abs, range(10))))
+a, b = socket.socketpair()
+"""
+    job, output = client.run("exec python3 -u -", stdin=program.encode())
+    assert job.exitCode == 0, output
+    assert sorted(output.split()) == [b"45", b"process", b"thread"]
