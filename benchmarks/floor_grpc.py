@@ -3,7 +3,7 @@
 floor_grpc.py CERTS    prints its port, and serves until its standard input is closed
 
 /floor/Stream   sends the same pre-encoded message of 1 MiB, as often as asked
-/floor/Ticks    hands on what ticker.py writes to a pipe, one message for each read
+/floor/Ticks    hands on what a command (ticker.c) writes to a pipe, one message for each read
 /floor/Echo     answers what it was asked
 """
 
@@ -25,7 +25,6 @@ os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
 import grpc
 import uvloop
 
-HERE = Path(__file__).parent
 MESSAGE_BYTES = 1 << 20
 STREAM, TICKS, ECHO = "/floor/Stream", "/floor/Ticks", "/floor/Echo"
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -53,7 +52,7 @@ async def stream(request: bytes, context: Context) -> None:
 async def ticks(request: bytes, context: Context) -> None:
     ours, theirs = os.pipe()
     os.set_blocking(ours, False)
-    command = [sys.executable, "-S", "-E", str(HERE / "ticker.py"), *request.decode().split()]
+    command = request.decode().split("\0")
     ticker = subprocess.Popen(command, stdout=theirs)  # noqa: ASYNC220 it forks once a run
     os.close(theirs)
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from client import Client, create_many, run
 from figures import HERE, QUICK, Findings, Target
-from server import Server, running_server, workplace
+from server import Server, compile_program, running_server, workplace
 
 COMMAND = "/bin/true"
 REPETITIONS = 2 if QUICK else 5
@@ -27,12 +27,6 @@ IN_FLIGHT = (1, 16, 64)
 FLOOR_TARGETS = {16: 0.5}
 PEER_TARGETS = {16: 1.8}
 PEER_ENVIRONMENT = HERE.parent / "build" / "hyperqueue"
-
-
-def build_floor(folder: Path) -> Path:
-    program = folder / "floor"
-    subprocess.run(["gcc", "-O2", "-o", program, HERE / "floor.c"], check=True)
-    return program
 
 
 def measure_floor(program: Path, base: Path) -> float:
@@ -105,7 +99,7 @@ async def main() -> None:
         base = await cgroup_base(server)
         if base is None:
             findings.note("no writable cgroup v2: the floor is left out, jobs have no cgroups")
-        program = build_floor(folder)
+        program = compile_program(folder, "floor")
         async with Client(server.address, server.certs) as client:
             await create_many(client, 100, 16, COMMAND)
             for _ in range(REPETITIONS):

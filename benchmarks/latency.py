@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 from client import Client, open_channel, payload_of, run
-from figures import HERE, QUICK, Findings, Target, percentile
+from figures import QUICK, Findings, Target, percentile
 from floor_grpc import TICKS, running_floor
-from server import Server, running_server, workplace
+from server import Server, compile_program, running_server, workplace
 
 REPETITIONS = 1 if QUICK else 3
 TICK_COUNT = 500 if QUICK else 2500
@@ -29,7 +28,6 @@ OTHERS = 100
 OTHERS_PERIOD_MS = 100
 OTHER_CONNECTIONS = 10
 LOUD_BYTES = 24 << 30  # more than it gets to write, and at most half of what the disk has left
-TICKER = [sys.executable, "-S", "-E", str(HERE / "ticker.py")]
 
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 TARGETS = {
@@ -39,6 +37,10 @@ TARGETS = {
 }
 
 Delays = list[float]
+
+
+def ticker(server: Server) -> list[str]:
+    return [str(server.state.parent / "jobs" / "ticker"), str(TICK_COUNT), str(PERIOD_MS)]
 
 
 async def collect(messages: AsyncIterator[bytes]) -> Delays:
@@ -57,13 +59,13 @@ async def collect(messages: AsyncIterator[bytes]) -> Delays:
 
 async def measure_floor(address: str, server: Server) -> Delays:
     async with open_channel(address, server.certs) as channel:
-        request = f"{TICK_COUNT} {PERIOD_MS}".encode()
+        request = "\0".join(ticker(server)).encode()
         return await collect(aiter(channel.unary_stream(TICKS)(request)))
 
 
 async def measure_job(server: Server) -> Delays:
     async with Client(server.address, server.certs) as client:
-        job_id = await client.create(*TICKER, str(TICK_COUNT), str(PERIOD_MS))
+        job_id = await client.create(*ticker(server))
         return await collect(client.stream(job_id))
 
 
@@ -118,6 +120,7 @@ async def main() -> None:
         running_floor(folder / "certs") as floor,
         running_server(folder) as server,
     ):
+        compile_program(folder, "ticker")
         for _ in range(REPETITIONS):
             measured["floor"].append(await measure_floor(floor, server))
             for name, measure in situations.items():

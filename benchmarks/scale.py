@@ -9,7 +9,6 @@ all of them cost in CPU while nothing happens, and how long get, list and stop t
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable
@@ -20,7 +19,7 @@ from typing import Any
 from client import Client, create_many, for_each, payload_bytes, payload_of, run
 from figures import QUICK, Findings, Target, percentile
 from jobworker.pb import job_worker_pb2 as pb
-from server import Process, Server, running_server, workplace
+from server import Process, Server, make_fifo, running_server, workplace
 
 MOST_SLEEPERS = 500 if QUICK else 1_000_000  # the server's own limit is lower
 STREAMS = 200 if QUICK else 1000
@@ -150,8 +149,7 @@ async def connections(server: Server, streams: int) -> AsyncIterator[list[Client
 
 async def measure_readers_of_one(findings: Findings, server: Server) -> None:
     """A line is at its last reader how much later than it was written?"""
-    fifo = server.state.parent / "lines"
-    os.mkfifo(fifo)
+    fifo = make_fifo(server.state.parent, "lines")
     script = f"echo ready; while read line; do echo $line; done < {fifo}"
     async with connections(server, STREAMS) as clients:
         job_id = await clients[0].create("sh", "-c", script)

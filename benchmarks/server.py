@@ -16,6 +16,7 @@ from pathlib import Path
 
 from jobworker import certs
 
+HERE = Path(__file__).parent
 READY_SECONDS = 60
 END_SECONDS = 120
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -29,9 +30,27 @@ def workplace() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="jobworker-bench-", dir=base))
     try:
         certs.make_all(folder / "certs")
+        # For what jobs use: they run as an unprivileged user.
+        folder.chmod(0o711)
+        (folder / "jobs").mkdir(mode=0o755)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_fifo(folder: Path, name: str) -> Path:
+    """Jobs may open it. folder: of `workplace`."""
+    path = folder / "jobs" / name
+    os.mkfifo(path)
+    path.chmod(0o666)
+    return path
+
+
+def compile_program(folder: Path, name: str) -> Path:
+    """NAME.c of this folder, as a program that jobs may run. folder: of `workplace`."""
+    program = folder / "jobs" / name
+    subprocess.run(["gcc", "-O2", "-o", program, HERE / f"{name}.c"], check=True)
+    return program
 
 
 class Process:

@@ -11,7 +11,6 @@ memory, encoded before, over the same TLS.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
@@ -21,7 +20,7 @@ from typing import Any
 from client import Client, open_channel, payload_bytes, run
 from figures import QUICK, Findings, Target
 from floor_grpc import ECHO, MESSAGE_BYTES, STREAM, running_floor
-from server import Server, running_server, workplace
+from server import Server, make_fifo, running_server, workplace
 
 MIB = 1 << 20
 REPETITIONS = 2 if QUICK else 5
@@ -63,8 +62,7 @@ async def measure_floor(address: str, certs: Path, readers: int, mib: int) -> fl
 
 async def measure_job(server: Server, readers: int, mib: int, script: str, parts: int) -> float:
     """MiB/s of all readers together. parts: by which the script divides what it writes."""
-    fifo = server.state.parent / "go"
-    os.mkfifo(fifo)
+    fifo = make_fifo(server.state.parent, "go")
     async with AsyncExitStack() as closing:
         clients = [
             await closing.enter_async_context(Client(server.address, server.certs))
