@@ -423,8 +423,10 @@ class Manager:
 
     def _on_log_limit(self, job_id: int) -> None:
         live = self._live.get(job_id)
-        if live and not live.job.is_ended:
-            log.warning("job %d has used up its log quota", job_id)
+        if live is None or live.job.is_ended:
+            return
+        log.warning("job %d has used up its log quota", job_id)
+        if live.job.spec.log_policy is LogPolicy.STOP:
             self._request_end(live, Cause.LOG_LIMIT, signal.SIGTERM, self.policy.stop_grace_seconds)
 
     # Starting
