@@ -22,6 +22,8 @@ SERVICE = job_worker_pb2.DESCRIPTOR.services_by_name["JobService"]
 TESTED_ELSEWHERE = {
     "__main__": "test_packaging.py",
     "daemon": "functional/test_server.py",
+    "engine/jobinits": "functional/test_restart.py",  # who dies, and what then
+    "engine/manager": "functional",  # one module an RPC
     "errors": "rpc/test_convert.py",  # the tree is tested where all of it is mapped
     "rpc/identity": "functional/test_server.py",
     "rpc/server": "functional/test_server.py",

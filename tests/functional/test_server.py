@@ -193,14 +193,6 @@ def test_reflection(server: Server) -> None:
         assert file.name == "job_worker.proto"
 
 
-def test_info(server: Server, client: Client) -> None:
-    info = client.info()
-    assert (info.role, info.state_directory) == ("admin", str(server.state))
-    assert {controller.name for controller in info.controllers} == {"cpu", "memory", "io", "pids"}
-    assert all(controller.available != bool(controller.problem) for controller in info.controllers)
-    assert info.maximum_jobs > 10
-
-
 def test_as_many_jobs_as_descriptors_allow(start_server: StartServer) -> None:
     server = start_server(open_files=212)
     with server.connect() as client:
