@@ -32,6 +32,17 @@ VALUES: dict[str, tuple[str, Any]] = {
     "linger": ("500ms", 0.5),
     "stop_grace": ("1m", 60.0),
     "stop_jobs": ("yes", True),
+    "profile": ("none", "none"),
+    "profiles_allowed": ("none, default", ("none", "default")),
+    "job_user": ("daemon", "daemon"),
+    "users_allowed": ("daemon,www-data", ("daemon", "www-data")),
+    "log_max_bytes": ("10M", 10 << 20),
+    "log_policy": ("head", "head"),
+    "keep_jobs": ("1000", 1000),
+    "keep_time": ("30d", 30 * 86400.0),
+    "keep_bytes": ("5GiB", 5 << 30),
+    "disk_reserve": ("64KiB", "65536"),
+    "disk_full": ("drop", "drop"),
     "ring_memory": ("1MiB", 1 << 20),
     "log_level": ("DEBUG", "debug"),
 }
@@ -283,5 +294,12 @@ def test_the_table_has_every_setting() -> None:
 
 def test_the_default_that_is_shown_is_the_default() -> None:
     for field, option in options():
-        if option.name != "state_dir":  # depends on the user
+        # Those depend on the user, and on this one `none` is no value.
+        if option.name not in {"state_dir", "profile", "users_allowed"}:
             assert option.parse(option.shown_default) == getattr(Settings(), field.name)
+
+
+def test_readme_has_the_table_of_all_settings() -> None:
+    """To renew it: python -c 'from jobworker import config; print(config.table())'"""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert config.table() in readme
