@@ -9,7 +9,7 @@ TURN := flock Makefile
 PIP := $(TURN) $(BIN)/pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernel soak lint bench bench-quick bench-report build proto venv clean
+.PHONY: help demo test test-kernel soak wheel lint bench bench-quick bench-report build proto venv clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 19
@@ -17,14 +17,18 @@ help:  ## what there is to make
 demo: .venv/built  ## a server and a job of its own, live: the quickest look
 	@sh scripts/demo.sh
 
-test: lint  ## every check and every test
-	$(BIN)/pytest
+test: lint .venv/installed  ## every check and every test, of what would be shipped
+	.venv/installed/bin/pytest
 
 test-kernel: .venv/built .venv/tools  ## the limits at work, in a Linux with all cgroup controllers
 	$(BIN)/pytest tests/kernel
 
 soak: .venv/built .venv/tools  ## the farm under fire for long: KILLS=1000
 	JOBWORKER_KILLS=$(or $(KILLS),1000) $(BIN)/pytest tests/functional/test_faults.py
+
+wheel: .venv/built .venv/tools  ## dist/: the wheel for this Python, and the sources
+	$(BIN)/python -m build --no-isolation .
+	$(BIN)/python -m auditwheel show dist/*.whl
 
 lint: .venv/built .venv/tools  ## the checks that run nothing
 	$(BIN)/ruff check .
@@ -77,4 +81,15 @@ clean:  ## remove all that was made
 .venv/tools: .venv/made pyproject.toml
 	@echo "Installing the tools that check and test"
 	@$(PIP) install --group dev
+	@touch $@
+
+# Beside .venv, where the sources are used as they are: the package as users get it.
+.venv/installed: .venv/built .venv/tools $(shell find jobworker proto -name '*.py*' -not -path '*/__pycache__/*')
+	@echo "Installing the wheel, to test it and not the sources"
+	@rm -rf build/wheel && $(TURN) $(BIN)/python -m build --no-isolation --wheel --outdir build/wheel . >/dev/null
+	@test -x $@/bin/pip || $(BIN)/python -m venv $@
+	@$(TURN) $@/bin/pip --quiet --quiet --disable-pip-version-check install --upgrade 'pip>=25.1'
+	@$(TURN) $@/bin/pip --quiet --quiet --disable-pip-version-check install --group dev
+	@$(TURN) $@/bin/pip --quiet --quiet --disable-pip-version-check install --force-reinstall --no-deps build/wheel/*.whl
+	@$(TURN) $@/bin/pip --quiet --quiet --disable-pip-version-check install build/wheel/*.whl
 	@touch $@
