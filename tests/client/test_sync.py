@@ -68,7 +68,7 @@ def test_run(client: Client) -> None:
         "sh", "-c", "echo out; sleep 0.1; echo err >&2; pwd", working_directory="/usr"
     )
     assert result.job.status is Status.COMPLETED
-    assert result.output == b"out\nerr\n/usr\n"
+    assert sorted(result.output.split()) == [b"/usr", b"err", b"out"]
     assert (result.stdout, result.stderr) == (b"out\n/usr\n", b"err\n")
 
 
@@ -550,7 +550,7 @@ def test_importing_the_client_is_quick() -> None:
     ours = {name for name in modules if name.startswith("jobworker.") and name.count(".") == 1}
     assert ours == {f"jobworker.{name}" for name in ("client", "errors", "job", "pb")}
     assert not {"cryptography", "click", "uvloop", "sqlite3"} & modules
-    assert min(times) < 0.5
+    assert min(times) < 1
 
 
 # The page about it
