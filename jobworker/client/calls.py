@@ -17,7 +17,7 @@ from typing import Generic, TypedDict, TypeVar
 from google.protobuf.message import Message
 
 from jobworker.errors import InvalidRequestError, RejectedError, UnsupportedError
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status, validate
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status, validate, validate_stdin
 from jobworker.pb import job_worker_pb2 as pb
 
 AnswerT = TypeVar("AnswerT")
@@ -85,6 +85,10 @@ class CreateOptions(TypedDict, total=False):
     working_directory: str  # absolute; default "/"
     name: str  # for people, and for `list`; need not be unique
     merge_output: bool  # one pipe for both streams: exact order, all counts as stdout
+    stdin: bytes  # what the job reads from its standard input; at most 1 MiB
+    time_limit: float  # seconds from its start, after which it is stopped; 0: none
+    user: str  # whom it runs as; empty: the server's choice
+    profile: str  # how it is separated from the machine; empty: the server's choice
 
 
 def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Job]:
@@ -105,11 +109,16 @@ def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Jo
         working_directory=options.get("working_directory") or "/",
         name=options.get("name", ""),
         merge_output=options.get("merge_output", False),
+        timeout_ms=round(options.get("time_limit", 0) * 1000),
+        user=options.get("user", ""),
+        profile=options.get("profile", ""),
     )
+    stdin = options.get("stdin", b"")
     try:
         _check_int32(spec.limits)
         validate(spec)
-        request = _create_request(spec)
+        validate_stdin(stdin)
+        request = _create_request(spec, stdin)
     except InvalidRequestError as error:
         raise RejectedError(rpc, "INVALID_ARGUMENT", str(error)) from error
     except UnicodeEncodeError as error:
@@ -144,7 +153,7 @@ def info() -> Call[ServerInfo]:
     return Call("GetServerInfo", pb.EmptyRequest(), _read_info)
 
 
-def _create_request(spec: JobSpec) -> pb.CreateJobReq:
+def _create_request(spec: JobSpec, stdin: bytes) -> pb.CreateJobReq:
     return pb.CreateJobReq(
         command=spec.command,
         args=spec.args,
@@ -155,6 +164,10 @@ def _create_request(spec: JobSpec) -> pb.CreateJobReq:
         working_directory=spec.working_directory,
         name=spec.name,
         merge_output=spec.merge_output,
+        stdin=stdin,
+        timeout_milliseconds=spec.timeout_ms,
+        user=spec.user,
+        profile=spec.profile,
     )
 
 
@@ -285,6 +298,9 @@ def _spec_from(message: pb.Job) -> JobSpec:
         working_directory=message.working_directory or "/",
         name=message.name,
         merge_output=message.merge_output,
+        timeout_ms=message.timeout_milliseconds,
+        user=message.user,
+        profile=message.profile,
     )
 
 

@@ -28,6 +28,9 @@ def an_ended_job() -> Job:
         working_directory="/usr",
         name="a name",
         merge_output=True,
+        timeout_ms=5000,
+        user="nobody",
+        profile="none",
     )
     running = transition.started(transition.created(7, spec, NOON_NS + 1), NOON_NS + 2)
     ended = transition.ended(running, 9, OomKills(by_limit=1, killed=1), NOON_NS + 3)
@@ -114,6 +117,8 @@ def test_what_is_no_time(text: str) -> None:
         ({"environment": {"A": "\0"}}, "NUL"),
         ({"working_directory": "here"}, "absolute"),
         ({"name": "\udcff"}, "printable"),
+        ({"stdin": bytes(1_048_577)}, "stdin: is 1048577 bytes long"),
+        ({"time_limit": -1}, "timeout_milliseconds: -1000"),
     ],
 )
 def test_what_no_server_could_accept(options: Any, problem: str) -> None:
@@ -131,6 +136,10 @@ def test_needs_are_what_was_added_to_the_contract() -> None:
         "working_directory": "/",
         "name": "n",
         "merge_output": True,
+        "stdin": b"s",
+        "time_limit": 0.5,
+        "user": "nobody",
+        "profile": "none",
     }
     assert set(calls.create("true", [], all_new).needs) == all_new.keys()
     assert calls.stop(1, 0, None).needs == ()
