@@ -550,11 +550,13 @@ class Manager:
         live.job = transition.started(live.job, started.started_ns)
         # Not at once: were we killed now, jobinit would know that the job runs; and of those
         # that are over soon, the ending is all that need be stored.
-        self._loop.call_later(STORE_RUNNING_SECONDS, self._store_running, live)
+        self._loop.call_later(STORE_RUNNING_SECONDS, lambda: self._spawn(self._store_running(live)))
 
-    def _store_running(self, live: _LiveJob) -> None:
+    async def _store_running(self, live: _LiveJob) -> None:
+        """Asks and puts in one step: a record that waits for its turn could come after that of
+        the ending, and stay."""
         if not live.job.is_ended:
-            self._spawn(self._store.put(live.job))
+            await self._store.put(live.job)
 
     async def _fail_start(self, live: _LiveJob, error: Exception) -> None:
         if isinstance(error, StartFailedError):

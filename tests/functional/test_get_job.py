@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import grpc
 import pytest
@@ -57,3 +59,18 @@ def test_an_unknown_job(client: Client, job_id: str) -> None:
         client.get(job_id)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert repr(job_id) in (caught.value.details() or "")
+
+
+def test_an_ending_stays_however_near_to_it_the_running_was_stored(
+    client: Client,
+) -> None:
+    """That a job runs is stored some 200 ms after its start; these end at about that time."""
+
+    def run_some(_: int) -> list[str]:
+        return [client.create("sleep", f"{0.18 + number * 0.0005}").id for number in range(60)]
+
+    with ThreadPoolExecutor(12) as threads:
+        ids = list(chain.from_iterable(threads.map(run_some, range(12))))
+    for job_id in ids:
+        client.wait(job_id)
+    assert [job_id for job_id in ids if client.get(job_id).status != "COMPLETED"] == []
