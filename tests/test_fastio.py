@@ -548,6 +548,7 @@ def test_closing_the_pump_closes_the_pipes(folder: int) -> None:
 
 # What a killed process leaves, and how the next one goes on.
 
+KILLS = 25
 # A process that moves the output of job 1 until it is killed.
 MOVER = """
 import os, signal, sys
@@ -584,7 +585,7 @@ def read_all(folder: int, end: int, segment_bytes: int, stream: int = 0) -> list
 
 @pytest.mark.parametrize("max_bytes", [0, 200_000])
 def test_killed_at_any_moment_and_gone_on_with(folder: int, max_bytes: int) -> None:
-    """Each byte once, in order, of the right stream, after ten kills; in a ring too, each byte
+    """Each byte once, in order, of the right stream, after many kills; in a ring too, each byte
     that it dropped is counted."""
     segment_bytes = 10_000
     ours, theirs = zip(os.pipe(), os.pipe(), strict=True)
@@ -594,7 +595,7 @@ def test_killed_at_any_moment_and_gone_on_with(folder: int, max_bytes: int) -> N
     with subprocess.Popen(["bash", "-c", program], stdout=theirs[0], stderr=theirs[1]) as job:
         for descriptor in theirs:
             os.close(descriptor)
-        for kill in range(10):
+        for kill in range(KILLS):
             before = file_sizes(folder)
             mover = subprocess.Popen(
                 [
@@ -605,7 +606,7 @@ def test_killed_at_any_moment_and_gone_on_with(folder: int, max_bytes: int) -> N
             )
             while file_sizes(folder) == before:
                 assert mover.poll() is None
-            time.sleep(kill / 1000)  # anywhere in what it does
+            time.sleep(kill % 8 / 1000)  # anywhere in what it does
             mover.kill()
             mover.wait()
         job.kill()
@@ -624,7 +625,7 @@ def test_killed_at_any_moment_and_gone_on_with(folder: int, max_bytes: int) -> N
     for stream, name in ((STDOUT, "out"), (STDERR, "err")):
         data = payload(read_all(folder, log.end, segment_bytes, stream))
         count = int(data.split()[-1])
-        assert count > 10_000
+        assert count > 1000
         written = "".join(f"{name} {i}\n" for i in range(1, count + 1)).encode()
         assert log.stream_bytes[stream - 1] == len(written)
         assert written.endswith(data)
@@ -636,7 +637,9 @@ def test_killed_at_any_moment_and_gone_on_with(folder: int, max_bytes: int) -> N
 
 
 def disk_bytes(folder: int) -> int:
-    return sum(os.stat(name, dir_fd=folder).st_size for name in os.listdir(folder))
+    """Without an index whose segment is gone: `Output.recover` removes it."""
+    names = [f"1.{first}.{kind}" for first in segments(folder) for kind in ("log", "idx")]
+    return sum(os.stat(name, dir_fd=folder).st_size for name in names)
 
 
 def file_sizes(folder: int) -> dict[str, int]:
