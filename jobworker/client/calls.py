@@ -64,6 +64,11 @@ class ServerInfo:
     default_limits: Limits
     running_jobs: int
     maximum_jobs: int
+    default_profile: str  # how jobs are separated from the machine; empty: it does not tell
+    profiles: tuple[str, ...]  # all that a job may have
+    default_user: str  # whom jobs run as, but for those with profile "none"
+    users: tuple[str, ...]  # others that a job may ask for
+    isolation_problem: str  # why there is no profile but "none"; empty: there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +265,11 @@ def _read_info(answer: bytes) -> ServerInfo:
         ),
         running_jobs=message.running_jobs,
         maximum_jobs=message.maximum_jobs,
+        default_profile=message.default_profile,
+        profiles=tuple(message.profiles),
+        default_user=message.default_user,
+        users=tuple(message.users),
+        isolation_problem=message.isolation_problem,
     )
 
 
