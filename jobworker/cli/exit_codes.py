@@ -77,6 +77,8 @@ NAMES = {
     "max_memory": "--max-memory",
     "max_iobps": "--max-iobps",
     "working_directory": "--workdir",
+    "timeout_milliseconds": "--timeout",
+    "timeout_seconds": "--timeout",
     "from_offset": "--from-offset",
     "see ListJobs": "`jobworker list` shows them",
 }

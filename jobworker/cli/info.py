@@ -41,7 +41,19 @@ def _fields(info: ServerInfo) -> list[tuple[str, str]]:
         ("Cgroup", printable(info.cgroup) or coloured("none: jobs have no limits", "yellow")),
         ("Limits", ", ".join(map(_controller, info.controllers))),
         ("Defaults", _defaults(info)),
+        ("Isolation", _isolation(info)),
     ]
+
+
+def _isolation(info: ServerInfo) -> str:
+    if info.isolation_problem:
+        return coloured(f"none: {printable(info.isolation_problem)}", "yellow")
+    if not info.default_profile:
+        return coloured("none", "yellow")
+    others = [printable(name) for name in info.profiles if name != info.default_profile]
+    users = ", ".join(printable(name) for name in (info.default_user, *info.users))
+    text = f"profile {printable(info.default_profile)}"
+    return text + (f" (or {', '.join(others)})" if others else "") + f", as {users}"
 
 
 def _controller(controller: Controller) -> str:
@@ -78,4 +90,11 @@ def _as_json(info: ServerInfo) -> dict[str, Any]:
         "cgroup": info.cgroup or None,
         "controllers": [asdict(controller) for controller in info.controllers],
         "default_limits": asdict(info.default_limits),
+        "isolation": {
+            "default_profile": info.default_profile or None,
+            "profiles": list(info.profiles),
+            "default_user": info.default_user or None,
+            "users": list(info.users),
+            "problem": info.isolation_problem or None,
+        },
     }

@@ -13,7 +13,7 @@ from jobworker.cli import display
 from jobworker.cli.connection import Connect, Function, speaks_to_server
 from jobworker.cli.display import duration, json_option, printable, size
 from jobworker.cli.job_id import JobId
-from jobworker.job import Accounting, Job, Status
+from jobworker.job import LONGEST_STDIN_BYTES, Accounting, Job, Status
 
 INT32_MAX = (1 << 31) - 1
 NEWEST_JOBS = 100
@@ -64,6 +64,29 @@ def _environment(_: click.Context, __: click.Parameter, values: tuple[str, ...])
     return {name: value for name, _separator, value in pairs}
 
 
+def _stdin(_: click.Context, __: click.Parameter, path: str) -> bytes:
+    if not path:
+        return b""
+    try:
+        with click.open_file(path, "rb") as file:
+            # One more, so that what is too long is refused, and not cut off.
+            data: bytes = file.read(LONGEST_STDIN_BYTES + 1)
+            return data
+    except OSError as error:
+        raise click.BadParameter(f"{path}: {error.strerror}") from error
+
+
+def _seconds(_: click.Context, __: click.Parameter, text: str) -> float:
+    if not text:
+        return 0.0
+    from jobworker.config import parse_seconds
+
+    try:
+        return parse_seconds(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: {error}") from error
+
+
 def job_options(function: Function) -> Function:
     """What a new job may be told: `create` and `run` take the same."""
     limit: Any = {"type": int, "default": 0, "callback": up_to(INT32_MAX)}
@@ -99,6 +122,27 @@ def job_options(function: Function) -> Function:
                 "--merge-output",
                 is_flag=True,
                 help="One pipe for stdout and stderr: their order is exact, all is stdout.",
+            ),
+            click.option(
+                "--stdin",
+                default="",
+                callback=_stdin,
+                metavar="FILE",
+                help="What the job reads, up to 1 MiB; - is what this program reads.",
+            ),
+            click.option(
+                "--timeout",
+                "timeout_seconds",
+                default="",
+                callback=_seconds,
+                metavar="TIME",
+                help="End the job after this time, such as 90s, 5m or 1h.  [default: never]",
+            ),
+            click.option("--user", default="", help="Whom the job runs as; see `info`."),
+            click.option(
+                "--profile",
+                default="",
+                help="How the job is separated from the machine; see `info`.",
             ),
             click.argument("command", nargs=-1, required=True, type=CommandWords()),
         ]

@@ -17,7 +17,16 @@ from typing import Generic, TypedDict, TypeVar
 from google.protobuf.message import Message
 
 from jobworker.errors import InvalidRequestError, RejectedError, UnsupportedError
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status, validate
+from jobworker.job import (
+    Accounting,
+    Cause,
+    Job,
+    JobSpec,
+    Limits,
+    Status,
+    validate,
+    validate_stdin,
+)
 from jobworker.pb import job_worker_pb2 as pb
 
 AnswerT = TypeVar("AnswerT")
@@ -64,6 +73,11 @@ class ServerInfo:
     default_limits: Limits
     running_jobs: int
     maximum_jobs: int
+    default_profile: str  # how jobs are separated from the machine; empty: it does not tell
+    profiles: tuple[str, ...]  # all that a job may have
+    default_user: str  # whom jobs run as, but for those with profile "none"
+    users: tuple[str, ...]  # others that a job may ask for
+    isolation_problem: str  # why there is no profile but "none"; empty: there is
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +99,10 @@ class CreateOptions(TypedDict, total=False):
     working_directory: str  # absolute; default "/"
     name: str  # for people, and for `list`; need not be unique
     merge_output: bool  # one pipe for both streams: exact order, all counts as stdout
+    stdin: bytes  # what the job reads; at most 1 MiB
+    timeout_seconds: float  # from the job's start, then it is ended as by a stop; 0: none
+    user: str  # whom it runs as; empty: the server's choice
+    profile: str  # how it is separated from the machine; empty: the server's choice
 
 
 def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Job]:
@@ -105,11 +123,16 @@ def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Jo
         working_directory=options.get("working_directory") or "/",
         name=options.get("name", ""),
         merge_output=options.get("merge_output", False),
+        timeout_ms=round(options.get("timeout_seconds", 0) * 1000),
+        user=options.get("user", ""),
+        profile=options.get("profile", ""),
     )
+    stdin = options.get("stdin", b"")
     try:
         _check_int32(spec.limits)
         validate(spec)
-        request = _create_request(spec)
+        validate_stdin(stdin)
+        request = _create_request(spec, stdin)
     except InvalidRequestError as error:
         raise RejectedError(rpc, "INVALID_ARGUMENT", str(error)) from error
     except UnicodeEncodeError as error:
@@ -144,7 +167,7 @@ def info() -> Call[ServerInfo]:
     return Call("GetServerInfo", pb.EmptyRequest(), _read_info)
 
 
-def _create_request(spec: JobSpec) -> pb.CreateJobReq:
+def _create_request(spec: JobSpec, stdin: bytes) -> pb.CreateJobReq:
     return pb.CreateJobReq(
         command=spec.command,
         args=spec.args,
@@ -155,6 +178,10 @@ def _create_request(spec: JobSpec) -> pb.CreateJobReq:
         working_directory=spec.working_directory,
         name=spec.name,
         merge_output=spec.merge_output,
+        stdin=stdin,
+        timeout_milliseconds=spec.timeout_ms,
+        user=spec.user,
+        profile=spec.profile,
     )
 
 
@@ -247,6 +274,11 @@ def _read_info(answer: bytes) -> ServerInfo:
         ),
         running_jobs=message.running_jobs,
         maximum_jobs=message.maximum_jobs,
+        default_profile=message.default_profile,
+        profiles=tuple(message.profiles),
+        default_user=message.default_user,
+        users=tuple(message.users),
+        isolation_problem=message.isolation_problem,
     )
 
 
@@ -285,6 +317,9 @@ def _spec_from(message: pb.Job) -> JobSpec:
         working_directory=message.working_directory or "/",
         name=message.name,
         merge_output=message.merge_output,
+        timeout_ms=message.timeout_milliseconds,
+        user=message.user,
+        profile=message.profile,
     )
 
 

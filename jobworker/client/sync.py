@@ -89,7 +89,7 @@ class Client:
         """Starts a job; returns it once its command runs, or has failed to.
 
         options: max_cpu, max_memory, max_iobps, environment, working_directory, name,
-        merge_output; see CreateOptions.
+        merge_output, stdin, timeout_seconds, user, profile; see CreateOptions.
         """
         return self._call(calls.create(command, args, options))
 

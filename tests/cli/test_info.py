@@ -29,10 +29,11 @@ def test_as_json(jobworker: Program, server: Server) -> None:
     info = jobworker.json("info")
     assert info.keys() == {
         *("version", "started", "identity", "role", "running_jobs", "maximum_jobs"),
-        *("state_directory", "cgroup", "controllers", "default_limits"),
+        *("state_directory", "cgroup", "controllers", "default_limits", "isolation"),
     }
     assert (info["role"], info["state_directory"]) == ("admin", str(server.state))
     assert info["default_limits"]["cpu_percent"] == 100
+    assert info["isolation"]["default_profile"] in info["isolation"]["profiles"]
     assert jobworker("-o", "json", "info").stdout == jobworker("info", "-o", "json").stdout
 
 

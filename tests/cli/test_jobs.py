@@ -50,6 +50,30 @@ def test_what_a_new_job_is_told(jobworker: Program) -> None:
     assert (job["working_directory"], job["name"], job["merge_output"]) == ("/tmp", "told", True)
 
 
+def test_what_a_job_reads(jobworker: Program, tmp_path: Path) -> None:
+    (tmp_path / "input").write_bytes(b"from a file")
+    job = jobworker.json_of_create("--stdin", str(tmp_path / "input"), "cat")
+    assert jobworker("stream", str(job["id"])).stdout == "from a file"
+    answer = jobworker("create", "--stdin", "/no/such/file", "cat")
+    assert answer.returncode != 0
+    assert "/no/such/file" in answer.stderr
+
+
+def test_a_time_limit(jobworker: Program) -> None:
+    job = jobworker.json_of_create("--timeout", "200ms", "sleep", "60")
+    assert job["timeout_seconds"] == 0.2
+    jobworker("wait", str(job["id"]))
+    assert jobworker.json("get", str(job["id"]))["cause"] == "TIMED_OUT"
+    assert "such as" in jobworker("create", "--timeout", "soon", "true").stderr
+
+
+def test_whom_a_job_runs_as(jobworker: Program) -> None:
+    job = jobworker.json_of_create("true")
+    assert job["user"] and job["profile"]
+    assert "user" in jobworker("create", "--user", "no-such-user", "true").stderr
+    assert "profile" in jobworker("create", "--profile", "nonsense", "true").stderr
+
+
 # get
 
 

@@ -28,6 +28,9 @@ def an_ended_job() -> Job:
         working_directory="/usr",
         name="a name",
         merge_output=True,
+        timeout_ms=5000,
+        user="nobody",
+        profile="default",
     )
     running = transition.started(transition.created(7, spec, NOON_NS + 1), NOON_NS + 2)
     ended = transition.ended(running, 9, OomKills(by_limit=1, killed=1), NOON_NS + 3)
@@ -113,6 +116,8 @@ def test_what_is_no_time(text: str) -> None:
         ({"environment": {"A=B": "c"}}, "not a variable's name"),
         ({"environment": {"A": "\0"}}, "NUL"),
         ({"working_directory": "here"}, "absolute"),
+        ({"stdin": bytes((1 << 20) + 1)}, "stdin"),
+        ({"timeout_seconds": -1}, "timeout"),
         ({"name": "\udcff"}, "printable"),
     ],
 )
@@ -131,6 +136,10 @@ def test_needs_are_what_was_added_to_the_contract() -> None:
         "working_directory": "/",
         "name": "n",
         "merge_output": True,
+        "stdin": b"x",
+        "timeout_seconds": 0.5,
+        "user": "nobody",
+        "profile": "none",
     }
     assert set(calls.create("true", [], all_new).needs) == all_new.keys()
     assert calls.stop(1, 0, None).needs == ()
