@@ -22,7 +22,7 @@ from jobworker import job as transition
 from jobworker.engine import store as store_module
 from jobworker.engine.store import EndedJob, EndedTotals, Store
 from jobworker.errors import StateFolderError, StoreError
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, OomKills, Status
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, LogPolicy, OomKills, Status
 
 DEADLINE_SECONDS = 60
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -40,6 +40,8 @@ FULL = Job(
         timeout_ms=5000,
         user="nobody",
         profile="default",
+        log_max_bytes=1 << 20,
+        log_policy=LogPolicy.HEAD,
     ),
     status=Status.STOPPED,
     created_ns=1_700_000_000_000_000_001,
@@ -55,6 +57,7 @@ FULL = Job(
     accounting=Accounting(1, None, 3, 0, 5, 6),
     stdout_bytes=1 << 40,
     stderr_bytes=2,
+    lost_bytes=77,
     log_bytes=1 << 41,
     cleanup_uncertain=True,
 )
@@ -103,6 +106,8 @@ async def until(is_true: Callable[[], bool]) -> None:
 def test_every_field_comes_back(tmp_path: Path) -> None:
     defaults = Job(id=0, spec=JobSpec(""), status=Status.RUNNING, created_ns=0)
     for field in dataclasses.fields(Job):
+        if field.name == "output_problem":
+            continue  # of a live job, at this moment: it is not stored
         # A field that is new must get a value here, or nobody sees that it is not stored.
         assert getattr(FULL, field.name) != getattr(defaults, field.name), field.name
     for field in dataclasses.fields(JobSpec):

@@ -95,8 +95,15 @@ def test_as_many_jobs_as_fit() -> None:
 
 
 def test_every_error_that_a_call_can_cause_has_a_code() -> None:
-    """Start-up errors and those of the machine below never reach a client as such."""
-    never = (errors.StartupError, errors.JobinitError, errors.StartFailedError, errors.CgroupError)
+    """Start-up errors and those of the machine below never reach a client as such; those of a
+    call are the client's own."""
+    never = (
+        errors.CallError,
+        errors.CgroupError,
+        errors.JobinitError,
+        errors.StartFailedError,
+        errors.StartupError,
+    )
     tree = [
         kind
         for _, kind in inspect.getmembers(errors, inspect.isclass)
