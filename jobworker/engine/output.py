@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,8 +34,14 @@ FIRST_MESSAGE_BYTES = 32 << 10
 LARGEST_MESSAGE_BYTES = 1 << 20
 FAST_WRITE_SECONDS = 0.05
 SLOW_WRITE_SECONDS = 0.5
-# Handed to gRPC and not yet written, of all readers: beyond it none gets larger messages.
+# A client's window, some 4 MiB, takes messages fast though nobody reads them. So none is larger
+# than this share of what its reader has taken before.
+SHARE_OF_TAKEN = 64
+# Handed to gRPC and not yet written, of all readers, in messages larger than the first:
+# beyond it none gets larger messages.
 UNWRITTEN_BUDGET_BYTES = 32 << 20
+# Read from disk a moment ago: readers of one job who catch up together share them.
+SHARED_BLOCKS = 8
 
 HISTORY_THREADS = 2
 
@@ -82,6 +88,15 @@ class Packed(NamedTuple):
     index_data: bytes
 
 
+class Block(NamedTuple):
+    """A part of a log that is complete: who reads it now or later reads the same."""
+
+    job_id: int
+    offset: int
+    max_bytes: int
+    stream: int
+
+
 class Output:
     """The logs of all jobs, in one folder."""
 
@@ -100,6 +115,7 @@ class Output:
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
         self._readers: Counter[int] = Counter()  # by job
         self._unread: dict[int, list[asyncio.Future[None]]] = {}
+        self._blocks: OrderedDict[Block, asyncio.Future[tuple[bytes | None, int]]] = OrderedDict()
         self._directory = _open_folder(folder)
         self._threads = ThreadPoolExecutor(HISTORY_THREADS, thread_name_prefix="history")
         self._pump = _fastio.Pump(self._directory, ring_budget_bytes, drops_when_full)
@@ -233,17 +249,26 @@ class Output:
         segment_bytes: int,
     ) -> tuple[bytes | None, int]:
         """`_fastio.read_message` in a thread: a slow disk delays nobody else."""
-        return await self._loop.run_in_executor(
-            self._threads,
-            _fastio.read_message,
-            self._directory,
-            job_id,
-            end,
-            offset,
-            max_bytes,
-            stream,
-            segment_bytes,
-        )
+        block = Block(job_id, offset, max_bytes, stream)
+        is_whole = max_bytes > FIRST_MESSAGE_BYTES and offset + max_bytes <= end
+        reading = self._blocks.get(block) if is_whole else None
+        if reading is None:
+            reading = self._loop.run_in_executor(
+                self._threads,
+                _fastio.read_message,
+                self._directory,
+                *(job_id, end, offset, max_bytes, stream, segment_bytes),
+            )
+            if is_whole:
+                self._keep(block, reading)
+        # Shielded: others may wait for the same.
+        return await asyncio.shield(reading)
+
+    def _keep(self, block: Block, reading: asyncio.Future[tuple[bytes | None, int]]) -> None:
+        self._blocks[block] = reading
+        reading.add_done_callback(lambda done: done.exception() and self._blocks.pop(block, None))
+        if len(self._blocks) > SHARED_BLOCKS:
+            self._blocks.popitem(last=False)
 
     async def wait_from(self, log: Log, offset: int) -> bool:
         """False once there will never be a byte at `offset`; True when it is worth a look."""
@@ -308,6 +333,7 @@ class Reader:
         self._max_bytes = FIRST_MESSAGE_BYTES
         self._handed_bytes = 0
         self._handed_at = 0.0
+        self._taken_bytes = 0
         if log:
             log.add_reader()
 
@@ -373,13 +399,14 @@ class Reader:
     def _hand_out(self, message: bytes) -> None:
         self._handed_bytes = len(message)
         self._handed_at = time.monotonic()
-        self._output.unwritten_bytes += len(message)
+        self._output.unwritten_bytes += self._budgeted_bytes()
 
     def _take_back(self) -> None:
         if not self._handed_bytes:
             return
         took = time.monotonic() - self._handed_at
-        self._output.unwritten_bytes -= self._handed_bytes
+        self._output.unwritten_bytes -= self._budgeted_bytes()
+        self._taken_bytes += self._handed_bytes
         was_full = self._handed_bytes >= self._max_bytes
         self._handed_bytes = 0
         if took > SLOW_WRITE_SECONDS:
@@ -387,9 +414,13 @@ class Reader:
         elif was_full and took < FAST_WRITE_SECONDS and self._may_grow():
             self._max_bytes *= 2
 
+    def _budgeted_bytes(self) -> int:
+        return self._handed_bytes if self._handed_bytes > 2 * FIRST_MESSAGE_BYTES else 0
+
     def _may_grow(self) -> bool:
         return (
             self._max_bytes < LARGEST_MESSAGE_BYTES
+            and self._max_bytes * 2 * SHARE_OF_TAKEN <= self._taken_bytes
             and self._output.unwritten_bytes < UNWRITTEN_BUDGET_BYTES
         )
 

@@ -14,6 +14,7 @@ from jobworker.engine.output import (
     FIRST_MESSAGE_BYTES,
     LARGEST_MESSAGE_BYTES,
     LARGEST_PACKED_BYTES,
+    SHARE_OF_TAKEN,
     UNLIMITED,
     Output,
     Quota,
@@ -143,18 +144,53 @@ def test_no_follow(tmp_path: Path) -> None:
 def test_messages_grow_for_a_reader_that_takes_them(tmp_path: Path) -> None:
     async def test(output: Output) -> None:
         pipes = Pipes(output)
-        size = 8 << 20
+        size = (SHARE_OF_TAKEN + 4) * LARGEST_MESSAGE_BYTES
         writer = asyncio.to_thread(lambda: os.write(pipes.stdout, b"x" * size))
         await asyncio.gather(writer, landed(pipes.log, size))
         reader = Reader(output, 1, pipes.log, 0)
         sizes = []
         while reader.offset < size:
+            taken = reader.offset
             sizes.append(len(await next_payload(reader)))
+            # So a window full of what nobody reads does not become one of large messages.
+            assert sizes[-1] <= max(FIRST_MESSAGE_BYTES, taken // SHARE_OF_TAKEN)
         assert sizes[0] == FIRST_MESSAGE_BYTES
         assert max(sizes) == LARGEST_MESSAGE_BYTES
         reader.close()
         assert output.unwritten_bytes == 0
         pipes.close()
+
+    run(tmp_path, test)
+
+
+def test_readers_who_catch_up_together_share_what_is_read(tmp_path: Path) -> None:
+    async def test(output: Output) -> None:
+        pipes = Pipes(output)
+        size = 1 << 20
+        await asyncio.gather(
+            asyncio.to_thread(lambda: os.write(pipes.stdout, bytes(size))),
+            landed(pipes.log, size),
+        )
+        ask = (1, size, 0, 2 * FIRST_MESSAGE_BYTES, 0, UNLIMITED.segment_bytes)
+        (first, _), (second, _) = await asyncio.gather(
+            output.message_from_disk(*ask), output.message_from_disk(*ask)
+        )
+        assert first is second
+        assert (await output.message_from_disk(*ask))[0] is first
+        pipes.close()
+
+    run(tmp_path, test)
+
+
+def test_a_failed_read_is_not_shared(tmp_path: Path) -> None:
+    async def test(output: Output) -> None:
+        ask = (9, 1 << 20, 0, 2 * FIRST_MESSAGE_BYTES, 0, UNLIMITED.segment_bytes)
+        (tmp_path / "output" / "9.0.log").write_bytes(bytes(1 << 20))
+        (tmp_path / "output" / "9.0.idx").write_bytes(b"damaged")
+        with pytest.raises(OSError):
+            await output.message_from_disk(*ask)
+        await asyncio.sleep(0)
+        assert not output._blocks
 
     run(tmp_path, test)
 
