@@ -1258,12 +1258,15 @@ cdef class Log:
         self.pump = pump
         self.shared = {}
         self.state = pump.take_state()
+        # In one step: a thread that holds an event for the log that lived here may come now.
+        pthread_mutex_lock(&self.state.lock)
         self.reset_state(job, stdout, stderr)
         self.state.segment_bytes = segment_bytes
         self.state.max_bytes = max_bytes
         self.state.is_ring = is_ring
         if resumed is not None:
             resume(self.state, resumed)
+        pthread_mutex_unlock(&self.state.lock)
         pump.logs[job] = self
         for stream in range(2):
             if self.state.pipes[stream] >= 0:
@@ -1272,7 +1275,6 @@ cdef class Log:
     cdef void reset_state(self, uint64_t job, int stdout, int stderr) noexcept:
         cdef LogState *state = self.state
         cdef int stream
-        pthread_mutex_lock(&state.lock)
         state.owner = <void *> self
         state.job = job
         state.run.place = state.run.time_ns = 0
@@ -1294,7 +1296,6 @@ cdef class Log:
         state.readers = 0
         state.waited_for = False
         state.news_bits = 0
-        pthread_mutex_unlock(&state.lock)
 
     def __dealloc__(self):
         if self.state == NULL:
