@@ -1111,8 +1111,11 @@ cdef object lost_message(uint64_t offset, uint64_t limit):
 
 cdef uint64_t cut(uint64_t offset, uint64_t end, uint64_t max_bytes) noexcept nogil:
     """Where a message from `offset` ends: at a multiple of its largest size, so that readers
-    who catch up come to the same places, and share their messages from there on."""
-    return min(end, (offset // max_bytes + 1) * max_bytes)
+    who catch up come to the same places, and share their messages from there on. At the end
+    of what there is, with that."""
+    if end - offset <= max_bytes:
+        return end
+    return (offset // max_bytes + 1) * max_bytes
 
 
 cdef class Pump:
