@@ -7,7 +7,7 @@ import pytest
 from jobworker.authorization import ALLOWED, Identity, Role, authorize
 from jobworker.errors import PermissionDeniedError
 
-CHANGES = {"CreateJob", "StopJob"}
+CHANGES = {"CreateJob", "CreateJobs", "DeleteJob", "StopJob"}
 
 
 @pytest.mark.parametrize("unit", ["admin", "ADMIN", "Admin"])

@@ -1155,7 +1155,7 @@ def test_nothing_is_lost_when_jobinit_reads_late(launcher: Launcher) -> None:
 
 def test_nothing_is_lost_when_the_server_reads_late(launcher: Launcher) -> None:
     """Its socket is full: jobinit goes on reaping, and tells all when there is room."""
-    count = 600
+    count = 4000  # mostly some hundreds are enough
     pid = launcher.spawn()
     with _raw_connection(launcher.path) as connection:
         sent = 0

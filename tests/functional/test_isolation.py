@@ -130,7 +130,9 @@ def test_the_server_tells_what_is_in_force(client: Client) -> None:
 def test_it_has_shared_memory_of_its_own(client: Client) -> None:
     """System V's: nobody else's is seen, and its own is gone afterwards."""
     before = Path("/proc/sysvipc/shm").read_text()
-    _, output = client.run("ipcmk -M 4096 >&2; ipcs -m | grep -c 0x; readlink /proc/self/ns/ipc")
+    _, output = client.run(
+        "ipcmk -M 4096 >/dev/null; ipcs -m | grep -c 0x; readlink /proc/self/ns/ipc"
+    )
     count, namespace = output.splitlines()[-2:]
     assert count == b"1"
     assert namespace.decode() != os.readlink("/proc/self/ns/ipc")
