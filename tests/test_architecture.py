@@ -32,7 +32,13 @@ TESTED_ELSEWHERE = {
 # RPCs whose functional tests are those of another one.
 TESTED_TOGETHER = {"GetJobs": "ListJobs"}
 # Tests of what is no module of the package.
-TESTS_OF_THE_WHOLE = {"test_architecture", "test_generated", "test_install", "test_packaging"}
+TESTS_OF_THE_WHOLE = {
+    "test_architecture",
+    "test_compatibility",
+    "test_generated",
+    "test_install",
+    "test_packaging",
+}
 
 
 # Layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -53,3 +54,40 @@ def test_python_m_jobworker_is_the_program() -> None:
 def test_a_working_copy_is_built_with_what_a_package_is_built_with() -> None:
     """The lists cannot refer to each other, so they are compared."""
     assert PYPROJECT["dependency-groups"]["build"] == PYPROJECT["build-system"]["requires"]
+
+
+# Units of systemd
+
+UNITS = Path(__file__).parent.parent / "packaging" / "systemd"
+# Known since systemd 254; older ones say so, and go on.
+NEWER_THAN_SOME = "Unknown key 'DelegateSubgroup'"
+
+
+@pytest.mark.parametrize("name", ["jobworker.service", "jobworker-user.service"])
+def test_systemd_accepts_the_unit(name: str, tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not here")
+    # The program of the unit must be there, wherever it is on this machine.
+    program = Path(sys.executable).with_name("jobworker")
+    unit = (UNITS / name).read_text()
+    unit = unit.replace("/opt/jobworker/bin/jobworker", str(program))
+    unit = unit.replace("%h/.local/bin/jobworker", str(program))
+    (tmp_path / name).write_text(unit)
+    command = ["systemd-analyze", "verify", tmp_path / name]
+    if "user" in name:
+        command.insert(1, "--user")
+    environ = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+    complaints = [
+        line
+        for line in (done.stdout + done.stderr).splitlines()
+        if name in line and NEWER_THAN_SOME not in line
+    ]
+    assert complaints == []
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_restart_by_systemd_leaves_the_jobs() -> None:
+    for path in UNITS.glob("*.service"):
+        assert "\nKillMode=process\n" in path.read_text()
+        assert "\nDelegate=yes\n" in path.read_text()
