@@ -73,9 +73,8 @@ def test_systemd_accepts_the_unit(name: str, tmp_path: Path) -> None:
     unit = unit.replace("/opt/jobworker/bin/jobworker", str(program))
     unit = unit.replace("%h/.local/bin/jobworker", str(program))
     (tmp_path / name).write_text(unit)
-    command = ["systemd-analyze", "verify", tmp_path / name]
-    if "user" in name:
-        command.insert(1, "--user")
+    whose = "--user" if "user" in name else "--system"
+    command = ["systemd-analyze", whose, "verify", str(tmp_path / name)]
     environ = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
     complaints = [
