@@ -1,0 +1,109 @@
+"""A full disk: jobs wait or lose output, as configured; nothing else is lost, and all goes on
+when there is room."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from functional.server import Client, Server
+from jobworker.pb import job_worker_pb2 as pb
+
+MIB = 1 << 20
+DISK_BYTES = 8 * MIB
+# In a mount namespace of its own; a pipe end of the server's is all that is seen of it outside.
+MOUNT = f'mkdir -p "$0" && mount -t tmpfs -o size={DISK_BYTES} tmpfs "$0" && exec "$@"'
+SIZE = 20 * MIB
+WRITE = f"head -c {SIZE} /dev/zero; echo end >&2"
+
+
+@pytest.fixture
+def start_on_small_disk(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> Callable[..., Server]:
+    def start(**settings: str) -> Server:
+        launcher = ["unshare", "--mount", "sh", "-c", MOUNT, str(tmp_path / "state")]
+        return start_server(launcher=launcher, **settings)
+
+    return start
+
+
+def state_of(server: Server) -> Path:
+    """As the server sees it."""
+    return Path(f"/proc/{server.process.pid}/root{server.state}")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def read_all(client: Client, job_id: str) -> tuple[int, int, int]:
+    """Bytes of stdout, of stderr, and lost ones."""
+    counts = {pb.STDOUT: 0, pb.STDERR: 0}
+    lost = 0
+    for chunk in client.stream(job_id):
+        lost += chunk.lost_bytes
+        for run in chunk.runs:
+            counts[run.stream] += run.length
+    return counts[pb.STDOUT], counts[pb.STDERR], lost
+
+
+def test_jobs_wait_for_room_and_lose_nothing(start_on_small_disk: Callable[..., Server]) -> None:
+    server = start_on_small_disk(DISK_RESERVE=str(MIB), LOG_MAX_BYTES=str(64 * MIB))
+    filler = state_of(server) / "filler"
+    filler.write_bytes(bytes(6 * MIB))
+    with server.connect() as client:
+        job = client.shell(f"head -c {4 * MIB} /dev/zero; echo end >&2")
+        wait_for(lambda: "No space left" in client.get(job.id).output_problem)
+        with pytest.raises(grpc.RpcError) as caught:
+            client.create("true")
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert client.get(job.id).status == "RUNNING"
+        filler.unlink()
+        ended = client.wait(job.id)
+        assert (ended.exitCode, ended.lost_bytes, ended.output_problem) == (0, 0, "")
+        assert read_all(client, job.id) == (4 * MIB, 4, 0)
+        assert client.create("true").id
+    assert "cannot be written" in server.log
+
+
+def test_output_is_dropped_and_counted_where_that_is_wanted(
+    start_on_small_disk: Callable[..., Server],
+) -> None:
+    server = start_on_small_disk(DISK_FULL="drop", DISK_RESERVE="0")
+    filler = state_of(server) / "filler"
+    filler.write_bytes(bytes(4 * MIB))
+    with server.connect() as client:
+        job = client.shell(f"{WRITE}; sleep 60")
+        wait_for(lambda: client.get(job.id).stdout_bytes == SIZE)
+        filler.unlink()
+        client.stop(job.id, grace_milliseconds=0)
+        ended = client.get(job.id)
+        out, err, lost = read_all(client, job.id)
+        assert lost == ended.lost_bytes > 0
+        assert out + err + lost == ended.stdout_bytes + ended.stderr_bytes == SIZE + 4
+
+
+def test_an_ending_waits_for_room(start_on_small_disk: Callable[..., Server]) -> None:
+    """The record of it cannot be stored: it is tried again until it can."""
+    server = start_on_small_disk(DISK_RESERVE="0")
+    filler = state_of(server) / "filler"
+    with server.connect() as client:
+        job = client.shell("while ! [ -e /proc/1/nothing ]; do sleep 0.1; done")
+        with pytest.raises(OSError):
+            filler.write_bytes(bytes(DISK_BYTES))
+        stopper = threading.Thread(target=client.stop, args=[job.id])
+        stopper.start()
+        wait_for(lambda: "waits to be stored" in server.log)
+        assert client.get(job.id).cause == pb.STOPPED
+        filler.unlink()
+        stopper.join()
+        assert client.wait(job.id).cause == pb.STOPPED
