@@ -5,6 +5,7 @@ The short form runs with all tests; `make soak` sets the number of kills.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -30,6 +31,17 @@ def farm(start_server: Callable[..., Server], tmp_path: Path) -> Farm:
     seed = int(os.environ.get("JOBWORKER_SEED", str(time.time_ns() % 1_000_000)))
     sys.stderr.write(f"JOBWORKER_SEED={seed}\n")  # to be seen where it fails
     return Farm(start, tmp_path, seed)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def has_another_jobinit(farm: Farm, pid: int) -> bool:
+    return farm.server.jobinit_pid() != pid
 
 
 def kill_server(server: Server) -> None:
@@ -66,8 +78,10 @@ def test_a_jobinit_that_is_killed(farm: Farm) -> None:
     """The server that spawned it reaps the endings itself, and knows them all."""
     farm.work()
     for _ in range(max(2, KILLS // 10)):
-        time.sleep(0.7)
-        os.kill(farm.server.jobinit_pid(), signal.SIGKILL)
+        time.sleep(farm.chance.uniform(0.1, 0.7))
+        killed = farm.server.jobinit_pid()
+        os.kill(killed, signal.SIGKILL)
+        wait_until(functools.partial(has_another_jobinit, farm, killed))
     problems = farm.finish()
     # Between fork and answer nobody but jobinit knew of a job; such a create has failed, and
     # said so, so that it is not among these.
