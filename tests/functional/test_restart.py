@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -306,3 +308,27 @@ def test_a_job_without_a_record_is_killed(start_server: StartServer, tmp_path: P
     server = start_server(STOP_JOBS="no")
     wait_for_no_children(jobinit)
     assert "no record" in server.log
+
+
+def test_run_shows_each_line_once_while_the_server_is_killed(
+    start_server: StartServer, certificates: Path
+) -> None:
+    server = start_server(STOP_JOBS="no")
+    script = "for i in $(seq 1 60); do echo $i; sleep 0.1; done; exit 9"
+    environ = os.environ | {
+        "JOB_WORKER_SERVER": server.address,
+        "JOB_WORKER_CERT_PATH": str(certificates),
+    }
+    run = subprocess.Popen(
+        [sys.executable, "-m", "jobworker", "run", "--", "sh", "-c", script],
+        env=environ,
+        cwd=server.state.parent,
+        stdout=subprocess.PIPE,
+    )
+    for _ in range(3):
+        time.sleep(1)
+        server.stop(signal.SIGKILL)
+        server = start_server(STOP_JOBS="no", port=server.port)
+    output, _ = run.communicate(timeout=60)
+    assert output == b"".join(b"%d\n" % number for number in range(1, 61))
+    assert run.returncode == 9
