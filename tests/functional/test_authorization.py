@@ -20,9 +20,10 @@ CN, OU = NameOID.COMMON_NAME, NameOID.ORGANIZATIONAL_UNIT_NAME
 DAY = datetime.timedelta(days=1)
 
 
-def make_client(
-    folder: Path, stem: str, subject: Sequence[tuple[x509.ObjectIdentifier, str]]
-) -> None:
+Subject = Sequence[tuple[x509.ObjectIdentifier, str]]
+
+
+def make_client(folder: Path, stem: str, subject: Subject) -> None:
     """Signed by the CA in the folder, with any subject."""
     authority = x509.load_pem_x509_certificate((folder / "ca-cert.pem").read_bytes())
     signer = serialization.load_pem_private_key((folder / "ca-key.pem").read_bytes(), None)
