@@ -144,7 +144,7 @@ def _lock_state_folder(folder: Path) -> int:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise SettingError(
-            "JOB_WORKER_STATE_DIR",
+            "--state-dir (JOB_WORKER_STATE_DIR)",
             folder,
             error.strerror or str(error),
             "give a folder that this user can write",
@@ -154,7 +154,7 @@ def _lock_state_folder(folder: Path) -> int:
     except BlockingIOError as error:
         raise StateFolderError(
             f"{folder} is in use by another server; stop that one first, or give this one a "
-            "folder of its own with JOB_WORKER_STATE_DIR"
+            "folder of its own with --state-dir (JOB_WORKER_STATE_DIR)"
         ) from error
     return lock
 
@@ -171,6 +171,8 @@ def _prepare_grpc() -> None:
     # TLS 1.3 only, for which there is no call (grpc #37305): the list is for TLS 1.2 and
     # older, and its one suite needs a pre-shared key that nobody has.
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
+    # Its lines are not in our log's form; what matters of them comes as an error.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _policy(settings: Settings, output: Output) -> Policy:
@@ -227,11 +229,9 @@ def _report_cgroups(cgroups: CgroupTree, settings: Settings) -> None:
         "io": settings.default_io,
         "pids": settings.default_pids,
     }
+    by_problem: dict[str, list[str]] = {}
     for controller, problem in cgroups.controllers.items():
-        if problem and defaults.get(controller):
-            log.warning(
-                "jobs run without the default %s limit (%d): %s",
-                controller,
-                defaults[controller],
-                problem,
-            )
+        if problem and defaults[controller]:
+            by_problem.setdefault(problem, []).append(f"{controller} ({defaults[controller]})")
+    for problem, limits in by_problem.items():
+        log.warning("jobs run without the default limits on %s: %s", ", ".join(limits), problem)

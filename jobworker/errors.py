@@ -51,7 +51,9 @@ class JobStateError(JobWorkerError):
     """The job is not in a state in which this can be done."""
 
     def __init__(self, job_id: int, status: str, action: str) -> None:
-        super().__init__(f"job {job_id} is {status}: cannot {action} it")
+        has_ended = status in {"COMPLETED", "FAILED", "STOPPED"}
+        state = f"has ended already, it is {status}" if has_ended else f"is {status}"
+        super().__init__(f"job {job_id} {state}: cannot {action} it")
         self.job_id = job_id
         self.status = status
         self.action = action

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,11 +62,10 @@ def test_the_wheel_has_all_and_jobinit_with_its_run_bit(dist: Path) -> None:
 
 
 def test_auditwheel_accepts_the_wheel(dist: Path) -> None:
-    """It needs nothing but a C library that is old enough."""
+    """It needs nothing but a C library, as new as this machine's or older."""
     (wheel,) = dist.glob("*.whl")
     report = run(sys.executable, "-m", "auditwheel", "show", wheel)
-    assert "manylinux_2_" in report
-    assert "no external shared libraries" in report.replace("\n", " ")
+    assert re.search(r'following platform tag:\s*"manylinux_2_\d+_', report), report
 
 
 def test_the_sources_have_what_building_and_testing_takes(dist: Path) -> None:

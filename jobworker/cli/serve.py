@@ -62,7 +62,13 @@ def _load(given: Mapping[str, str], config_file: Path | None, *, is_development:
     if not is_development:
         return config.load(given, os.environ, config_file)
     certs_folder = dev_folder(os.environ) / "certs"
-    defaults = {"addr": DEV_ADDRESS, "cert_path": str(certs_folder)}
+    # A folder of its own: what was tried out is not to be among the jobs of a real server.
+    state_folder = dev_folder(os.environ) / "state"
+    defaults = {
+        "addr": DEV_ADDRESS,
+        "cert_path": str(certs_folder),
+        "state_dir": str(state_folder),
+    }
     settings = config.load(given, os.environ, config_file, defaults)
     if not is_loopback(settings.address) or settings.address.endswith(":0"):
         remedy = f"with --dev use one of this machine only, such as {DEV_ADDRESS}"

@@ -22,7 +22,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sized
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -281,7 +281,7 @@ class Manager:
             ended += each.ending is not None
             self._take_over(each.job_id, record, each, extents.get(each.job_id))
         if held:
-            log.info("took over %d jobs, of which %d have ended meanwhile", len(held), ended)
+            log.info("took over %s, of which %d ended meanwhile", _count(held), ended)
         for record in records.values():
             self._take_over(record.id, record, None, extents[record.id])
         self._kill_leftovers()
@@ -294,7 +294,7 @@ class Manager:
         if stop_jobs:
             await self._stop_all()
         elif self._live:
-            log.info("%d jobs go on; the next server takes them over", len(self._live))
+            log.info("%s running on, for the next server to take over", _count(self._live))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=SETTLE_SECONDS)
         for task in self._tasks:
@@ -303,7 +303,7 @@ class Manager:
 
     async def _stop_all(self) -> None:
         if self._live:
-            log.warning("stopping %d jobs, as the server ends", len(self._live))
+            log.warning("stopping %s, as the server ends", _count(self._live))
         for live in self._live.values():
             if not live.job.is_ended:
                 self._request_end(
@@ -740,6 +740,10 @@ class Manager:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
+
+
+def _count(jobs: Sized) -> str:
+    return "1 job" if len(jobs) == 1 else f"{len(jobs)} jobs"
 
 
 def _close(held: Held | None) -> None:

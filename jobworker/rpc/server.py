@@ -6,6 +6,7 @@ the daemon sees to it.
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,10 @@ class RpcServer:
             port = self._server.add_secure_port(settings.address, _credentials(settings.cert_path))
         except RuntimeError as error:
             raise SettingError(
-                "JOB_WORKER_ADDR",
+                "--addr (JOB_WORKER_ADDR)",
                 settings.address,
-                "cannot listen there",
-                "check that the address is this machine's and that no other server has the "
-                "port (ss -ltnp)",
+                _why_not_listen(settings.address),
+                "choose another one; `ss -ltnp` shows who has it",
             ) from error
         return port
 
@@ -80,6 +80,20 @@ class _GenericOnly:
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
         pass
+
+
+def _why_not_listen(address: str) -> str:
+    """gRPC does not tell; the kernel does, asked for the same."""
+    host, _, port = address.rpartition(":")
+    try:
+        for family, kind, protocol, _, place in socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(place)
+    except OSError as error:
+        return f"cannot listen there: {error.strerror}"
+    return "cannot listen there"
 
 
 def _credentials(folder: Path) -> grpc.ServerCredentials:

@@ -74,7 +74,7 @@ def test_a_server_on_a_hybrid_machine(tmp_path: Path, certificates: Path) -> Non
         assert message.startswith("maxCPU needs the cgroup controller 'cpu', which is not avail")
         assert PROBLEM in message
 
-        assert server.log.count(f"without the default cpu limit (100): {PROBLEM}") == 1
+        assert server.log.count(f"without the default limits on cpu (100): {PROBLEM}") == 1
         own = f"{tmp_path}/unified$(sed -n s/^0:://p /proc/self/cgroup)"
         job, output = client.run(f'cat "{own}/memory.max"', maxMemory=50)
         assert (job.status, job.maxCPU, job.maxMemory) == ("COMPLETED", 0, 50)

@@ -55,7 +55,7 @@ def test_what_was_not_delegated_is_refused_by_name(
             assert "Delegate=yes" in message
         job = client.wait(client.create("true", maxMemory=50).id)
         assert (job.status, job.maxMemory, job.maxCPU) == ("COMPLETED", 50, 0)
-    assert server.log.count("without the default cpu limit (100)") == 1
+    assert server.log.count("without the default limits on cpu (100): ") == 1
 
 
 def test_a_server_in_its_delegated_cgroup_moves_itself_to_a_leaf(
