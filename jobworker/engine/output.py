@@ -36,7 +36,7 @@ FAST_WRITE_SECONDS = 0.05
 SLOW_WRITE_SECONDS = 0.5
 # A client's window, some 4 MiB, takes messages fast though nobody reads them. So none is larger
 # than this share of what its reader has taken before.
-SHARE_OF_TAKEN = 64
+SHARE_OF_TAKEN = 32
 # Handed to gRPC and not yet written, of all readers, in messages larger than the first:
 # beyond it none gets larger messages.
 UNWRITTEN_BUDGET_BYTES = 32 << 20
