@@ -121,8 +121,8 @@ def data() -> None:
 def test_the_io_limit_holds(create: Create, direction: tuple[str, ...]) -> None:
     limited, free = create(io_bytes_per_second=MIB), create()
 
-    assert 2.7 < seconds_of_dd(limited, direction, mebibytes=3) < 4.5
-    assert seconds_of_dd(free, direction, mebibytes=3) < 1
+    assert 2.7 < seconds_of_dd(limited, direction, mebibytes=3) < 9
+    assert seconds_of_dd(free, direction, mebibytes=3) < 1.6
 
 
 def seconds_of_dd(cgroup, direction: tuple[str, ...], mebibytes: int) -> float:  # type: ignore[no-untyped-def]  # noqa: ANN001

@@ -221,14 +221,14 @@ def cpu_seconds(path: Path) -> float:
 def test_the_io_limit_holds(client: Client, direction: list[str]) -> None:
     dd = ["dd", "bs=64k", "count=32", *direction]
 
-    assert 1.7 < seconds_of(run(client, dd, maxIOBPS=MIB, working_directory=str(DISK))) < 3.5
-    assert seconds_of(run(client, dd, working_directory=str(DISK))) < 1
+    assert 1.7 < seconds_of(run(client, dd, maxIOBPS=MIB, working_directory=str(DISK))) < 8
+    assert seconds_of(run(client, dd, working_directory=str(DISK))) < 1.6
 
 
 def test_the_io_limit_is_of_the_disk_that_the_job_is_on(client: Client) -> None:
     dd = ["dd", "bs=64k", "count=32", *OTHER_DISK]
 
-    assert seconds_of(run(client, dd, maxIOBPS=MIB, working_directory=str(DISK))) < 1
+    assert seconds_of(run(client, dd, maxIOBPS=MIB, working_directory=str(DISK))) < 1.6
 
 
 def seconds_of(job: pb.Job) -> float:
