@@ -18,12 +18,16 @@ class JobWorkerError(Exception):
 
 
 class InvalidRequestError(JobWorkerError):
-    """A field of a request has a value that no server could accept."""
+    """A field of a request has a value that no server could accept.
 
-    def __init__(self, field: str, problem: str) -> None:
+    error_number: with which errno the kernel would refuse the job's command; 0: it would not.
+    """
+
+    def __init__(self, field: str, problem: str, error_number: int = 0) -> None:
         super().__init__(f"{field}: {problem}")
         self.field = field
         self.problem = problem
+        self.error_number = error_number
 
 
 class OffsetOutOfRangeError(JobWorkerError):
@@ -123,7 +127,13 @@ class UnknownJobError(CallError):
 
 
 class RejectedError(CallError):
-    """A value in the request is invalid or out of range: no use to try that again."""
+    """A value in the request is invalid or out of range: no use to try that again.
+
+    command_errno: why the job's command cannot be executed; 0: something else is wrong, or
+    the server is too old to tell.
+    """
+
+    command_errno: int = 0
 
 
 class ForbiddenError(CallError):

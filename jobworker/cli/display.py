@@ -219,6 +219,8 @@ def job_as_json(job: Job) -> dict[str, Any]:
         "duration_seconds": taken_seconds(job),
         "stdout_bytes": job.stdout_bytes,
         "stderr_bytes": job.stderr_bytes,
+        "lost_bytes": job.lost_bytes,
+        "output_problem": job.output_problem or None,
         "accounting": asdict(job.accounting) if job.accounting else None,
         "cleanup_uncertain": job.cleanup_uncertain,
     }

@@ -28,7 +28,8 @@ class ExitCode(enum.IntEnum):
 # For the documentation. `run` ends as its job has ended: `jobworker.cli.run` says how.
 MEANINGS = {
     ExitCode.OK: "All went well.",
-    ExitCode.FAILED: "The server refused or failed, or a file cannot be used.",
+    ExitCode.FAILED: "The server refused or failed, or a file cannot be used; `create --from`, "
+    "`rm`: one of many failed.",
     ExitCode.USAGE: "The command line can never work, or what it asks for.",
     ExitCode.NOT_FOUND: "There is no such job.",
     ExitCode.DENIED: "The certificate's role does not allow it.",

@@ -37,7 +37,10 @@ def _fields(info: ServerInfo) -> list[tuple[str, str]]:
         ("Started", f"{display.rfc3339(info.started_ns)} ({display.ago(info.started_ns)})"),
         ("You are", f"{printable(info.identity)}, {info.role or 'without a role'}"),
         ("Jobs", f"{info.running_jobs} running, {info.maximum_jobs} at the most"),
+        ("Ended", _ended(info)),
         ("State", printable(info.state_directory)),
+        ("Disk", _disk(info)),
+        ("Output", _output(info)),
         ("Cgroup", printable(info.cgroup) or coloured("none: jobs have no limits", "yellow")),
         ("Limits", ", ".join(map(_controller, info.controllers))),
         ("Defaults", _defaults(info)),
@@ -54,6 +57,30 @@ def _isolation(info: ServerInfo) -> str:
     users = ", ".join(printable(name) for name in (info.default_user, *info.users))
     text = f"profile {printable(info.default_profile)}"
     return text + (f" (or {', '.join(others)})" if others else "") + f", as {users}"
+
+
+def _ended(info: ServerInfo) -> str:
+    return f"{info.ended_jobs} kept, with {size(info.ended_log_bytes)} of output"
+
+
+def _disk(info: ServerInfo) -> str:
+    room = f"{size(info.disk_room_bytes)} left"
+    reserve = info.disk_reserve_bytes
+    if info.disk_room_bytes < reserve:
+        return coloured(f"{room}: too little for new jobs, which need {size(reserve)}", "red")
+    return f"{room}; no new jobs with less than {size(reserve)}" if reserve else room
+
+
+def _output(info: ServerInfo) -> str:
+    """What is kept of a job's output."""
+    if not info.log_max_bytes:
+        return "all is kept"
+    most = size(info.log_max_bytes)
+    return {
+        "ring": f"of each job the newest {most} are kept",
+        "head": f"of each job the first {most} are kept",
+        "stop": f"a job that writes more than {most} is ended",
+    }.get(info.log_policy, f"at most {most} a job")
 
 
 def _controller(controller: Controller) -> str:
@@ -97,4 +124,10 @@ def _as_json(info: ServerInfo) -> dict[str, Any]:
             "users": list(info.users),
             "problem": info.isolation_problem or None,
         },
+        "ended_jobs": info.ended_jobs,
+        "ended_log_bytes": info.ended_log_bytes,
+        "disk_room_bytes": info.disk_room_bytes,
+        "disk_reserve_bytes": info.disk_reserve_bytes,
+        "log_max_bytes": info.log_max_bytes or None,
+        "log_policy": info.log_policy,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,6 +48,43 @@ def up_to(most: int) -> Callable[[click.Context, click.Parameter, int | None], i
     return check
 
 
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
+    """`90`, `90s`, `1.5h`, `7d`: in seconds."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        from jobworker.config import parse_seconds
+
+        try:
+            return parse_seconds(str(value))
+        except ValueError as error:
+            self.fail(f"{value!r} is no duration: {error}")
+
+
+def read_file(file: str, most_bytes: int = -1) -> bytes:
+    """`-` is standard input. most_bytes: reads no more than that; -1: all."""
+    try:
+        if file == "-":
+            return sys.stdin.buffer.read(most_bytes)
+        with Path(file).open("rb") as source:
+            return source.read(most_bytes)
+    except OSError as error:
+        raise click.ClickException(f"cannot read {file}: {error.strerror}") from error
+
+
+def _stdin(context: click.Context, _: click.Parameter, value: str | None) -> bytes:
+    if value is None or context.resilient_parsing:  # a shell that completes
+        return b""
+    data = read_file(value, LONGEST_STDIN_BYTES + 1)
+    if len(data) > LONGEST_STDIN_BYTES:
+        remedy = "put it into a file on the server, and let the job read that"
+        raise click.BadParameter(f"{value} holds more than 1 MiB; {remedy}")
+    return data
+
+
 def _utf8(value: str) -> str:
     """The protocol has no other texts."""
     try:
@@ -62,29 +100,6 @@ def _environment(_: click.Context, __: click.Parameter, values: tuple[str, ...])
         if not name or not separator:
             raise click.BadParameter(f"use NAME=VALUE, not {name!r}")
     return {name: value for name, _separator, value in pairs}
-
-
-def _stdin(_: click.Context, __: click.Parameter, path: str) -> bytes:
-    if not path:
-        return b""
-    try:
-        with click.open_file(path, "rb") as file:
-            # One more, so that what is too long is refused, and not cut off.
-            data: bytes = file.read(LONGEST_STDIN_BYTES + 1)
-            return data
-    except OSError as error:
-        raise click.BadParameter(f"{path}: {error.strerror}") from error
-
-
-def _seconds(_: click.Context, __: click.Parameter, text: str) -> float:
-    if not text:
-        return 0.0
-    from jobworker.config import parse_seconds
-
-    try:
-        return parse_seconds(text)
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r}: {error}") from error
 
 
 def job_options(function: Function) -> Function:
@@ -125,26 +140,23 @@ def job_options(function: Function) -> Function:
             ),
             click.option(
                 "--stdin",
-                default="",
-                callback=_stdin,
                 metavar="FILE",
-                help="What the job reads, up to 1 MiB; - is what this program reads.",
+                callback=_stdin,
+                help="What the job reads from its standard input, at most 1 MiB; - is this "
+                "program's own.",
             ),
             click.option(
                 "--timeout",
                 "time_limit",
-                default="",
-                callback=_seconds,
-                metavar="TIME",
-                help="End the job after this time, such as 90s, 5m or 1h.  [default: never]",
+                type=Duration(),
+                default="0",
+                metavar="DURATION",
+                help="Ends the job after so long, such as 90s, 5m, 1.5h or 7d.  [default: never]",
             ),
-            click.option("--user", default="", help="Whom the job runs as; see `info`."),
+            click.option("--user", default="", help="Whom it runs as; `jobworker info` says who."),
             click.option(
-                "--profile",
-                default="",
-                help="How the job is separated from the machine; see `info`.",
+                "--profile", default="", help="How it is separated from the machine; see the same."
             ),
-            click.argument("command", nargs=-1, required=True, type=CommandWords()),
         ]
     ):
         function = decorate(function)
@@ -162,15 +174,38 @@ VERBATIM = {"allow_interspersed_args": False, "ignore_unknown_options": False}
     epilog="A limit of 0 is the server's default, which `jobworker info` shows.",
 )
 @json_option
+@click.option(
+    "--from",
+    "file",
+    metavar="FILE",
+    help="Creates many jobs, one from each line of a file; - is standard input.",
+)
 @job_options
+@click.argument("command", nargs=-1, type=CommandWords())
 @speaks_to_server
 def create_command(
-    connect: Connect, as_json: bool, command: tuple[str, ...], **options: Any
+    connect: Connect, as_json: bool, file: str | None, command: tuple[str, ...], **options: Any
 ) -> None:
-    """Starts a job, and prints its id.
+    """Starts a job, and prints its id; or many jobs.
 
     Options stand before COMMAND; all after it is handed to the job as it is.
+
+    Each line of --from is a JSON object. It must have a "command", and may have "args" (a list),
+    "name", "environment" (an object), "working_directory", "merge_output", "limits" (with
+    "cpu_percent", "memory_mib", "io_bytes_per_second"), "timeout_seconds", "user", "profile",
+    and "stdin" or, for what is no text, "stdin_base64": the names of `get -o json`. A line that
+    cannot be read is an error before any job is made. In a pipe the ids are printed, one a line;
+    with -o json an object for each job. Exit code: 1 if a job was refused.
     """
+    if file is not None:
+        if command or any(options.values()):
+            raise click.UsageError("--from has all about its jobs in the file: leave the rest out")
+        from jobworker.cli.many import create_all
+
+        create_all(connect, file, as_json)
+        return
+    if not command:
+        raise click.UsageError("Missing argument 'COMMAND...'")
     with connect() as client:
         job = client.create(*command, **options)
     if as_json:
@@ -209,10 +244,15 @@ def _fields(job: Job) -> list[tuple[str, str]]:
         ("Directory", "" if directory == "/" else printable(directory)),
         ("Environment", printable(" ".join(f"{k}={v}" for k, v in spec.environment.items()))),
         ("Limits", _limits(job)),
+        ("Time limit", duration(spec.timeout_ms / 1000) if spec.timeout_ms else ""),
+        ("User", printable(spec.user)),
+        ("Profile", printable(spec.profile)),
         ("Started", _moment(job.started_ns)),
         ("Ended", _moment(job.ended_ns)),
         ("Took" if job.is_ended else "Runs for", display.taken(job) if job.started_ns else ""),
         ("Output", _output(job)),
+        ("Lost", f"{size(job.lost_bytes)} of its output" if job.lost_bytes else ""),
+        ("Output waits", printable(job.output_problem)),
         ("CPU", _cpu(used)),
         ("Memory", _size(used.memory_peak_bytes, " at the most")),
         ("Disk", _disk(used)),

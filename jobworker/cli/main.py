@@ -26,6 +26,8 @@ SECTIONS = {
         "stream": "jobworker.cli.stream",
         "wait": "jobworker.cli.wait",
         "stop": "jobworker.cli.jobs",
+        "rm": "jobworker.cli.remove",
+        "prune": "jobworker.cli.remove",
     },
     "Server": {
         "serve": "jobworker.cli.serve",

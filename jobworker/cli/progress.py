@@ -11,6 +11,7 @@ from typing import Self
 from jobworker.cli.display import is_terminal
 
 INTERVAL_SECONDS = 0.1
+BAR_COLUMNS = 24
 
 
 class Progress:
@@ -51,3 +52,9 @@ class Progress:
             sys.stderr.write("\r" + " " * self._columns + "\r")
             sys.stderr.flush()
             self._columns = 0
+
+
+def bar(done: int, total: int) -> str:
+    """`[######..................] 250 of 1000`."""
+    filled = BAR_COLUMNS * done // total
+    return f"[{'#' * filled}{'.' * (BAR_COLUMNS - filled)}] {done} of {total}"

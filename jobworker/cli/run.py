@@ -18,8 +18,8 @@ from jobworker.cli import display
 from jobworker.cli.connection import Connect, speaks_to_server
 from jobworker.cli.display import json_option
 from jobworker.cli.exit_codes import ExitCode, FailedError, message_of, one_line
-from jobworker.cli.jobs import VERBATIM, job_options
-from jobworker.cli.stream import JsonWriter, SplitWriter, Writer, retry_option, tell_lost
+from jobworker.cli.jobs import VERBATIM, CommandWords, job_options
+from jobworker.cli.stream import JsonWriter, SplitWriter, Writer, retry_option, telling_lost
 from jobworker.errors import JobWorkerError, RejectedError, WrongStateError
 from jobworker.job import Cause, Job, Status
 
@@ -64,6 +64,7 @@ class RunCommand(click.Command):
 @retry_option
 @json_option
 @job_options
+@click.argument("command", nargs=-1, required=True, type=CommandWords())
 @speaks_to_server
 def run_command(
     connect: Connect,
@@ -95,11 +96,11 @@ def run_command(
 def _follow(client: Client, job: Job, writer: Writer) -> Job:
     """Its output up to its end."""
     try:
-        for chunk in client.stream(job.id):
-            tell_lost(chunk)
-            writer.write(chunk)
-            if chunk.ending:
-                return chunk.ending
+        with telling_lost(client.stream(job.id)) as chunks:
+            for chunk in chunks:
+                writer.write(chunk)
+                if chunk.ending:
+                    return chunk.ending
     except BrokenPipeError:
         # As a program does that runs here and whose reader has gone.
         client.stop(job.id)
@@ -184,6 +185,9 @@ def code_of_job(job: Job) -> int:
 
 def code_of_failure(error: JobWorkerError) -> int:
     """A job whose command is refused never ran: as a shell says it."""
+    if isinstance(error, RejectedError) and error.command_errno:
+        return _code_of_errno(error.command_errno)
+    # A server that does not tell the errno.
     if isinstance(error, RejectedError) and str(error).startswith("command: "):
         if re.search("not found|does not exist", str(error)):
             return ExitCode.COMMAND_NOT_FOUND

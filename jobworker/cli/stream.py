@@ -143,24 +143,36 @@ class JsonWriter:
 
 
 def write_all(chunks: Iterable[Chunk], writer: Writer) -> None:
-    for chunk in chunks:
-        tell_lost(chunk)
-        writer.write(chunk)
+    with telling_lost(chunks) as counted:
+        for chunk in counted:
+            writer.write(chunk)
 
 
-def tell_lost(chunk: Chunk) -> None:
-    """No byte is missing in silence."""
-    if chunk.lost_bytes:
-        message = f"{chunk.lost_bytes} bytes before offset {chunk.offset} are gone"
-        click.echo(f"jobworker: {message}: the server keeps no more", err=True)
+@contextmanager
+def telling_lost(chunks: Iterable[Chunk]) -> Iterator[Iterator[Chunk]]:
+    """The same chunks; at the end, whichever that is, one line if bytes were missing."""
+    lost_bytes = 0
+
+    def counted() -> Iterator[Chunk]:
+        nonlocal lost_bytes
+        for chunk in chunks:
+            lost_bytes += chunk.lost_bytes
+            yield chunk
+
+    try:
+        yield counted()
+    finally:
+        if lost_bytes:
+            message = f"{lost_bytes} bytes of its output are lost: the server keeps no more"
+            click.echo(f"jobworker: {message}", err=True)
 
 
 def write_to_file(chunks: Iterable[Chunk], file: Path) -> None:
     started, count = time.monotonic(), 0
-    with _opened(file) as descriptor, Progress() as progress:
+    # The line about lost bytes comes when that of the progress is gone.
+    with telling_lost(chunks) as counted, _opened(file) as descriptor, Progress() as progress:
         writer = MergedWriter(descriptor)
-        for chunk in chunks:
-            tell_lost(chunk)
+        for chunk in counted:
             writer.write(chunk)
             count += len(chunk.view)
             if progress.is_due:

@@ -1,6 +1,7 @@
 """The client of a job server: what programs use, and the command line too."""
 
 from jobworker.client.aio import AsyncClient
+from jobworker.client.bulk import Created, Spec
 from jobworker.client.calls import Controller, CreateOptions, ServerInfo
 from jobworker.client.output import Chunk, Result, Run, Stream
 from jobworker.client.sync import Client
@@ -11,8 +12,10 @@ __all__ = [
     "Client",
     "Controller",
     "CreateOptions",
+    "Created",
     "Result",
     "Run",
     "ServerInfo",
+    "Spec",
     "Stream",
 ]

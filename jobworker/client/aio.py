@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar, Unpack
@@ -12,6 +13,7 @@ from typing import Any, Self, TypeAlias, TypeVar, Unpack
 import grpc
 
 from jobworker.client import calls, connection
+from jobworker.client.bulk import Bulk, Created, Spec
 from jobworker.client.calls import Call, CreateOptions, Listing, ServerInfo
 from jobworker.client.connection import PATH, Target
 from jobworker.client.output import RPC as STREAM_RPC
@@ -72,6 +74,15 @@ class AsyncClient:
     async def create(self, command: str, *args: str, **options: Unpack[CreateOptions]) -> Job:
         return await self._call(calls.create(command, args, options))
 
+    async def create_many(self, specs: Iterable[Spec]) -> builtins.list[Created]:
+        bulk = Bulk(specs)
+        while not bulk.is_over:
+            try:
+                bulk.take(await self._call(bulk.request()))
+            except CallError as error:
+                bulk.failed(error)
+        return bulk.results
+
     async def get(self, job_id: int | str) -> Job:
         return await self._call(calls.get(job_id))
 
@@ -92,6 +103,9 @@ class AsyncClient:
     ) -> Job:
         await self._call(calls.stop(job_id, signal, grace_seconds))
         return await self.get(job_id)
+
+    async def delete(self, job_id: int | str) -> None:
+        await self._call(calls.delete(job_id))
 
     def stream(
         self,

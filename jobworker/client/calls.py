@@ -17,7 +17,17 @@ from typing import Generic, TypedDict, TypeVar
 from google.protobuf.message import Message
 
 from jobworker.errors import InvalidRequestError, RejectedError, UnsupportedError
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status, validate, validate_stdin
+from jobworker.job import (
+    LONGEST_TIMEOUT_MS,
+    Accounting,
+    Cause,
+    Job,
+    JobSpec,
+    Limits,
+    Status,
+    validate,
+    validate_stdin,
+)
 from jobworker.pb import job_worker_pb2 as pb
 
 AnswerT = TypeVar("AnswerT")
@@ -64,11 +74,18 @@ class ServerInfo:
     default_limits: Limits
     running_jobs: int
     maximum_jobs: int
-    default_profile: str  # how jobs are separated from the machine; empty: it does not tell
-    profiles: tuple[str, ...]  # all that a job may have
-    default_user: str  # whom jobs run as, but for those with profile "none"
-    users: tuple[str, ...]  # others that a job may ask for
-    isolation_problem: str  # why there is no profile but "none"; empty: there is
+    # Of a job that asks for none, and what else it may ask for.
+    default_profile: str
+    profiles: tuple[str, ...]
+    default_user: str
+    users: tuple[str, ...]
+    isolation_problem: str  # why no profile but "none" is there; empty: others are
+    ended_jobs: int  # that are kept
+    ended_log_bytes: int  # what their output takes
+    disk_room_bytes: int  # what is left on the state folder's disk
+    disk_reserve_bytes: int  # with less room than that no job is created
+    log_max_bytes: int  # of each job's output; 0: no limit
+    log_policy: str  # what happens beyond that: "ring", "head" or "stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +108,7 @@ class CreateOptions(TypedDict, total=False):
     name: str  # for people, and for `list`; need not be unique
     merge_output: bool  # one pipe for both streams: exact order, all counts as stdout
     stdin: bytes  # what the job reads from its standard input; at most 1 MiB
-    time_limit: float  # seconds from its start, after which it is stopped; 0: none
+    time_limit: float  # seconds from its start on, after which it is ended; 0: none
     user: str  # whom it runs as; empty: the server's choice
     profile: str  # how it is separated from the machine; empty: the server's choice
 
@@ -102,28 +119,12 @@ def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Jo
     unknown = options.keys() - CreateOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
-    spec = JobSpec(
-        command=command,
-        args=tuple(args),
-        limits=Limits(
-            cpu_percent=options.get("max_cpu", 0),
-            memory_mib=options.get("max_memory", 0),
-            io_bytes_per_second=options.get("max_iobps", 0),
-        ),
-        environment=options.get("environment") or {},
-        working_directory=options.get("working_directory") or "/",
-        name=options.get("name", ""),
-        merge_output=options.get("merge_output", False),
-        timeout_ms=round(options.get("time_limit", 0) * 1000),
-        user=options.get("user", ""),
-        profile=options.get("profile", ""),
-    )
-    stdin = options.get("stdin", b"")
     try:
+        spec = _spec_of(command, args, options)
         _check_int32(spec.limits)
         validate(spec)
-        validate_stdin(stdin)
-        request = _create_request(spec, stdin)
+        validate_stdin(options.get("stdin", b""))
+        request = _create_request(spec, options.get("stdin", b""))
     except InvalidRequestError as error:
         raise RejectedError(rpc, "INVALID_ARGUMENT", str(error)) from error
     except UnicodeEncodeError as error:
@@ -154,8 +155,39 @@ def stop(job_id: int | str, signal: int, grace_seconds: float | None) -> Call[No
     return Call(rpc, request, _read_nothing, needs, extra_seconds=grace_seconds or 0)
 
 
+def delete(job_id: int | str) -> Call[None]:
+    return Call("DeleteJob", pb.DeleteJobReq(id=str(job_id)), _read_nothing)
+
+
 def info() -> Call[ServerInfo]:
     return Call("GetServerInfo", pb.EmptyRequest(), _read_info)
+
+
+def _spec_of(command: str, args: Iterable[str], options: CreateOptions) -> JobSpec:
+    return JobSpec(
+        command=command,
+        args=tuple(args),
+        limits=Limits(
+            cpu_percent=options.get("max_cpu", 0),
+            memory_mib=options.get("max_memory", 0),
+            io_bytes_per_second=options.get("max_iobps", 0),
+        ),
+        environment=options.get("environment") or {},
+        working_directory=options.get("working_directory") or "/",
+        name=options.get("name", ""),
+        merge_output=options.get("merge_output", False),
+        timeout_ms=_timeout_ms(options.get("time_limit", 0)),
+        user=options.get("user", ""),
+        profile=options.get("profile", ""),
+    )
+
+
+def _timeout_ms(seconds: float) -> int:
+    """At least 1 for any limit: 0 would be none."""
+    if not 0 <= seconds <= LONGEST_TIMEOUT_MS / 1000:
+        problem = f"{seconds} is not possible; use seconds, at most {LONGEST_TIMEOUT_MS // 1000}"
+        raise InvalidRequestError("time_limit", f"{problem}, or 0 for none")
+    return max(round(seconds * 1000), 1) if seconds else 0
 
 
 def _create_request(spec: JobSpec, stdin: bytes) -> pb.CreateJobReq:
@@ -235,7 +267,7 @@ class Listing:
 
 
 def _read_nothing(answer: bytes) -> None:
-    """The job itself tells more than the answer to a stop."""
+    """The job itself tells more than the answer to a stop; that to a delete is empty."""
 
 
 def _read_job(answer: bytes) -> Job:
@@ -270,6 +302,12 @@ def _read_info(answer: bytes) -> ServerInfo:
         default_user=message.default_user,
         users=tuple(message.users),
         isolation_problem=message.isolation_problem,
+        ended_jobs=message.ended_jobs,
+        ended_log_bytes=message.ended_log_bytes,
+        disk_room_bytes=message.disk_room_bytes,
+        disk_reserve_bytes=message.disk_reserve_bytes,
+        log_max_bytes=message.log_max_bytes,
+        log_policy=message.log_policy,
     )
 
 
@@ -295,6 +333,8 @@ def job_from(message: pb.Job) -> Job:
         accounting=_accounting_from(message),
         stdout_bytes=message.stdout_bytes,
         stderr_bytes=message.stderr_bytes,
+        lost_bytes=message.lost_bytes,
+        output_problem=message.output_problem,
         cleanup_uncertain=message.cleanup_uncertain,
     )
 

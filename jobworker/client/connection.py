@@ -29,6 +29,8 @@ DEFAULT_PORT = 50051
 # By which clients of this protocol have always called their server, wherever it runs.
 SERVER_NAMES = ("job-worker", "localhost")
 
+COMMAND_ERRNO = "command-errno"  # in the trailing metadata of CreateJob
+
 OPTIONS: list[tuple[str, Any]] = [
     # A connection of its own: closing one client never touches another.
     ("grpc.use_local_subchannel_pool", 1),
@@ -38,6 +40,9 @@ OPTIONS: list[tuple[str, Any]] = [
     # Notices a peer that has vanished without a word, some 60 s after the ping. Many servers
     # turn clients away that ping more often than every 5 minutes.
     ("grpc.keepalive_time_ms", 330_000),
+    # The errors of many creates quote what was asked for, with escapes: more than the 4 MiB
+    # that a request may have.
+    ("grpc.max_receive_message_length", 32 << 20),
 ]
 
 ERRORS: dict[grpc.StatusCode, type[CallError]] = {
@@ -137,7 +142,19 @@ def error_from(error: grpc.RpcError, rpc: str, target: Target) -> CallError:
         details = f"{target.address}: {DEADLINES.get(rpc, rpc + ' was not answered')} in time"
     if code is grpc.StatusCode.UNIMPLEMENTED:
         details = f"{target.address}: this server is too old for {rpc}"
-    return ERRORS.get(code, CallError)(rpc, code.name, details)
+    failure = ERRORS.get(code, CallError)(rpc, code.name, details)
+    if isinstance(failure, RejectedError):
+        failure.command_errno = _command_errno(error)
+    return failure
+
+
+def _command_errno(error: grpc.RpcError) -> int:
+    """0: the server has not told any."""
+    metadata: Any = error.trailing_metadata()  # pairs; its type stub says otherwise
+    for name, value in metadata or ():
+        if name == COMMAND_ERRNO and str(value).isdecimal():
+            return int(value)
+    return 0
 
 
 def unreadable(error: Exception, rpc: str, target: Target) -> CallError:

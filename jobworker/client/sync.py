@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import threading
 import time
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar, Unpack
@@ -13,6 +14,7 @@ from typing import Any, Self, TypeAlias, TypeVar, Unpack
 import grpc
 
 from jobworker.client import calls, connection
+from jobworker.client.bulk import Bulk, Created, Spec
 from jobworker.client.calls import Call, CreateOptions, Listing, ServerInfo
 from jobworker.client.connection import PATH, Target
 from jobworker.client.output import RPC as STREAM_RPC
@@ -93,6 +95,20 @@ class Client:
         """
         return self._call(calls.create(command, args, options))
 
+    def create_many(self, specs: Iterable[Spec]) -> builtins.list[Created]:
+        """Starts many jobs, hundreds with each request; returns what became of each, in order.
+
+        Raises what the first request meets, such as UnreachableError. Later errors are those
+        of the jobs that they hit, so that the ids of those before stay known.
+        """
+        bulk = Bulk(specs)
+        while not bulk.is_over:
+            try:
+                bulk.take(self._call(bulk.request()))
+            except CallError as error:
+                bulk.failed(error)
+        return bulk.results
+
     def get(self, job_id: int | str) -> Job:
         return self._call(calls.get(job_id))
 
@@ -123,6 +139,10 @@ class Client:
         """
         self._call(calls.stop(job_id, signal, grace_seconds))
         return self.get(job_id)
+
+    def delete(self, job_id: int | str) -> None:
+        """Forgets an ended job, and removes its output. Raises WrongStateError while it runs."""
+        self._call(calls.delete(job_id))
 
     def stream(
         self,
@@ -167,7 +187,8 @@ class Client:
         """Creates a job, and returns its output and ending once it has ended.
 
         timeout: in seconds; after it the job is stopped, and DeadlineError raised. The job
-        is also stopped where this is interrupted.
+        is also stopped where this is interrupted. (`time_limit` is kept by the server, and
+        such a job has its ending with the cause TIMED_OUT.)
         """
         job = self.create(command, *args, **options)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Mapping
@@ -53,42 +54,44 @@ def resolve(command: str, environment: Mapping[str, str], working_directory: str
     """
     if "/" in command:
         path = os.path.normpath(os.path.join(working_directory, command))
-        problem = _problem_with(path)
+        number, problem = _problem_with(path)
         if problem:
-            raise InvalidRequestError("command", f"{command!r} {problem}")
+            raise InvalidRequestError("command", f"{command!r} {problem}", number)
         return path
     search = environment.get("PATH", PATH)
-    best_problem = ""
+    best_number, best_problem = errno.ENOENT, ""
     for folder in search.split(":"):
         path = os.path.join(working_directory, folder, command)
-        problem = _problem_with(path)
+        number, problem = _problem_with(path)
         if not problem:
             return path
         if problem != NOT_FOUND:
-            best_problem = f"{path!r} {problem}"
+            best_number, best_problem = number, f"{path!r} {problem}"
     raise InvalidRequestError(
         "command",
         best_problem
         or f"{command!r} was not found in the job's PATH ({search}); "
         "give its full path, or a PATH in the environment",
+        best_number,
     )
 
 
 NOT_FOUND = "does not exist on the server"
 
 
-def _problem_with(path: str) -> str:
-    """Why this file cannot be executed; empty where it can."""
+def _problem_with(path: str) -> tuple[int, str]:
+    """Why this file cannot be executed, as errno and in words; 0 and no word where it can."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return NOT_FOUND
+        return errno.ENOENT, NOT_FOUND
     except OSError as error:
-        return f"cannot be looked at: {error.strerror}"
+        return error.errno or errno.EIO, f"cannot be looked at: {error.strerror}"
     if stat.S_ISDIR(mode):
-        return "is a directory; give the program in it"
+        return errno.EISDIR, "is a directory; give the program in it"
     if not stat.S_ISREG(mode):
-        return "is not a regular file"
+        return errno.EACCES, "is not a regular file"
     if not os.access(path, os.X_OK, effective_ids=True):
-        return "is not executable by its user; use chmod +x, or name its interpreter as the command"
-    return ""
+        remedy = "use chmod +x, or name its interpreter as the command"
+        return errno.EACCES, f"is not executable by its user; {remedy}"
+    return 0, ""

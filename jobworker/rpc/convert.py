@@ -16,6 +16,8 @@ from jobworker.pb import job_worker_pb2 as pb
 # Existing clients receive at most this much in one message.
 LARGEST_ANSWER_BYTES = 4 << 20
 
+COMMAND_ERRNO = "command-errno"  # in the trailing metadata of CreateJob
+
 CODES: dict[type[errors.JobWorkerError], grpc.StatusCode] = {
     errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.OffsetOutOfRangeError: grpc.StatusCode.OUT_OF_RANGE,
@@ -31,6 +33,13 @@ CODES: dict[type[errors.JobWorkerError], grpc.StatusCode] = {
 
 def code_of(error: errors.JobWorkerError) -> grpc.StatusCode:
     return CODES.get(type(error), grpc.StatusCode.INTERNAL)
+
+
+def metadata_of(error: errors.JobWorkerError) -> tuple[tuple[str, str], ...]:
+    """What goes with its status: the errno of a command that cannot be executed."""
+    if isinstance(error, InvalidRequestError) and error.error_number:
+        return ((COMMAND_ERRNO, str(error.error_number)),)
+    return ()
 
 
 def job_id_from(text: str) -> int:

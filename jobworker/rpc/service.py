@@ -214,7 +214,8 @@ def _unary(rpc: str, method: UnaryMethod, request_type: Any) -> Any:
             authorize(caller, rpc)
             return await method(request, caller)
         except JobWorkerError as error:
-            await context.abort(convert.code_of(error), str(error))
+            code, metadata = convert.code_of(error), convert.metadata_of(error)
+            await context.abort(code, str(error), metadata)
 
     return grpc.unary_unary_rpc_method_handler(
         handle, request_type.FromString, lambda answer: answer.SerializeToString()

@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.program import Program
-from functional.conftest import certificates, server, start_server
 from functional.server import Server
-
-__all__ = ["certificates", "server", "start_server"]
 
 
 @pytest.fixture

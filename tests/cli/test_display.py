@@ -182,6 +182,8 @@ def test_the_keys_of_a_job_are_a_promise() -> None:
         "duration_seconds": 2.0,
         "stdout_bytes": 0,
         "stderr_bytes": 0,
+        "lost_bytes": 0,
+        "output_problem": None,
         "accounting": {
             "cpu_user_us": 5,
             "cpu_system_us": None,

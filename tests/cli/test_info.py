@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
+
+import pytest
 
 import jobworker as package
 from cli.program import Program
@@ -30,11 +34,40 @@ def test_as_json(jobworker: Program, server: Server) -> None:
     assert info.keys() == {
         *("version", "started", "identity", "role", "running_jobs", "maximum_jobs"),
         *("state_directory", "cgroup", "controllers", "default_limits", "isolation"),
+        *("ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes"),
+        *("log_max_bytes", "log_policy"),
     }
     assert (info["role"], info["state_directory"]) == ("admin", str(server.state))
     assert info["default_limits"]["cpu_percent"] == 100
     assert info["isolation"]["default_profile"] in info["isolation"]["profiles"]
-    assert jobworker("-o", "json", "info").stdout == jobworker("info", "-o", "json").stdout
+    assert json.loads(jobworker("-o", "json", "info").stdout).keys() == info.keys()
+
+
+def test_what_is_kept(jobworker: Program) -> None:
+    shown = jobworker("info").stdout
+    assert re.search(r"^Ended: +\d+ kept, with [\d.]+ \w+ of output$", shown, re.MULTILINE)
+    assert re.search(r"^Disk: +[\d.]+ \w+ left$", shown, re.MULTILINE)
+    assert re.search(r"^Output: +all is kept$", shown, re.MULTILINE)
+    assert re.search(r"^Isolation: +profile none .*, as \w+", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("ring", "of each job the newest 1.0 MiB are kept"),
+        ("head", "of each job the first 1.0 MiB are kept"),
+        ("stop", "a job that writes more than 1.0 MiB is ended"),
+    ],
+)
+def test_a_quota_and_a_disk_with_too_little_room(
+    jobworker: Program, start_server: Callable[..., Server], policy: str, words: str
+) -> None:
+    server = start_server(LOG_MAX_BYTES="1MiB", LOG_POLICY=policy, DISK_RESERVE="100TiB")
+    shown = jobworker("-s", server.address, "info").stdout
+    assert re.search(rf"^Output: +{words}$", shown, re.MULTILINE)
+    assert re.search(
+        r"^Disk: +.* left: too little for new jobs, which need 100 TiB$", shown, re.MULTILINE
+    )
 
 
 def test_on_a_terminal(jobworker: Program) -> None:

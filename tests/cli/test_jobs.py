@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from cli.program import Program
+from jobworker.cli import display, jobs
+from jobworker.job import Job, JobSpec, Status
 
 # create
 
@@ -54,9 +56,6 @@ def test_what_a_job_reads(jobworker: Program, tmp_path: Path) -> None:
     (tmp_path / "input").write_bytes(b"from a file")
     job = jobworker.json_of_create("--stdin", str(tmp_path / "input"), "cat")
     assert jobworker("stream", str(job["id"])).stdout == "from a file"
-    answer = jobworker("create", "--stdin", "/no/such/file", "cat")
-    assert answer.returncode != 0
-    assert "/no/such/file" in answer.stderr
 
 
 def test_a_time_limit(jobworker: Program) -> None:
@@ -86,6 +85,21 @@ def test_get_in_a_pipe(jobworker: Program) -> None:
     assert shown["Output"] == "4 B"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", shown["Started"])
     assert re.fullmatch(r"\d+ms user, \d+ms system", shown["CPU"])
+
+
+def test_get_shows_how_it_may_run(jobworker: Program) -> None:
+    job_id = jobworker.create("--timeout", "1.5h", "true")
+    job = jobworker.json("get", job_id)
+    shown = dict(re.findall(r"^([\w ]+): +(.*)$", jobworker("get", job_id).stdout, re.MULTILINE))
+    assert shown["Time limit"] == "1h30m"
+    assert (shown["User"], shown["Profile"]) == (job["user"], job["profile"])
+    assert not {"Lost", "Output waits"} & shown.keys()
+
+
+def test_get_says_why_output_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    job = Job(7, JobSpec("/bin/x"), Status.RUNNING, 1, output_problem="No space left on device")
+    display.write_fields(jobs._fields(job))
+    assert re.search(r"Output waits: +No space left on device\n", capsys.readouterr().out)
 
 
 def test_get_on_a_terminal(jobworker: Program) -> None:

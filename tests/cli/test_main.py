@@ -93,6 +93,14 @@ def test_help_fits_a_terminal(command: str, monkeypatch: pytest.MonkeyPatch) -> 
         ["create", "--max-memory", str(1 << 31), "true"],
         ["create", "--max-iobps", str(1 << 64), "true"],
         ["create", "--env", "NOTHING", "true"],
+        ["create", "--timeout", "soon", "true"],
+        ["create", "--timeout", "-1", "true"],
+        ["create", "--timeout", "5w", "true"],
+        ["create", "--stdin", "/dev/zero", "true"],
+        ["create", "--from", "/dev/null", "true"],
+        ["rm"],
+        ["rm", "one"],
+        ["prune"],
         ["create", "--env", "=x", "true"],
         ["stop", "1", "--signal", "NONE"],
         ["stop", "1", "--signal", "99"],
@@ -123,7 +131,7 @@ def test_the_largest_limit_is_no_usage_error(jobworker: Program) -> None:
 
 
 def test_an_unknown_job(jobworker: Program) -> None:
-    for words in (["get"], ["stop"], ["stream"], ["wait"]):
+    for words in (["get"], ["stop"], ["stream"], ["wait"], ["rm"]):
         assert_one_line(jobworker(*words, "999999"), 3, "999999", "`jobworker list`")
 
 
@@ -150,6 +158,9 @@ def test_a_job_that_has_ended(jobworker: Program) -> None:
         (["create", "--workdir", "relative", "true"], "--workdir"),
         (["create", "true", *["x" * 100_000] * 6], "524288"),
         (["create", "--name", "two\nlines", "true"], "printable"),
+        (["create", "--timeout", "5000d", "true"], "--timeout"),
+        (["create", "--user", "nobody-there", "true"], "user"),
+        (["create", "--profile", "none-such", "true"], "profile"),
         (["stream", "1", "--from-offset", str(1 << 40)], "0 to"),
     ],
 )

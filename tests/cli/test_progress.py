@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from jobworker.cli.progress import Progress
+from jobworker.cli.progress import Progress, bar
 
 
 class TerminalLike(io.StringIO):
@@ -51,3 +51,15 @@ def test_not_more_often_than_anybody_could_read() -> None:
         assert progress.is_due
         progress.show("1")
         assert not progress.is_due
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "shown"),
+    [
+        (0, 3, "[........................] 0 of 3"),
+        (999, 1000, "[#######################.] 999 of 1000"),
+        (3, 3, "[########################] 3 of 3"),
+    ],
+)
+def test_a_bar(done: int, total: int, shown: str) -> None:
+    assert bar(done, total) == shown

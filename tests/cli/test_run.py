@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import re
 import signal
 import subprocess
+import time
 from dataclasses import replace
 
 import pytest
@@ -38,6 +41,30 @@ def test_the_order_on_a_terminal(jobworker: Program) -> None:
     script = "for i in 1 2 3; do echo out $i; sleep .1; echo err $i >&2; sleep .1; done"
     shown = jobworker.screen("run", "sh", "-c", script)
     assert shown.split("\n")[:6] == ["out 1", "err 1", "out 2", "err 2", "out 3", "err 3"]
+
+
+def test_what_it_reads(jobworker: Program) -> None:
+    """Bytes from a pipe, up to 1 MiB, and nothing unless it is asked for."""
+    data = bytes(range(256)) * 4096
+    process = jobworker.start("run", "--stdin", "-", "cat", stdin=-1, stdout=-1)
+    assert process.communicate(data, timeout=30)[0] == data
+    process = jobworker.start("run", "--stdin", "-", "cat", stdin=-1, stdout=-1, stderr=-1)
+    out, errors = process.communicate(data + b"x", timeout=30)
+    assert (process.returncode, out) == (125, b"")
+    assert re.fullmatch(rb"jobworker: [^\n]*--stdin[^\n]*more than 1 MiB[^\n]*\n", errors)
+    process = jobworker.start("run", "cat", stdin=-1, stdout=-1)
+    assert process.communicate(b"not for the job", timeout=30)[0] == b""
+    answer = jobworker("run", "--stdin", "/no/such/file", "cat")
+    assert (answer.returncode, answer.stdout) == (125, "")
+    assert answer.stderr == "jobworker: cannot read /no/such/file: No such file or directory\n"
+
+
+def test_when_its_time_is_over(jobworker: Program) -> None:
+    started = time.monotonic()
+    answer = jobworker("run", "--timeout", "300ms", "sh", "-c", "echo begun; exec sleep 60")
+    assert (answer.returncode, answer.stdout) == (124, "begun\n")
+    assert re.fullmatch(r"jobworker: job \d+ FAILED: .*0\.3 s was over\n", answer.stderr)
+    assert time.monotonic() - started < 20
 
 
 def test_as_json(jobworker: Program) -> None:
@@ -119,6 +146,10 @@ def test_the_code_of_each_failure() -> None:
     assert rejected("command: '/x' cannot be looked at: Permission denied") == 126
     assert rejected("command: is empty; give the program to run") == 125
     assert rejected("name: was not found") == 125
+    for number, code in ((errno.ENOENT, 127), (errno.EACCES, 126), (errno.EISDIR, 126)):
+        error = RejectedError("CreateJob", "INVALID_ARGUMENT", "command: in other words")
+        error.command_errno = number
+        assert run.code_of_failure(error) == code
     assert run.code_of_failure(UnreachableError("CreateJob", "UNAVAILABLE", "command: ")) == 125
 
 

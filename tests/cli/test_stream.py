@@ -7,11 +7,14 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Callable
 
 import pytest
 
 from cli.program import Program
-from jobworker.cli.stream import write_bytes
+from functional.server import Server
+from jobworker.cli.stream import telling_lost, write_bytes
+from jobworker.client import Chunk
 
 
 @pytest.fixture
@@ -99,6 +102,43 @@ def test_as_json(jobworker: Program, job_id: str) -> None:
     assert all(re.fullmatch(r"[-\d]+T[:\d]+\.\d{6}Z", run["time"]) for run in runs)
     assert chunks[0]["offset"] == 0
     assert last["ending"] == jobworker.json("get", job_id)
+
+
+# What the server keeps no more
+
+
+@pytest.fixture
+def keeping_little(jobworker: Program, start_server: Callable[..., Server]) -> Program:
+    server = start_server(LOG_MAX_BYTES="100000", LOG_POLICY="ring")
+    return Program(jobworker.folder, **jobworker.environ | {"JOB_WORKER_SERVER": server.address})
+
+
+def test_lost_bytes_are_told_in_one_line(keeping_little: Program) -> None:
+    job_id = keeping_little.create("head", "-c", "1000000", "/dev/zero")
+    keeping_little("wait", job_id)
+    lost_bytes = keeping_little.json("get", job_id)["lost_bytes"]
+    assert 800_000 < lost_bytes < 1_000_000
+    words = f"jobworker: {lost_bytes} bytes of its output are lost: the server keeps no more\n"
+    for options in ([], ["--to", "output"], ["-o", "json"]):
+        answer = keeping_little("stream", job_id, *options)
+        assert (answer.returncode, answer.stderr) == (0, words)
+    assert (keeping_little.folder / "output").stat().st_size == 1_000_000 - lost_bytes
+    shown = keeping_little("get", job_id).stdout
+    assert re.search(r"^Lost: +[\d.]+ KiB of its output$", shown, re.MULTILINE)
+    offset = str(lost_bytes)
+    assert keeping_little("stream", job_id, "--from-offset", offset).stderr == ""
+
+
+def test_lost_bytes_are_told_after_however_many_chunks(capsys: pytest.CaptureFixture[str]) -> None:
+    """And also where the reading ends early."""
+    chunk = Chunk(memoryview(b""), 5, 5, lost_bytes=5)
+    with telling_lost([chunk] * 3) as chunks:
+        next(chunks)
+        next(chunks)
+    assert capsys.readouterr().err.startswith("jobworker: 10 bytes of its output are lost")
+    with telling_lost([Chunk(memoryview(b"x"), 0, 1)]) as chunks:
+        assert len(list(chunks)) == 1
+    assert capsys.readouterr().err == ""
 
 
 # To a file

@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 
-from functional.conftest import certificates, server, start_server
 from functional.server import Server
 from jobworker import AsyncClient, Client
-
-__all__ = ["certificates", "server", "start_server"]
 
 
 class Awaited:

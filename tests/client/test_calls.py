@@ -41,6 +41,8 @@ def an_ended_job() -> Job:
         accounting=Accounting(1, 2, 3, 4, 0, None),
         stdout_bytes=2**40,
         stderr_bytes=5,
+        lost_bytes=2**41,
+        output_problem="No space left on device",
         cleanup_uncertain=True,
     )
 
@@ -118,7 +120,9 @@ def test_what_is_no_time(text: str) -> None:
         ({"working_directory": "here"}, "absolute"),
         ({"name": "\udcff"}, "printable"),
         ({"stdin": bytes(1_048_577)}, "stdin: is 1048577 bytes long"),
-        ({"time_limit": -1}, "timeout_milliseconds: -1000"),
+        ({"time_limit": -1}, "time_limit: -1 is not possible"),
+        ({"time_limit": 1e10}, "time_limit: "),
+        ({"time_limit": float("nan")}, "time_limit: nan"),
     ],
 )
 def test_what_no_server_could_accept(options: Any, problem: str) -> None:
@@ -144,6 +148,34 @@ def test_needs_are_what_was_added_to_the_contract() -> None:
     assert set(calls.create("true", [], all_new).needs) == all_new.keys()
     assert calls.stop(1, 0, None).needs == ()
     assert calls.stop(1, 15, 0).needs == ("signal", "grace_seconds")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "milliseconds"), [(0, 0), (0.0001, 1), (16.1, 16_100), (90, 90_000)]
+)
+def test_a_time_limit_is_never_rounded_to_none(seconds: float, milliseconds: int) -> None:
+    request = calls.create("true", [], {"time_limit": seconds}).request
+    assert isinstance(request, pb.CreateJobReq)
+    assert request.timeout_milliseconds == milliseconds
+
+
+def test_all_that_a_server_tells_of_itself_arrives() -> None:
+    """Every field has a value that is not its default."""
+    message = pb.ServerInfo(default_profile="default", profiles=["default", "none"])
+    message.users.append("daemon")
+    fields: Any = pb.ServerInfo.DESCRIPTOR.fields
+    for number, field in enumerate(fields, 1):
+        if not field.is_repeated:
+            text = f"{number}" if field.type == field.TYPE_STRING else number
+            setattr(message, field.name, text)
+    message.controllers.add(name="cpu", available=True, problem="none")
+    info = calls.info().read(message.SerializeToString())
+    values = [getattr(info, field.name) for field in dataclasses.fields(info)]
+    assert all(values)
+    numbers = {value for value in values if isinstance(value, int)}
+    numbers |= set(dataclasses.astuple(info.default_limits))
+    assert len(numbers) == 12
+    assert (info.profiles, info.users) == (("default", "none"), ("daemon",))
 
 
 def test_a_stop_may_take_as_long_as_its_grace() -> None:

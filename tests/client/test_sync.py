@@ -4,6 +4,7 @@ end here."""
 from __future__ import annotations
 
 import doctest
+import errno
 import hashlib
 import os
 import random
@@ -26,7 +27,7 @@ from client.old_server import OldServer
 from client.proxy import Proxy
 from functional.server import Server
 from jobworker import Client, errors
-from jobworker.client import Chunk, Stream
+from jobworker.client import Chunk, Spec, Stream
 from jobworker.errors import (
     CallError,
     DeadlineError,
@@ -109,6 +110,50 @@ def test_stop(client: Client) -> None:
     assert client.stop(job.id, signal=signal.SIGUSR1).signal == signal.SIGUSR1
 
 
+def test_delete(client: Client) -> None:
+    job = client.create("echo", "hello")
+    client.wait(job.id)
+    client.delete(job.id)
+    with pytest.raises(UnknownJobError):
+        client.get(job.id)
+    with pytest.raises(UnknownJobError):
+        client.delete(str(job.id))
+    running = client.create("sleep", "60")
+    with pytest.raises(WrongStateError, match="RUNNING"):
+        client.delete(running.id)
+    client.stop(running.id)
+
+
+def test_create_many(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several requests, and in order."""
+    monkeypatch.setattr("jobworker.client.bulk.MOST_JOBS", 7)
+    specs = [Spec("sh", "-c", f"cat; echo {n}", stdin=b"%d+" % n, name="bulk") for n in range(20)]
+    specs[3:3] = [Spec("no-such-command"), Spec("true", max_cpu=-1)]
+    results = client.create_many(iter(specs))
+    assert len(results) == 22
+    assert all(isinstance(result.error, RejectedError) for result in results[3:5])
+    assert (results[3].job_id, results[4].job_id) == (None, None)
+    assert "no-such-command" in str(results[3].error)
+    for number, result in enumerate(results[:3] + results[5:]):
+        assert result.error is None
+        assert result.job_id is not None
+        assert result.status in {Status.RUNNING, Status.COMPLETED}
+        assert output(client.stream(result.job_id)) == b"%d+%d\n" % (number, number)
+    assert len(list(client.list(name="bulk"))) % 20 == 0
+    assert client.create_many([]) == []
+
+
+def test_create_many_of_the_largest(client: Client) -> None:
+    """More than 4 MiB in all, and an error that is larger than what was sent."""
+    data = random.Random(2).randbytes(1 << 20)
+    specs = [Spec("sha256sum", stdin=data)] * 9 + [Spec("\x01" * 130_000)] * 30
+    results = client.create_many(specs)
+    for result in results[:9]:
+        assert result.job_id is not None
+        assert output(client.stream(result.job_id)).split()[0].decode() == digest(data)
+    assert all(isinstance(result.error, RejectedError) for result in results[9:])
+
+
 def test_list(client: Client) -> None:
     jobs = [client.create("true", name="listed") for _ in range(4)]
     newest_first = [job.id for job in reversed(jobs)]
@@ -135,6 +180,11 @@ def test_info(client: Client, server: Server) -> None:
     assert info.state_directory == str(server.state)
     assert info.default_limits.cpu_percent == 100
     assert {controller.name for controller in info.controllers} == {"cpu", "memory", "io", "pids"}
+    assert (info.log_max_bytes, info.disk_reserve_bytes) == (0, 0)
+    assert info.disk_room_bytes > 0
+    assert "none" in info.profiles
+    client.wait(client.create("true").id)
+    assert client.info().ended_jobs > 0
 
 
 def test_ids_names_and_limits_over_the_top_are_the_callers_mistake(client: Client) -> None:
@@ -189,8 +239,32 @@ def test_a_viewer_is_told_so(connect: Connect, server: Server) -> None:
         key=server.certs / "viewer-key.pem",
     )
     assert viewer.info().role == "viewer"
-    with pytest.raises(ForbiddenError):
-        viewer.create("true")
+    for call in (
+        lambda: viewer.create("true"),
+        lambda: viewer.create_many([Spec("true")]),
+        lambda: viewer.delete(1),
+    ):
+        with pytest.raises(ForbiddenError):
+            call()
+
+
+def test_a_refused_command_has_its_errno(client: Client) -> None:
+    for command, number in (("/none", errno.ENOENT), ("/etc", errno.EISDIR), ("", 0)):
+        with pytest.raises(RejectedError) as caught:
+            client.create(command)
+        assert caught.value.command_errno == number
+    with pytest.raises(RejectedError, match="working_directory") as caught:
+        client.create("true", working_directory="/none")
+    assert caught.value.command_errno == 0
+
+
+def test_lost_bytes_are_told(connect: Connect, start_server: StartServer) -> None:
+    client = connect(start_server(LOG_MAX_BYTES="100000", LOG_POLICY="ring").address)
+    assert (client.info().log_max_bytes, client.info().log_policy) == (100_000, "ring")
+    result = client.run("head", "-c", "1000000", "/dev/zero")
+    job = client.get(result.job.id)
+    assert 800_000 < job.lost_bytes < 1_000_000
+    assert sum(chunk.lost_bytes for chunk in client.stream(job.id)) == job.lost_bytes
 
 
 # Streams
@@ -446,6 +520,9 @@ def test_what_an_old_server_would_ignore_is_an_error(connect: Connect, certifica
             ("working_directory", lambda: client.create("true", working_directory="/usr")),
             ("stdin", lambda: client.create("true", stdin=b"x")),
             ("time_limit", lambda: client.create("true", time_limit=1)),
+            ("user", lambda: client.create("true", user="nobody")),
+            ("profile", lambda: client.run("true", profile="none")),
+            ("DeleteJob", lambda: client.delete(job.id)),
             ("merge_output", lambda: client.run("true", merge_output=True)),
             ("signal", lambda: client.stop(job.id, signal=2)),
             ("grace_seconds", lambda: client.stop(job.id, grace_seconds=0)),
@@ -460,6 +537,19 @@ def test_what_an_old_server_would_ignore_is_an_error(connect: Connect, certifica
                 call()
         assert len(old.requests) == before
         assert client.get(job.id).status is Status.RUNNING
+
+
+def test_create_many_with_an_old_server(connect: Connect, certificates: Path) -> None:
+    """One by one; what it would ignore is an error of that one."""
+    with OldServer(certificates) as old:
+        client = connect(old.address)
+        specs = [Spec("echo", "1"), Spec("true", name="x"), Spec("echo", "3", max_cpu=50)]
+        first, second, third = client.create_many(specs)
+        assert (first.job_id, second.job_id, third.job_id) == (1, None, 2)
+        assert isinstance(second.error, UnsupportedError)
+        assert "name" in str(second.error)
+        assert [rpc for rpc, _ in old.requests] == ["CreateJob", "CreateJob"]
+        assert output(client.stream(2)) == b"3\n"
 
 
 def test_streams_of_an_old_server_resume(connect: Connect, certificates: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -50,26 +51,27 @@ def test_what_cannot_be_executed_is_passed_over(program: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("command", "problem"),
+    ("command", "problem", "number"),
     [
-        ("no-such-program", "not found in the job's PATH"),
-        ("/no/such/program", "does not exist"),
-        ("/etc/passwd/x", "does not exist"),
-        ("/etc", "is a directory"),
-        ("/etc/passwd", "is not executable by its user"),
-        ("/dev/null", "is not a regular file"),
+        ("no-such-program", "not found in the job's PATH", errno.ENOENT),
+        ("/no/such/program", "does not exist", errno.ENOENT),
+        ("/etc/passwd/x", "does not exist", errno.ENOENT),
+        ("/etc", "is a directory", errno.EISDIR),
+        ("/etc/passwd", "is not executable by its user", errno.EACCES),
+        ("/dev/null", "is not a regular file", errno.EACCES),
     ],
 )
-def test_what_names_no_program(command: str, problem: str) -> None:
+def test_what_names_no_program(command: str, problem: str, number: int) -> None:
     with pytest.raises(InvalidRequestError, match=problem) as caught:
         resolve(command, {}, "/")
-    assert caught.value.field == "command"
+    assert (caught.value.field, caught.value.error_number) == ("command", number)
 
 
 def test_found_in_path_and_not_executable(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
-    with pytest.raises(InvalidRequestError, match="is not executable"):
-        resolve("data", {"PATH": str(tmp_path)}, "/")
+    with pytest.raises(InvalidRequestError, match="is not executable") as caught:
+        resolve("data", {"PATH": f"{tmp_path}:/no/such"}, "/")
+    assert caught.value.error_number == errno.EACCES
 
 
 @pytest.mark.parametrize("path", ["/no/such", "/etc/passwd"])

@@ -48,6 +48,13 @@ def test_the_fixed_fields_have_their_fixed_numbers() -> None:
     assert [fields[name].number for name in names] == list(range(1, 11))
 
 
+def test_the_errno_of_a_command_goes_with_its_error() -> None:
+    error = errors.InvalidRequestError("command", "is a directory", 21)
+    assert convert.metadata_of(error) == (("command-errno", "21"),)
+    assert convert.metadata_of(errors.InvalidRequestError("name", "is too long")) == ()
+    assert convert.metadata_of(errors.ShuttingDownError()) == ()
+
+
 def test_a_job() -> None:
     message = convert.job_to(JOB)
     assert (message.id, message.command, list(message.args)) == ("7", "/bin/echo", ["a", "b"])
