@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -73,11 +74,13 @@ def test_rm_at_an_old_server(old: Program) -> None:
 
 def test_prune_what_is_old(alone: Program) -> None:
     old_ones = [ended_job(alone), ended_job(alone, "false")]
-    time.sleep(1.5)
+    last_ended = datetime.fromisoformat(alone.json("get", old_ones[1])["ended"]).timestamp()
+    time.sleep(4)  # more than the program ever takes to start
     young = ended_job(alone)
     running = alone.create("sleep", "60")
     assert alone("prune", "--older-than", "1h").stdout == "Jobs removed: 0\n"
-    assert alone.json("prune", "--older-than", "1.2s") == {"removed": list(map(int, old_ones))}
+    age = f"{time.time() - last_ended - 0.1:.1f}s"
+    assert alone.json("prune", "--older-than", age) == {"removed": list(map(int, old_ones))}
     assert ids_of(alone) == [running, young]
     assert alone("prune", "--older-than", "0").stdout == "Jobs removed: 1\n"
     assert ids_of(alone) == [running]
