@@ -264,10 +264,13 @@ class Manager:
     async def delete(self, job_id: int) -> None:
         """Forgets an ended job, and what it has written. Raises JobStateError for one that has
         not ended."""
-        job = await self.get(job_id)
-        if job_id in self._live:
-            raise JobStateError(job_id, job.status, "delete")
-        await self._retention.delete([job])
+        live = self._live.get(job_id)
+        if live:
+            if not live.job.is_ended:
+                raise JobStateError(job_id, live.job.status, "delete")
+            # GetJob shows the ending already; its last steps are under way.
+            await asyncio.shield(live.over)
+        await self._retention.delete([await self.get(job_id)])
 
     # From the start of the server to its end
 
