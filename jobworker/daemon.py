@@ -98,6 +98,7 @@ async def _serve(settings: Settings, jobinits: Jobinits, isolation: Isolation) -
             Retention(store, output, keep),
         )
         closing.push_async_callback(jobinits.close)
+        closing.push_async_callback(manager.let_go)
         facts = ServerFacts(__version__, started_ns, str(settings.state_dir))
         server = RpcServer(settings, JobService(manager, facts))
         closing.push_async_callback(server.stop, ANSWER_SECONDS)

@@ -245,8 +245,8 @@ class _Watch:
 
     async def wait(self, descriptor: int, timeout_seconds: float) -> bool:
         """descriptor: a cgroup.events that has been read. What changed since then is seen."""
-        future = self._waiting[descriptor] = self._loop.create_future()
         self._epoll.register(descriptor, select.EPOLLPRI)
+        future = self._waiting[descriptor] = self._loop.create_future()
         try:
             async with asyncio.timeout(timeout_seconds):
                 await future

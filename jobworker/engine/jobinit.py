@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 MAGIC = 0x54494E4A
 PROTOCOL_VERSION = 1
 CONNECT_SECONDS = 10.0
+ASK_AGAIN_SECONDS = 0.1  # where this process had no descriptor left
 LISTENER_FD = 3
 
 # Longer than this a start goes by way of a memfd: seqpacket messages end near 200 KB.
@@ -126,7 +127,12 @@ class Started:
     started_ns: int
 
     def close(self) -> None:
-        _close_all(fd for fd in (self.pidfd, self.stdout_fd, self.stderr_fd) if fd >= 0)
+        self.close_pipes()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+
+    def close_pipes(self) -> None:
+        _close_all(fd for fd in (self.stdout_fd, self.stderr_fd) if fd >= 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,18 +274,16 @@ class Jobinit:
         gives fresh descriptors, and starts nothing.
 
         Raises StartFailedError where a step of it failed: that ending too is to be
-        acknowledged. Raises JobinitError where jobinit is gone or refuses. Cancelling does
-        not stop the job.
+        acknowledged. Raises JobinitError where jobinit is gone or refuses, and OSError where
+        there is no descriptor or memory to ask with. Cancelling does not stop the job.
         """
         self._require_connection()
+        body = _encode_start(request)
+        is_long = len(body) > LONGEST_INLINE_START_BYTES
+        memfds = _memfds_with([body] * is_long + [request.stdin] * bool(request.stdin))
         future: asyncio.Future[Started] = self._loop.create_future()
         self._starting[request.job_id] = future
-        body = _encode_start(request)
-        stdin = (_memfd_with(request.stdin),) if request.stdin else ()
-        if len(body) <= LONGEST_INLINE_START_BYTES:
-            self._send(Ask.START, request.job_id, body, stdin)
-        else:
-            self._send(Ask.START, request.job_id, memfds=(_memfd_with(body), *stdin))
+        self._send(Ask.START, request.job_id, b"" if is_long else body, memfds)
         return await future
 
     def signal(self, job_id: int, number: int) -> None:
@@ -361,15 +365,19 @@ class Jobinit:
             return
         if not packet:
             self._lose("jobinit is gone")
-        elif flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        elif flags & socket.MSG_TRUNC or (flags & socket.MSG_CTRUNC and self._adopting):
             _close_all(descriptors)
             self._lose("a message of jobinit was cut off: this process has no descriptor left")
         else:
-            self._take_packet(packet, descriptors)
+            self._take_packet(packet, descriptors, is_cut=bool(flags & socket.MSG_CTRUNC))
 
-    def _take_packet(self, packet: bytes, descriptors: list[int]) -> None:
+    def _take_packet(self, packet: bytes, descriptors: list[int], *, is_cut: bool) -> None:
+        """is_cut: this process had no room for some of the descriptors, nobody knows which."""
         try:
             for kind, count, job_id, body in _split(packet):
+                if kind == Tell.STARTED and is_cut:
+                    self._loop.call_later(ASK_AGAIN_SECONDS, self._ask_again, job_id)
+                    continue
                 if kind == Tell.STARTED:
                     self._take_started(_decode_started(job_id, body, count, descriptors))
                     continue
@@ -380,6 +388,11 @@ class Jobinit:
             self._lose(f"jobinit broke its protocol: {error}")
         finally:
             _close_all(descriptors)
+
+    def _ask_again(self, job_id: int) -> None:
+        """Of a job that jobinit knows, it needs nothing but the id."""
+        if job_id in self._starting:
+            self._send(Ask.START, job_id)
 
     def _take(self, kind: int, job_id: int, body: bytes) -> None:
         if kind == Tell.EXITED:
@@ -487,15 +500,21 @@ def _encode_start(request: StartRequest) -> bytes:
     return head + os.fsencode("\0".join(strings)) + b"\0"
 
 
-def _memfd_with(data: bytes) -> int:
-    """To be read from its beginning, and to be changed by nobody: a job gets one as stdin."""
-    memfd = os.memfd_create("start", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(memfd, view) :]
-    os.lseek(memfd, 0, os.SEEK_SET)
-    fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALED)
-    return memfd
+def _memfds_with(contents: Iterable[bytes]) -> tuple[int, ...]:
+    """To be read from the beginning, and to be changed by nobody: a job gets one as stdin."""
+    memfds: list[int] = []
+    try:
+        for data in contents:
+            memfds.append(os.memfd_create("start", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+            view = memoryview(data)
+            while view:
+                view = view[os.write(memfds[-1], view) :]
+            os.lseek(memfds[-1], 0, os.SEEK_SET)
+            fcntl.fcntl(memfds[-1], fcntl.F_ADD_SEALS, SEALED)
+    except BaseException:
+        _close_all(memfds)
+        raise
+    return tuple(memfds)
 
 
 def _send_packet(connection: socket.socket, packet: bytes, memfds: tuple[int, ...]) -> None:

@@ -130,7 +130,9 @@ class Jobinits:
     async def start(self, request: StartRequest) -> Started:
         """As `Jobinit.start`. The pidfd stays ours."""
         hold = self._holds.get(request.job_id)
-        jobinit = hold.jobinit if hold and hold.jobinit else await self._our_jobinit()
+        jobinit = hold.jobinit if hold else await self._our_jobinit()
+        if jobinit is None:  # another one would start it twice
+            raise JobinitError("the jobinit that was starting it is gone")
         self._hold(jobinit, request.job_id, None)
         started = await jobinit.start(request)
         self._hold(jobinit, request.job_id, started)
@@ -202,7 +204,9 @@ class Jobinits:
 
     def _hold(self, jobinit: Jobinit, job_id: int, started: Started | None) -> None:
         if started:
-            self._holds[job_id] = _Hold(jobinit, started.pid, started.pidfd)
+            before = self._holds.get(job_id)
+            is_ended = before is not None and before.is_ended
+            self._holds[job_id] = _Hold(jobinit, started.pid, started.pidfd, is_ended)
         else:
             self._holds.setdefault(job_id, _Hold(jobinit))
 
@@ -232,6 +236,7 @@ class Jobinits:
                 continue
             self._orphans[hold.pid] = job_id
             self._loop.add_reader(hold.pidfd, self._on_orphan_ended, job_id)
+        self._reap_all()
         if self._current.done() and self._current.result() is jobinit:
             self._current = self._loop.create_future()
             self._start_task(self._respawn())
@@ -242,7 +247,7 @@ class Jobinits:
             try:
                 self._spawn()
                 jobinit = await self._greet(self._dialled.pop(self._path))
-            except JobWorkerError as error:
+            except (JobWorkerError, OSError) as error:
                 log.critical("no new jobinit, so no job can be started: %s", error)
                 continue
             log.warning("a new jobinit starts jobs")
@@ -275,6 +280,9 @@ class Jobinits:
         self._loop.call_soon_threadsafe(self._reap_all)
 
     def _reap_all(self) -> None:
+        # Its jobs are children of ours by now, and may be dead; but it may have more to say.
+        if any(_is_dead_child(jobinit.pid) for jobinit in self._all):
+            return  # `_on_lost` is about to come
         with contextlib.suppress(ChildProcessError):
             while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if dead.si_pid in self._orphans:
@@ -286,6 +294,13 @@ class Jobinits:
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _is_dead_child(pid: int) -> bool:
+    """Not reaped yet."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return False
 
 
 def _reap(pidfd: int) -> int:

@@ -22,8 +22,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Coroutine, Sized
+from collections.abc import Callable, Coroutine, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from jobworker import job as transition
@@ -67,9 +68,14 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# With these a job that is recorded fails to start. InvalidRequestError: what was there when
+# the request was checked is there no longer.
+START_ERRORS = (StartFailedError, CgroupError, JobinitError, InvalidRequestError, OSError)
+
 KILLED_SECONDS = 10.0  # what a killed cgroup may take to be empty, before that is worth a line
 STORE_RUNNING_SECONDS = 0.2
 STORE_RETRY_SECONDS = 1.0
+END_RETRY_SECONDS = 0.5
 # What the ending of a job may take when the server ends; the next one would do it again.
 SETTLE_SECONDS = 3.0
 
@@ -148,9 +154,13 @@ class Manager:
         output.on_log_limit = self._on_log_limit
         self._live: dict[int, _LiveJob] = {}
         self._strangers: set[int] = set()
+        # Of jobs that end after jobinit has told of them, and before they are taken over.
+        self._early_exits: dict[int, Exited | OrphanExited] = {}
+        self._has_recovered = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
         self._closing = False
+        self._has_let_go = False
 
     # What clients ask for
 
@@ -278,15 +288,17 @@ class Manager:
         """Takes over what an earlier server left. held: of `Jobinits.connect`."""
         records = {job.id: job for job in await self._store.unended()}
         extents = await asyncio.to_thread(self._output.recover, list(records))
-        ended = 0
-        for each in held:
-            record = records.pop(each.job_id, None) or await self._store.get(each.job_id)
-            ended += each.ending is not None
-            self._take_over(each.job_id, record, each, extents.get(each.job_id))
+        held_by_id = {each.job_id: each for each in held}
+        # By id, as what is made from now on comes behind them.
+        for job_id in sorted(records.keys() | held_by_id.keys()):
+            record = records.get(job_id) or await self._store.get(job_id)
+            self._take_over(job_id, record, held_by_id.get(job_id), extents.get(job_id))
+            if early := self._early_exits.pop(job_id, None):
+                self.on_exit(early)
+        self._has_recovered = True
         if held:
+            ended = sum(each.ending is not None for each in held)
             log.info("took over %s, of which %d ended meanwhile", _count(held), ended)
-        for record in records.values():
-            self._take_over(record.id, record, None, extents[record.id])
         self._kill_leftovers()
         self._retention.start(self._live)
 
@@ -300,8 +312,15 @@ class Manager:
             log.info("%s running on, for the next server to take over", _count(self._live))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=SETTLE_SECONDS)
-        for task in self._tasks:
+
+    async def let_go(self) -> None:
+        """Leaves what is under way to the next server. To be called before what it works with is
+        closed: a log that is closed would look like the end of its job's output."""
+        self._has_let_go = True
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._retention.close()
 
     async def _stop_all(self) -> None:
@@ -322,7 +341,7 @@ class Manager:
     ) -> None:
         decision = decide(record, held, is_jobinit_there=self._jobinits.was_there)
         if decision is Decision.RECORDED:
-            _close(held)
+            _close_pipes(held)
             self._jobinits.acknowledge(job_id)
             return
         if record is None:
@@ -337,12 +356,14 @@ class Manager:
             self._spawn(self._start_again(live))
         elif decision is Decision.NEVER_RAN:
             assert held is not None and isinstance(held.ending, Failed)
-            self._spawn(self._fail_start(live, held.ending.error()))
+            error = held.ending.error()
+            self._spawn(self._certainly(live, partial(self._fail_start, live, error)))
         elif decision is Decision.NEVER_ASKED:
             problem = "the server ended before it could start the job; create it again"
-            self._spawn(self._fail_start(live, JobinitError(problem)))
+            never_asked = JobinitError(problem)
+            self._spawn(self._certainly(live, partial(self._fail_start, live, never_asked)))
         else:
-            self._spawn(self._lose(live, extent))
+            self._spawn(self._certainly(live, partial(self._lose, live, extent)))
 
     def _follow(
         self,
@@ -370,8 +391,8 @@ class Manager:
             confinement = self.isolation.choose(spec.profile, spec.user)
             request = self._start_request(live, spec.command, confinement)
             self._started(live, await self._jobinits.start(request))
-        except (StartFailedError, JobinitError, InvalidRequestError) as error:
-            await self._fail_start(live, error)
+        except START_ERRORS as error:
+            await self._certainly(live, partial(self._fail_start, live, error))
 
     async def _lose(self, live: _LiveJob, extent: Extent | None) -> None:
         """Neither jobinit nor a record knows how the job ended, if it has."""
@@ -392,7 +413,7 @@ class Manager:
 
     def _disown(self, job_id: int, held: Held | None) -> None:
         log.error("jobinit holds a job %d of which there is no record: killing it", job_id)
-        _close(held)
+        _close_pipes(held)
         self._jobinits.signal(job_id, signal.SIGKILL)
         if held and held.ending is None:
             self._strangers.add(job_id)
@@ -412,17 +433,22 @@ class Manager:
 
     def on_exit(self, exited: Exited | OrphanExited) -> None:
         """A job's main process has ended."""
+        if self._has_let_go:
+            return
         if exited.job_id in self._strangers:
             self._strangers.remove(exited.job_id)
             self._jobinits.acknowledge(exited.job_id)
             return
         live = self._live.get(exited.job_id)
+        if live is None and not self._has_recovered:
+            self._early_exits[exited.job_id] = exited
+            return
         if live is None:
             log.error("jobinit reports the end of job %d, which is not ours", exited.job_id)
             return
         live.exited = exited
         if live.job.status is Status.RUNNING:
-            self._spawn(self._end(live))
+            self._spawn(self._certainly(live, partial(self._end, live)))
 
     def _on_log_limit(self, job_id: int) -> None:
         live = self._live.get(job_id)
@@ -462,15 +488,30 @@ class Manager:
             log_max_bytes=self.policy.log_max_bytes,
             log_policy=self.policy.log_policy,
         )
+        self._admit()  # again: others have come meanwhile, or the end of the server
         live = self._new_live(transition.created(self._store.reserve_id(), spec, time.time_ns()))
         try:
             await self._start(live, request.command, stdin)
-        except (StartFailedError, CgroupError, JobinitError, OSError) as error:
-            await self._fail_start(live, error)
+        except START_ERRORS as error:
+            await self._certainly(live, partial(self._fail_start, live, error))
+        except StoreError as error:
+            await self._forget(live, error)
+            raise
         except BaseException:
             del self._live[live.job.id]
+            live.begun.cancel()
+            live.over.cancel()
             raise
         return live.snapshot()
+
+    async def _forget(self, live: _LiveJob, error: StoreError) -> None:
+        """It could not be recorded, so it never was; who has heard of it is told so."""
+        if live.cgroup:
+            await self._remove_cgroup(live.cgroup)
+        del self._live[live.job.id]
+        for future in (live.begun, live.over):
+            future.set_exception(error)
+            future.exception()  # seen, also where nobody waits
 
     def _new_live(self, job: Job) -> _LiveJob:
         live = _LiveJob(job, self._loop.create_future(), self._loop.create_future())
@@ -537,7 +578,7 @@ class Manager:
         self._open_log(live, started)
         self._mark_started(live, started)
         if live.exited:
-            self._spawn(self._end(live))
+            self._spawn(self._certainly(live, partial(self._end, live)))
         elif live.kill_at is not None:
             self._send_stop(live)
         else:
@@ -609,7 +650,7 @@ class Manager:
             self._spawn(self._store_and_signal(live))
         if live.kill_timer:
             live.kill_timer.cancel()
-        live.kill_timer = self._loop.call_at(live.kill_at, lambda: self._spawn(self._kill(live)))
+        live.kill_timer = self._loop.call_at(live.kill_at, self._kill_soon, live)
 
     async def _store_and_signal(self, live: _LiveJob) -> None:
         """In this order: what it dies of would else look like another cause to the next
@@ -619,8 +660,13 @@ class Manager:
         if live.exited is None:
             self._jobinits.signal(live.job.id, live.stop_signal)
 
+    def _kill_soon(self, live: _LiveJob) -> None:
+        self._spawn(self._certainly(live, partial(self._kill, live)))
+
     async def _kill(self, live: _LiveJob) -> None:
-        """All of the job, at once."""
+        """All of the job, at once; recorded first, as in `_store_and_signal`."""
+        with contextlib.suppress(JobWorkerError):
+            await self._store_running(live)
         if live.job.is_ended:
             return
         if live.cgroup:
@@ -694,7 +740,7 @@ class Manager:
     async def _remove_cgroup(self, cgroup: Cgroup) -> None:
         try:
             await asyncio.to_thread(cgroup.remove)
-        except CgroupError:
+        except (CgroupError, OSError):
             log.exception("cannot remove %s; the next start of the server will", cgroup.path)
 
     async def _record_end(self, live: _LiveJob, job: Job) -> None:
@@ -713,6 +759,18 @@ class Manager:
         del self._live[job.id]
         live.over.set_result(job)
         self._retention.take(job)
+
+    async def _certainly(
+        self, live: _LiveJob, step: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Again, where this process is short of descriptors or the like: the job would wait for
+        its end for ever. All that is done twice then does no harm."""
+        while True:
+            try:
+                return await step()
+            except (CgroupError, OSError) as error:
+                log.error("the ending of job %d has to wait: %s", live.job.id, error)
+                await asyncio.sleep(END_RETRY_SECONDS)
 
     async def _store_certainly(self, job: Job) -> None:
         """However long the disk refuses: jobinit, too, holds the ending until then."""
@@ -749,9 +807,9 @@ def _count(jobs: Sized) -> str:
     return "1 job" if len(jobs) == 1 else f"{len(jobs)} jobs"
 
 
-def _close(held: Held | None) -> None:
+def _close_pipes(held: Held | None) -> None:
     if held and held.started:
-        held.started.close()
+        held.started.close_pipes()
 
 
 def _why_lost(job: Job) -> str:

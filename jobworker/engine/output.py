@@ -112,7 +112,7 @@ class Output:
         self.on_log_limit: Callable[[int], None] | None = None
         self._drops_when_full = drops_when_full
         self._loop = asyncio.get_running_loop()
-        self._waiting: dict[int, list[asyncio.Future[None]]] = {}
+        self._waiting: dict[int, set[asyncio.Future[None]]] = {}
         self._readers: Counter[int] = Counter()  # by job
         self._unread: dict[int, list[asyncio.Future[None]]] = {}
         self._blocks: OrderedDict[Block, asyncio.Future[tuple[bytes | None, int]]] = OrderedDict()
@@ -278,8 +278,12 @@ class Output:
 
     async def _news_of(self, log: Log) -> None:
         future = self._loop.create_future()
-        self._waiting.setdefault(log.job, []).append(future)
-        await future
+        waiting = self._waiting.setdefault(log.job, set())
+        waiting.add(future)
+        try:
+            await future
+        finally:
+            waiting.discard(future)  # of a reader that goes, from a job that says nothing
 
     def _take_news(self) -> None:
         for log, bits in self._pump.news():
@@ -425,7 +429,7 @@ class Reader:
         )
 
 
-def _resolve(futures: list[asyncio.Future[None]] | tuple[()]) -> None:
+def _resolve(futures: Iterable[asyncio.Future[None]]) -> None:
     for future in futures:
         if not future.done():
             future.set_result(None)

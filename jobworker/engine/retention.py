@@ -64,9 +64,7 @@ class Retention:
         """A job whose ending has just been stored."""
         self._ended.set()
         if 0 < job.output_bytes <= LARGEST_PACKED_BYTES:
-            task = asyncio.get_running_loop().create_task(self._pack(job))
-            self._packing[job.id] = task
-            task.add_done_callback(lambda _: self._packing.pop(job.id, None))
+            self._pack_soon(job)
 
     async def delete(self, jobs: Iterable[Job]) -> None:
         """Forgets ended jobs, and removes what they have written. Raises StoreError."""
@@ -74,8 +72,7 @@ class Retention:
         for job in jobs:
             if task := self._packing.get(job.id):
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+                await asyncio.wait([task])
         # First the records: of files without a record the next start knows what to do.
         await self._store.delete(job.id for job in jobs)
         await asyncio.to_thread(self._delete_files, jobs)
@@ -86,6 +83,12 @@ class Retention:
                 self._output.delete(job.id, job.output_bytes, quota_of(job))
 
     # Packing
+
+    def _pack_soon(self, job: Job) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(self._pack(job))
+        self._packing[job.id] = task
+        task.add_done_callback(lambda _: self._packing.pop(job.id, None))
+        return task
 
     async def _pack(self, job: Job) -> None:
         """While nobody reads it: a reader goes on where it began."""
@@ -108,8 +111,10 @@ class Retention:
             if job is None:
                 log.warning("removing the output of job %d, of which there is no record", job_id)
                 await asyncio.to_thread(self._output.delete_stray, job_id)
+            elif job_id in self._packing:
+                continue  # it has ended in between
             elif job.is_ended and 0 < job.output_bytes <= LARGEST_PACKED_BYTES:
-                await self._pack(job)
+                await asyncio.wait([self._pack_soon(job)])
 
     # Pruning
 

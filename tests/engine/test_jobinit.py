@@ -1108,7 +1108,9 @@ def test_when_it_dies_the_server_is_told_once(launcher: Launcher, cgroup: Path) 
     assert launcher.wait_end(pid) == -signal.SIGKILL
 
 
-def test_a_server_without_descriptors_loses_the_connection_and_no_job(launcher: Launcher) -> None:
+def test_a_server_without_descriptors_asks_again(launcher: Launcher) -> None:
+    """Until it has some, and loses neither the connection nor the job."""
+
     async def scenario(server: Server) -> None:
         open_before = set(os.listdir("/proc/self/fd"))
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1116,16 +1118,38 @@ def test_a_server_without_descriptors_loses_the_connection_and_no_job(launcher: 
         os.close(lowest_free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, before[1]))
         try:
-            with pytest.raises(JobinitError, match="descriptor"):
-                await server.start("/bin/sleep", "1000", job_id=1)
-            await server.lost.wait()
+            start = asyncio.create_task(server.start("/bin/sleep", "1000", job_id=1))
+            done, _ = await asyncio.wait([start], timeout=0.3)
+            assert not done
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
-        assert set(os.listdir("/proc/self/fd")) < open_before
-        server.lost.clear()
-        await server.connect()
-        held = await server.adopt()
-        assert held[1].started
+        # Without that by which the folder is listed.
+        assert len(os.listdir("/proc/self/fd")) == len(open_before)
+        started = await start
+        assert min(started.pidfd, started.stdout_fd, started.stderr_fd) >= 0
+        assert not server.lost.is_set()
+        server.jobinit.signal(1, signal.SIGKILL)
+        assert (await server.wait_exit(1)).wait_status == signal.SIGKILL
+
+    launcher.run(scenario)
+
+
+def test_a_start_that_finds_no_descriptor_leaves_nothing(launcher: Launcher) -> None:
+    """It is to bring two memfds, and there is room for one."""
+
+    async def scenario(server: Server) -> None:
+        open_before = len(os.listdir("/proc/self/fd"))
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, before[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                await server.start("/bin/true", "x" * 100_000, job_id=1, stdin=b"x")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert len(os.listdir("/proc/self/fd")) == open_before
+        assert server.jobinit._starting == {}
 
     launcher.run(scenario)
 

@@ -419,3 +419,21 @@ def test_a_filesystem_without_splice_is_refused() -> None:
 
 def test_streams_have_the_numbers_of_the_wire() -> None:
     assert (pb.STDOUT, pb.STDERR) == (STDOUT, STDERR)
+
+
+def test_readers_that_go_leave_nothing_behind(tmp_path: Path) -> None:
+    """Of a job that says nothing, for which nobody is woken."""
+
+    async def test(output: Output) -> None:
+        pipes = Pipes(output)
+        for _ in range(10):
+            reader = Reader(output, 1, pipes.log, 0)
+            waiting = asyncio.create_task(reader.next())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            reader.close()
+        assert not any(output._waiting.values())
+        pipes.close()
+
+    run(tmp_path, test)

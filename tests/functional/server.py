@@ -171,6 +171,16 @@ class Client:
         )
         return method.future(pb.CreateJobReq(command=command, args=args), timeout=CALL_SECONDS)
 
+    def stop_soon(self, job_id: str) -> Any:
+        """A future of `stop`."""
+        method: Any = self._channel.unary_unary(
+            "/job_worker.JobService/StopJob",
+            lambda message: message.SerializeToString(),
+            pb.StopJobRes.FromString,
+        )
+        request = pb.StopJobReq(id=job_id, grace_milliseconds=60_000)
+        return method.future(request, timeout=CALL_SECONDS)
+
     def shell(self, script: str, **fields: Any) -> pb.Job:
         return self.create("sh", "-c", script, **fields)
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -217,9 +218,9 @@ def test_a_stop_stays_the_cause(start_server: StartServer, tmp_path: Path) -> No
         assert (ended.status, ended.cause) == ("STOPPED", pb.STOPPED)
 
 
-def stop_quietly(client: Client, job_id: str) -> None:
+def stop_quietly(client: Client, job_id: str, grace_milliseconds: int = 60_000) -> None:
     with contextlib.suppress(grpc.RpcError):
-        client.stop(job_id, grace_milliseconds=60_000)
+        client.stop(job_id, grace_milliseconds=grace_milliseconds)
 
 
 def test_1000_jobs_are_taken_over_within_a_second(start_server: StartServer) -> None:
@@ -251,6 +252,36 @@ def test_where_jobinit_of_an_older_server_dies(start_server: StartServer, tmp_pa
         client.create("sleep", "60")  # keeps jobinit
     server.stop(signal.SIGKILL)
     check_without_jobinit(start_server(STOP_JOBS="no"), tmp_path, may_be_unknown=True)
+
+
+# What the kernel does before Linux 6.15: nobody but the parent gets to know how a process ended.
+NO_PIDFD_INFO = """
+import fcntl
+
+def refuse(*_):
+    raise OSError(25, "Inappropriate ioctl for device")
+
+fcntl.ioctl = refuse
+"""
+
+
+def test_a_job_that_dies_with_jobinit(start_server: StartServer, tmp_path: Path) -> None:
+    """Its ending may be seen before that of jobinit is, which has more to say."""
+    (tmp_path / "sitecustomize.py").write_text(NO_PIDFD_INFO)
+    server = start_server(STOP_JOBS="no", launcher=("env", f"PYTHONPATH={tmp_path}"))
+    with server.connect() as client:
+        jobs = [client.shell("echo $$; exec sleep 100").id for _ in range(20)]
+        pids = [int(next(client.stream(job_id)).payload) for job_id in jobs]
+        jobinit = server.jobinit_pid()
+        server.process.send_signal(signal.SIGSTOP)
+        for pid in pids[:-1]:
+            os.kill(pid, signal.SIGTERM)
+            time.sleep(0.01)  # a message for each
+        os.kill(jobinit, signal.SIGKILL)
+        os.kill(pids[-1], signal.SIGTERM)
+        time.sleep(0.1)
+        server.process.send_signal(signal.SIGCONT)
+        assert {client.wait(job_id).cause for job_id in jobs} == {pb.SIGNALLED}
 
 
 def check_without_jobinit(server: Server, tmp_path: Path, *, may_be_unknown: bool = False) -> None:
@@ -308,6 +339,67 @@ def test_a_job_without_a_record_is_killed(start_server: StartServer, tmp_path: P
     server = start_server(STOP_JOBS="no")
     wait_for_no_children(jobinit)
     assert "no record" in server.log
+    server.stop()
+    assert "Traceback" not in server.log
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{jobinit}").exists():  # it was told that nobody needs the job
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_what_ends_while_it_is_taken_over(start_server: StartServer) -> None:
+    """One after the other, from before the next server is there until it is ready."""
+    server = start_server(STOP_JOBS="no")
+    first_end = time.monotonic() + 4
+    with server.connect() as client:
+        calls = []
+        for number in range(400):
+            seconds = first_end + number * 0.003 - time.monotonic()
+            calls.append(client.create_soon("sleep", f"{seconds:.3f}"))
+        ids = [call.result().id for call in calls]
+    time.sleep(max(0.0, first_end - 0.2 - time.monotonic()))
+    server.stop(signal.SIGKILL)
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        time.sleep(max(0.0, first_end + 3 - time.monotonic()))
+        assert [job_id for job_id in ids if client.get(job_id).status != "COMPLETED"] == []
+
+
+def test_all_jobs_are_listed_after_a_restart(start_server: StartServer, tmp_path: Path) -> None:
+    """In the order of their ids, which is not the order in which jobinit tells of them."""
+    (tmp_path / "state").mkdir(mode=0o700)
+    (tmp_path / "state" / "next-id").write_text("4090\n")
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        ids = [client.create("sleep", "60").id for _ in range(12)]
+    server.stop(signal.SIGKILL)
+    with start_server().connect() as client:
+        listed: list[str] = []
+        token = ""
+        while not listed or token:
+            page = client.call("ListJobs", pb.ListJobsReq(page_size=5, page_token=token))
+            listed += [job.id for job in page.jobs]
+            token = page.next_page_token
+        assert listed == ids[::-1]
+
+
+def test_a_stop_without_grace_stays_the_cause(start_server: StartServer) -> None:
+    """The signal must not come before the record that says whose it is."""
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        job = client.create("sleep", "60")
+        time.sleep(0.5)  # RUNNING is stored
+        with contextlib.closing(sqlite3.connect(server.state / "jobs.db")) as database:
+            database.execute("BEGIN IMMEDIATE")  # and nothing more is
+            stopper = threading.Thread(target=stop_quietly, args=[client, job.id, 0])
+            stopper.start()
+            time.sleep(0.5)
+            server.stop(signal.SIGKILL)
+        stopper.join()
+    with start_server().connect() as client:
+        if client.get(job.id).status == "RUNNING":
+            client.stop(job.id)
+        assert client.get(job.id).cause == pb.STOPPED
 
 
 def test_run_shows_each_line_once_while_the_server_is_killed(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -22,6 +24,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from functional.server import Client, Server, channel
 from jobworker import certs
+from jobworker.pb import job_worker_pb2 as pb
 
 StartServer = Callable[..., Server]
 
@@ -205,7 +208,118 @@ def test_as_many_jobs_as_descriptors_allow(start_server: StartServer) -> None:
         assert client.create("true").id
 
 
+def test_not_more_jobs_at_once_either(start_server: StartServer) -> None:
+    server = start_server(open_files=260)
+    with server.connect() as client:
+        most = client.info().maximum_jobs
+        calls = [client.create_soon("sleep", "60") for _ in range(3 * most)]
+        assert sum(call.exception() is None for call in calls) == most
+        assert client.info().running_jobs == most
+
+
+def test_a_job_ends_though_no_descriptor_was_left(start_server: StartServer) -> None:
+    server = start_server(open_files=260, LINGER="0.5")
+    with server.connect() as client:
+        ended = client.create("sleep", "6")
+        killed = client.shell(
+            "trap '' TERM; while :; do sleep 0.05; done", timeout_milliseconds=5000
+        )
+        with take_all_descriptors(server):
+            assert server.descriptors() == 260
+            time.sleep(max(0.0, 7 + (ended.start_time_ns - time.time_ns()) / 1e9))
+        assert client.wait(ended.id).status == "COMPLETED"
+        assert client.wait(killed.id).cause == pb.TIMED_OUT
+
+
+def test_a_job_starts_though_no_descriptor_was_left(start_server: StartServer) -> None:
+    """jobinit is not given up, nor its jobs, because what it sends cannot be taken."""
+    server = start_server(open_files=260)
+    with server.connect() as client:
+        before = client.create("sleep", "60")
+        with take_all_descriptors(server):
+            calls = [client.create_soon("echo", "x") for _ in range(10)]
+            time.sleep(1)
+        for call in calls:
+            with contextlib.suppress(grpc.RpcError):
+                assert client.wait(call.result().id).status in {"COMPLETED", "FAILED"}
+        assert client.wait(client.create("true").id).status == "COMPLETED"
+        assert client.stop(before.id).status == "STOPPED"
+    assert "is gone" not in server.log
+
+
+@contextlib.contextmanager
+def take_all_descriptors(server: Server) -> Iterator[None]:
+    with contextlib.ExitStack() as closing:
+        last_change = time.monotonic()
+        while time.monotonic() < last_change + 0.3:
+            before = server.descriptors()
+            for _ in range(10):
+                plain = closing.enter_context(socket.socket())
+                plain.settimeout(5)
+                plain.connect(("127.0.0.1", server.port))
+            time.sleep(0.05)
+            if server.descriptors() != before:
+                last_change = time.monotonic()
+        yield
+
+
+def test_a_job_that_cannot_be_recorded_never_was(start_server: StartServer) -> None:
+    server = start_server()
+    with server.connect() as client:
+        first = client.create("true")
+        with contextlib.closing(sqlite3.connect(server.state / "jobs.db")) as database:
+            database.execute("BEGIN IMMEDIATE")
+            call = client.create_soon("true")
+            job_id = str(int(first.id) + 1)
+            deadline = time.monotonic() + 4
+            while job_id not in [job.id for job in client.jobs()]:
+                assert time.monotonic() < deadline
+            with pytest.raises(grpc.RpcError) as caught:
+                list(client.stream(job_id))
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert call.exception().code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(grpc.RpcError) as caught:
+            client.get(job_id)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        cgroup = client.info().cgroup
+        assert not cgroup or not Path(cgroup, f"job-{job_id}").exists()
+        assert client.wait(client.create("true").id).status == "COMPLETED"
+
+
 # End
+
+
+def test_the_end_stops_jobs_that_are_just_being_made(start_server: StartServer) -> None:
+    server = start_server()
+    with server.connect() as client:
+        calls = [client.create_soon("sleep", "100") for _ in range(300)]
+        calls[0].result()
+        assert server.stop() == 0
+        ids = [call.result().id for call in calls if call.exception() is None]
+    with start_server().connect() as client:
+        assert {client.get(job_id).status for job_id in ids} == {"STOPPED"}
+
+
+def test_no_ending_is_made_of_what_the_end_cut_off(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    """The next server has the pipes, and all that is in them."""
+    settings = {"STOP_JOBS": "no", "CGROUP_BASE": str(tmp_path), "LINGER": "10"}
+    server = start_server(**settings)
+    script = f"(while ! [ -e {tmp_path}/go ]; do sleep 0.1; done; echo late) & sleep 1; echo main"
+    with server.connect() as client:
+        blocker = client.shell("trap '' TERM; echo up; while :; do sleep 0.1; done")
+        next(client.stream(blocker.id))
+        jobs = [client.shell(script) for _ in range(20)]
+        call = client.stop_soon(blocker.id)  # keeps the server for some seconds
+        time.sleep(0.3)
+        server.stop()
+        assert call.exception() is not None
+    (tmp_path / "go").touch()
+    with start_server(**settings).connect() as client:
+        for job in jobs:
+            assert client.wait(job.id).status == "COMPLETED"
+            assert client.output(job.id) == b"main\nlate\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
