@@ -340,7 +340,8 @@ cdef void serve_pipe(LogState *log, int stream, bint draining) noexcept nogil:
     if log.kept_end < log.end:
         record_gap(log, &files)
     close_files(&files)
-    note_error(log, error)
+    if error or left < TURN_BYTES:
+        note_error(log, error)  # where no byte came, nothing is known of the disk
     if over:
         close_pipe(log, stream)
     elif refused:
