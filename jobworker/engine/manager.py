@@ -304,7 +304,7 @@ class Manager:
 
     async def close(self, *, stop_jobs: bool) -> None:
         """Takes no more work. Jobs go on, unless they are to be stopped: then this returns once
-        they have ended."""
+        they have ended, or none can."""
         self._closing = True
         if stop_jobs:
             await self._stop_all()
@@ -331,8 +331,13 @@ class Manager:
                 self._request_end(
                     live, Cause.STOPPED, signal.SIGTERM, self.policy.stop_grace_seconds
                 )
-        while self._live:
-            await asyncio.wait([live.over for live in self._live.values()])
+        while count := len(self._live):
+            overs = [live.over for live in self._live.values()]
+            await asyncio.wait(overs, timeout=self.policy.stop_grace_seconds + KILLED_SECONDS)
+            if len(self._live) == count:
+                # As where the disk is full: their output waits in the pipes.
+                log.error("%s cannot end now: left to the next server", _count(self._live))
+                return
 
     # What an earlier server left
 

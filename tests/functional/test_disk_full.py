@@ -3,6 +3,8 @@ when there is room."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -63,6 +65,9 @@ def test_jobs_wait_for_room_and_lose_nothing(start_on_small_disk: Callable[..., 
     with server.connect() as client:
         job = client.shell(f"head -c {4 * MIB} /dev/zero; echo end >&2")
         wait_for(lambda: "No space left" in client.get(job.id).output_problem)
+        for _ in range(20):  # until there is room
+            assert client.get(job.id).output_problem
+            time.sleep(0.02)
         with pytest.raises(grpc.RpcError) as caught:
             client.create("true")
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -72,7 +77,8 @@ def test_jobs_wait_for_room_and_lose_nothing(start_on_small_disk: Callable[..., 
         assert (ended.exitCode, ended.lost_bytes, ended.output_problem) == (0, 0, "")
         assert read_all(client, job.id) == (4 * MIB, 4, 0)
         assert client.create("true").id
-    assert "cannot be written" in server.log
+    assert server.log.count("output cannot be written") == 1
+    assert server.log.count("can be written again") == 1
 
 
 def test_output_is_dropped_and_counted_where_that_is_wanted(
@@ -107,3 +113,15 @@ def test_an_ending_waits_for_room(start_on_small_disk: Callable[..., Server]) ->
         filler.unlink()
         stopper.join()
         assert client.wait(job.id).cause == pb.STOPPED
+
+
+def test_the_server_ends_though_a_job_cannot(start_on_small_disk: Callable[..., Server]) -> None:
+    """What it was to stop waits for room with its output; the next server goes on with it."""
+    server = start_on_small_disk(DISK_RESERVE="0", STOP_GRACE="0.5")
+    with server.connect() as client:
+        job = client.shell(f"{WRITE}; sleep 60")
+        wait_for(lambda: "No space left" in client.get(job.id).output_problem)
+        jobinit = server.jobinit_pid()
+    assert server.stop() == 0
+    assert "left to the next server" in server.log
+    os.kill(jobinit, signal.SIGKILL)  # there is no next one: the disk has gone with this one
