@@ -198,17 +198,24 @@ class Cgroup:
         events = _fields(f"{self.path}/memory.events")
         return OomKills(by_limit=events.get("oom", 0), killed=events.get("oom_kill", 0))
 
-    def remove(self) -> None:
-        """With all cgroups that the job has made in it. Raises CgroupError where processes
-        are in it that do not go away."""
+    def remove_if_empty(self) -> bool:
+        """At once. False where processes or other cgroups are in it."""
         try:
             os.rmdir(self.path)
         except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def remove(self) -> None:
+        """With all cgroups that the job has made in it. Raises CgroupError where processes
+        are in it that do not go away."""
+        if self.remove_if_empty():
             return
-        except OSError:  # not empty, in one way or the other
-            deadline = time.monotonic() + REMOVE_SECONDS
-            for path in reversed(_with_descendants(str(self.path))):
-                _remove_when_unpopulated(path, deadline)
+        deadline = time.monotonic() + REMOVE_SECONDS
+        for path in reversed(_with_descendants(str(self.path))):
+            _remove_when_unpopulated(path, deadline)
 
     def _open_events(self) -> int | None:
         """None: the cgroup is gone. The caller closes it."""

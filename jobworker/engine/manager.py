@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -39,6 +40,7 @@ from jobworker.engine.recovery import Decision, decide
 from jobworker.engine.retention import Retention, quota_of
 from jobworker.engine.store import Store
 from jobworker.engine.user import file_rights_of
+from jobworker.engine.worker import Worker
 from jobworker.errors import (
     CgroupError,
     InvalidRequestError,
@@ -152,6 +154,7 @@ class Manager:
         self._jobinits = jobinits
         self._retention = retention
         output.on_log_limit = self._on_log_limit
+        self._worker = Worker("cgroups")
         self._live: dict[int, _LiveJob] = {}
         self._strangers: set[int] = set()
         # Of jobs that end after jobinit has told of them, and before they are taken over.
@@ -322,6 +325,7 @@ class Manager:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._retention.close()
+        await self._worker.close()
 
     async def _stop_all(self) -> None:
         if self._live:
@@ -553,8 +557,10 @@ class Manager:
         stored = asyncio.ensure_future(self._store.put(job))
         try:
             if self.cgroups.path:
-                live.cgroup = await asyncio.to_thread(
-                    self.cgroups.create, job.id, spec.limits, spec.working_directory
+                live.cgroup = await self._worker.call(
+                    functools.partial(
+                        self.cgroups.create, job.id, spec.limits, spec.working_directory
+                    )
                 )
         finally:
             await stored
@@ -744,7 +750,9 @@ class Manager:
 
     async def _remove_cgroup(self, cgroup: Cgroup) -> None:
         try:
-            await asyncio.to_thread(cgroup.remove)
+            # The other way may take its time: processes are in it that have just been killed.
+            if not await self._worker.call(cgroup.remove_if_empty):
+                await asyncio.to_thread(cgroup.remove)
         except (CgroupError, OSError):
             log.exception("cannot remove %s; the next start of the server will", cgroup.path)
 
