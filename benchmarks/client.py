@@ -24,6 +24,7 @@ SERVICE = "/job_worker.JobService/"
 TAG_PAYLOAD = 0x0A
 ANSWERS: dict[str, Any] = {
     "CreateJob": pb.Job,
+    "CreateJobs": pb.CreateJobsRes,
     "GetJob": pb.Job,
     "StopJob": pb.StopJobRes,
     "ListJobs": pb.ListJobsRes,

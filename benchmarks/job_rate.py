@@ -9,6 +9,7 @@ Peer: HyperQueue from PyPI with the same command, all in one submission.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from client import Client, create_many, run
 from figures import HERE, QUICK, Findings, Target
+from jobworker.pb import job_worker_pb2 as pb
 from server import Server, compile_program, running_server, workplace
 
 COMMAND = "/bin/true"
@@ -25,6 +27,8 @@ JOBS = 400 if QUICK else 3000
 FLOOR_WORKERS = 2
 IN_FLIGHT = (1, 16, 64)
 FLOOR_TARGETS = {16: 0.5}
+BULK = 100
+BULK_TARGET = 0.65
 PEER_TARGETS = {16: 1.8}
 PEER_ENVIRONMENT = HERE.parent / "build" / "hyperqueue"
 
@@ -51,6 +55,23 @@ async def measure_single(client: Client, in_flight: int) -> float:
     await create_many(client, JOBS, in_flight, COMMAND)
     await client.wait_all_ended()
     return JOBS / (time.perf_counter() - started)
+
+
+async def measure_bulk(client: Client) -> float:
+    """Jobs a second, BULK in a request, two requests in flight."""
+    request = pb.CreateJobsReq(jobs=[pb.CreateJobReq(command=COMMAND)] * BULK)
+    left = [request] * (JOBS // BULK)
+
+    async def send_all() -> None:
+        while left:
+            answer = await client.call("CreateJobs", left.pop())
+            if any(result.error or result.status == "FAILED" for result in answer.results):
+                raise RuntimeError(str(answer.results[0]))
+
+    started = time.perf_counter()
+    await asyncio.gather(send_all(), send_all())
+    await client.wait_all_ended()
+    return JOBS // BULK * BULK / (time.perf_counter() - started)
 
 
 def install_peer() -> str | None:
@@ -94,6 +115,7 @@ async def main() -> None:
         findings.note(f"HyperQueue is not compared: it cannot be installed here: {no_peer}")
     floor_runs: list[float] = []
     peer_runs: list[float] = []
+    bulk_runs: list[float] = []
     runs: dict[int, list[float]] = {in_flight: [] for in_flight in IN_FLIGHT}
     with workplace() as folder, running_server(folder) as server:
         base = await cgroup_base(server)
@@ -107,15 +129,17 @@ async def main() -> None:
                     floor_runs.append(measure_floor(program, base))
                 for in_flight in IN_FLIGHT:
                     runs[in_flight].append(await measure_single(client, in_flight))
+                bulk_runs.append(await measure_bulk(client))
                 if not no_peer:
                     peer_runs.append(measure_peer())
-    report(findings, runs, floor_runs, peer_runs)
+    report(findings, runs, bulk_runs, floor_runs, peer_runs)
     findings.store()
 
 
 def report(
     findings: Findings,
     runs: dict[int, list[float]],
+    bulk_runs: list[float],
     floor_runs: list[float],
     peer_runs: list[float],
 ) -> None:
@@ -131,7 +155,14 @@ def report(
             floor=floor_runs,
             floor_name="C floor",
         )
-    # Here goes `in bulk`, with a target of 0.65, once there is an RPC for many jobs at once.
+    findings.add(
+        f"in bulk, {BULK} in a request",
+        "jobs/s",
+        bulk_runs,
+        *([Target("ratio", "least", BULK_TARGET)] if floor_runs else []),
+        floor=floor_runs,
+        floor_name="C floor",
+    )
     if not peer_runs:
         return
     findings.add("HyperQueue", "jobs/s", peer_runs, floor=floor_runs, floor_name="C floor")
