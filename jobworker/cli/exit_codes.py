@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import click
 
@@ -63,10 +64,17 @@ class FailedError(click.ClickException):
 
 def one_line(error: click.ClickException) -> str:
     """What is wrong, and where to read what would be right."""
-    message = " ".join(error.format_message().split())
+    # Of an option, and in newer versions of a command, that is misspelt.
+    close = getattr(error, "possibilities", None) or ()
+    message = " ".join((error.message if close else error.format_message()).split())
     if isinstance(error, click.UsageError) and error.ctx is not None:
-        return f"{message.rstrip('.')}; see `{error.ctx.command_path} --help`"
+        return f"{message.rstrip('.')}{perhaps(close)}; see `{error.ctx.command_path} --help`"
     return message
+
+
+def perhaps(close: Sequence[str]) -> str:
+    """What may have been meant; "" where nothing is close."""
+    return f", perhaps {' or '.join(close)}" if close else ""
 
 
 # What the errors of servers call by the names of the protocol.

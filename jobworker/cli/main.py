@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -13,7 +14,7 @@ import click
 from jobworker import __version__
 from jobworker.cli.connection import server_options
 from jobworker.cli.display import json_option
-from jobworker.cli.exit_codes import ExitCode, FailedError, code_of, message_of, one_line
+from jobworker.cli.exit_codes import ExitCode, FailedError, code_of, message_of, one_line, perhaps
 from jobworker.errors import JobWorkerError
 
 # By heading of the help: command, and the module that has it as a function of that name.
@@ -40,6 +41,22 @@ SECTIONS = {
 }
 COMMANDS = {name: module for section in SECTIONS.values() for name, module in section.items()}
 
+# What people type who know similar programs.
+ELSEWHERE = {
+    "ps": "list",
+    "ls": "list",
+    "logs": "stream",
+    "tail": "stream",
+    "kill": "stop",
+    "exec": "run",
+    "submit": "create",
+    "show": "get",
+    "status": "get",
+    "inspect": "get",
+    "delete": "rm",
+    "remove": "rm",
+}
+
 
 class LazyGroup(click.Group):
     """Imports a command's module when that command is asked for. An error is one line on
@@ -56,6 +73,16 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(module), f"{cmd_name}_command")
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            elsewhere = ELSEWHERE.get(name)
+            close = [elsewhere] if elsewhere else difflib.get_close_matches(name, COMMANDS)
+            raise click.UsageError(f"No such command {name!r}{perhaps(close)}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, section in SECTIONS.items():
@@ -79,6 +106,9 @@ class LazyGroup(click.Group):
     ) -> NoReturn:
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            code = error.exit_code
         except click.ClickException as error:
             click.echo(f"jobworker: {one_line(error)}", err=True)
             code = error.code if isinstance(error, FailedError) else error.exit_code

@@ -122,6 +122,31 @@ def test_what_can_never_work(
     assert_one_line(in_this_process(*words), 2, "--help`")
 
 
+@pytest.mark.parametrize("words", [[], ["certs"]])
+def test_without_a_command_the_help_is_shown(words: list[str]) -> None:
+    answer = in_this_process(*words)
+    assert (answer.returncode, answer.stderr) == (2, "")
+    assert answer.stdout == in_this_process(*words, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["lst"], "No such command 'lst', perhaps list; see `jobworker --help`"),
+        (["ps"], "'ps', perhaps list; see"),
+        (["logs"], "'logs', perhaps stream; see"),
+        (["kill", "1"], "'kill', perhaps stop; see"),
+        (["xyzzy"], "No such command 'xyzzy'; see"),
+        (["create", "--max-memry", "1", "true"], ", perhaps --max-memory"),
+        (["stream", "--std", "1"], ", perhaps --stdout"),
+    ],
+)
+def test_what_is_misspelt(words: list[str], told: str) -> None:
+    answer = in_this_process(*words)
+    assert_one_line(answer, 2, told)
+    assert "?" not in answer.stderr
+
+
 def test_the_largest_limit_is_no_usage_error(jobworker: Program) -> None:
     answer = jobworker("create", "--max-cpu", str((1 << 31) - 1), "true")
     assert answer.returncode in {0, 1}  # 1: this machine cannot enforce one
