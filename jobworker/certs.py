@@ -430,7 +430,7 @@ def _check_key(
         raise CertificateError(
             key_path,
             f"is not the key of {certificate_path.name}",
-            "put the two files there that were made together",
+            "use the two that were made together",
         )
 
 

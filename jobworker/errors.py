@@ -180,9 +180,9 @@ class CertificateError(StartupError):
     be made as asked for."""
 
     def __init__(self, about: object, problem: str, remedy: str) -> None:
-        super().__init__(f"{about}: {problem}; {remedy}")
+        super().__init__(f"{about} {problem}; {remedy}")
         self.about = about  # mostly the path of the file
-        self.problem = problem
+        self.problem = problem  # goes on where `about` ends: "is missing"
         self.remedy = remedy
 
 

@@ -5,11 +5,15 @@ Each of six values comes from the first of these that has it:
 1. a flag, `--server` and so on: before the command's name or after it
 2. the environment: JOB_WORKER_SERVER and so on
 3. the server that the file ~/.config/jobworker/config.toml calls its default
-4. where none of these says anything of certificates: ./certs if there is such a folder, else
-   what `jobworker serve --dev` of this user has left
+4. where none of these says which CA or folder of certificates: ./certs if there is such a
+   folder, else what `jobworker serve --dev` of this user has left
 5. localhost:50051 and ./certs
 
-A server may be HOST:PORT, or a name in that file, which brings its values with it:
+Of NAME-cert.pem or NAME-key.pem alone, the other is taken if it is beside it.
+
+A server may be HOST:PORT, or a name in that file, which brings its values with it. Where it is
+no such name, the port 50051 may be left out of an address, of localhost, and of a host's name
+that has a dot.
 
     default = "farm"
 
@@ -21,6 +25,7 @@ A server may be HOST:PORT, or a name in that file, which brings its values with 
 from __future__ import annotations
 
 import functools
+import ipaddress
 import os
 import re
 import sys
@@ -30,12 +35,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jobworker.cli.exit_codes import HINT
 from jobworker.errors import SettingError
 
 if TYPE_CHECKING:
     from jobworker.client import Client
 
-DEFAULT_ADDRESS = "localhost:50051"
+DEFAULT_PORT = 50051
+DEFAULT_ADDRESS = f"localhost:{DEFAULT_PORT}"
 DEFAULT_CERTS = Path("certs")
 
 # By the names of the flags: the variable, and what it is.
@@ -117,6 +124,8 @@ def connect(
     connection back.
     """
     chosen = choose(flags, os.environ)
+    if context := click.get_current_context(silent=True):
+        context.meta[HINT] = _hint(chosen, os.environ)
     # Read when grpc is imported: its core would write lines of its own to standard error.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from jobworker.client import Client
@@ -161,7 +170,7 @@ def choose(flags: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, st
     if not any("address" in layer for layer in layers):
         layers.append(file.default())
     chosen = _first_of_each(layers)
-    if not chosen.keys() & set(FILES):
+    if not chosen.keys() & {"certs", "ca"}:
         chosen = _first_of_each([chosen, _fallback(environ)])
     return chosen
 
@@ -172,8 +181,30 @@ def _with_named(layer: Mapping[str, str], file: ConfigFile) -> dict[str, str]:
     server = values.pop("server", None)
     if server is None:
         return values
-    named = {"address": server} if ":" in server else file.server(server)
+    is_name = ":" not in server and server in file.names()
+    named = file.server(server) if is_name else {"address": _address(server, file)}
     return _first_of_each([values, named])
+
+
+def _address(server: str, file: ConfigFile) -> str:
+    """HOST:PORT. Raises SettingError."""
+    host = server.strip("[]")
+    if _is_ip_address(host):
+        return f"[{host}]:{DEFAULT_PORT}" if ":" in host else f"{host}:{DEFAULT_PORT}"
+    if ":" in server and not server.endswith(":"):
+        return server
+    if host == "localhost" or re.fullmatch(r"\w[\w.-]*\.[\w.-]*\w", host):
+        return f"{host}:{DEFAULT_PORT}"
+    remedy = f"as HOST:PORT its port is missing, and it is no name from {file.told()}"
+    raise SettingError("server", server, "cannot be used", remedy)
+
+
+def _is_ip_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _first_of_each(layers: list[dict[str, str]]) -> dict[str, str]:
@@ -214,9 +245,7 @@ class ConfigFile:
     def server(self, name: str) -> dict[str, str]:
         """Its values by name. Raises SettingError for one that is not there, or not right."""
         if name not in self.names():
-            known = ", ".join(self.names()) or "none yet"
-            remedy = f"use HOST:PORT, or a name from {self._path} (there: {known})"
-            raise SettingError("server", name, "no such name", remedy)
+            raise SettingError("server", name, "no such name", f"use one from {self.told()}")
         values = self._content["servers"][name]
         if (
             not isinstance(values, dict)
@@ -232,6 +261,10 @@ class ConfigFile:
     def names(self) -> list[str]:
         servers = self._content.get("servers", {})
         return list(servers) if isinstance(servers, dict) else []
+
+    def told(self) -> str:
+        """Where it is, and which names it has."""
+        return f"{self._path} (there: {', '.join(self.names()) or 'none yet'})"
 
     def _path_of(self, text: str) -> str:
         """Relative to the file, not to wherever the command is typed."""
@@ -278,6 +311,18 @@ def dev_record(environ: Mapping[str, str]) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {"address": address, "certs": certs}
+
+
+def _hint(chosen: Mapping[str, str], environ: Mapping[str, str]) -> str:
+    """What else may be wanted where this server cannot be reached; "": nothing."""
+    if not chosen.keys() & set(FILES):
+        return "or start a server to try out: `jobworker serve --dev`"
+    record = dev_record(environ)
+    is_default = chosen.get("certs") == str(DEFAULT_CERTS)
+    if record and is_default and Path(record["certs"]) != DEFAULT_CERTS.absolute():
+        flags = f"-s {record['address']} --certs {record['certs']}"
+        return f"./certs was used, not what `jobworker serve --dev` has left; for that: {flags}"
+    return ""
 
 
 def _xdg_folder(environ: Mapping[str, str], variable: str, default: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Sequence
 
 import click
@@ -90,7 +91,15 @@ NAMES = {
     "time_limit": "--timeout",
     "from_offset": "--from-offset",
     "see ListJobs": "`jobworker list` shows them",
+    "as cert and key": "with --cert and --key",
+    "of the certificates as certs": "of the certificates with --certs (or JOB_WORKER_CERT_PATH)",
 }
+
+# In a context's `meta`: what to add where no connection came about.
+HINT = "jobworker.hint"
+
+# A command of several words in one, which is what `sh -c` wants and no file's name.
+SHELL_LINE = re.compile(r"command: (['\"]).*[\s|&;<>$].*\1 (was not found|does not exist)")
 
 
 def message_of(error: errors.JobWorkerError) -> str:
@@ -98,7 +107,17 @@ def message_of(error: errors.JobWorkerError) -> str:
     message = str(error)
     for name, flag in NAMES.items():
         message = message.replace(name, flag)
-    return message
+    if SHELL_LINE.match(message):
+        message += "; for a shell line: sh -c '…'"
+    context = click.get_current_context(silent=True)
+    hint = context.meta.get(HINT) if context else ""
+    return f"{message}; {hint}" if hint and _is_unconnected(error) else message
+
+
+def _is_unconnected(error: errors.JobWorkerError) -> bool:
+    if isinstance(error, errors.UnreachableError):
+        return not error.was_connected
+    return isinstance(error, errors.CertificateError)
 
 
 def code_of(error: errors.JobWorkerError) -> ExitCode:

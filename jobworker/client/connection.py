@@ -29,6 +29,9 @@ DEFAULT_PORT = 50051
 # By which clients of this protocol have always called their server, wherever it runs.
 SERVER_NAMES = ("job-worker", "localhost")
 
+CLIENT_CERT = "client-cert.pem"
+CLIENT_KEY = "client-key.pem"
+
 COMMAND_ERRNO = "command-errno"  # in the trailing metadata of CreateJob
 
 OPTIONS: list[tuple[str, Any]] = [
@@ -94,12 +97,26 @@ def files_in(
     cert: Path | str | None,
     key: Path | str | None,
 ) -> Files:
+    """Where only one of a certificate and its key is given, the other is NAME-key.pem beside
+    NAME-cert.pem, or as usual in the folder. Raises CertificateError where it is in neither."""
     folder = Path("certs" if folder is None else folder)
-    return Files(
+    files = Files(
         ca=Path(ca or folder / "ca-cert.pem"),
-        cert=Path(cert or folder / "client-cert.pem"),
-        key=Path(key or folder / "client-key.pem"),
+        cert=Path(cert or _beside(key, "-key.pem", "-cert.pem") or folder / CLIENT_CERT),
+        key=Path(key or _beside(cert, "-cert.pem", "-key.pem") or folder / CLIENT_KEY),
     )
+    if cert and not key and not files.key.exists():
+        raise CertificateError(cert, "has no key beside it", "give both as cert and key")
+    if key and not cert and not files.cert.exists():
+        raise CertificateError(key, "has no certificate beside it", "give both as cert and key")
+    return files
+
+
+def _beside(path: Path | str | None, ending: str, other_ending: str) -> Path | None:
+    if path is None or not str(path).endswith(ending):
+        return None
+    other = Path(str(path).removesuffix(ending) + other_ending)
+    return other if other.exists() else None
 
 
 class Target:
@@ -172,13 +189,27 @@ def unsupported(rpc: str, needs: tuple[str, ...], target: Target) -> Unsupported
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CertificateError(
-            path,
-            "is missing",
-            "say in which folder the certificates are; `jobworker certs init` makes some",
-        ) from error
+    except (FileNotFoundError, NotADirectoryError):
+        raise CertificateError(path, "is missing", _remedy_for_missing(path)) from None
     except OSError as error:
         raise CertificateError(
             path, f"cannot be read: {error.strerror}", "give this user the right to read it"
-        ) from error
+        ) from None
+
+
+def _remedy_for_missing(path: Path) -> str:
+    """Many have their pair under their own name, as `jobworker certs client` makes it."""
+    others = _pairs_in(path.parent) - {"ca", "server", "client"}
+    if path.name in {CLIENT_CERT, CLIENT_KEY} and others:
+        name = min(others)
+        return (
+            f"{name}-cert.pem and {name}-key.pem are there: give them as cert and key, or "
+            "rename them"
+        )
+    return "give the folder of the certificates as certs"
+
+
+def _pairs_in(folder: Path) -> set[str]:
+    """Each NAME of which NAME-cert.pem and NAME-key.pem are there."""
+    keys = {path.name.removesuffix("-key.pem") for path in folder.glob("*-key.pem")}
+    return {name for name in keys if (folder / f"{name}-cert.pem").exists()}

@@ -55,7 +55,8 @@ class Client:
     ) -> None:
         """address: HOST:PORT.
         certs: the folder with ca-cert.pem, client-cert.pem and client-key.pem; default ./certs.
-        ca, cert, key: files instead of those.
+        ca, cert, key: files instead of those. Of NAME-cert.pem or NAME-key.pem alone, the
+        other is taken if it is beside it.
         server_name: for which name the server's certificate must be valid; default: one of
         job-worker, localhost and the address's host.
         timeout: seconds that each call may take; streams may take as long as their job.

@@ -10,6 +10,7 @@ import pytest
 
 from cli.program import Program
 from functional.server import Server
+from jobworker import certs
 from jobworker.cli import connection
 from jobworker.errors import SettingError
 
@@ -107,6 +108,16 @@ def test_certificates_that_were_given_are_not_the_development_servers(
     assert connection.choose({"certs": "mine"}, environ) == {"certs": "mine"}
 
 
+def test_a_pair_of_ones_own_is_for_the_development_server_too(environ: dict[str, str]) -> None:
+    connection.make_dev_folder(environ)
+    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    assert connection.choose({"cert": "a-cert.pem"}, environ) == {
+        "address": "127.0.0.1:7001",
+        "certs": "/dev-certs",
+        "cert": "a-cert.pem",
+    }
+
+
 def test_the_record_is_the_users_alone(environ: dict[str, str]) -> None:
     connection.make_dev_folder(environ)
     connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
@@ -151,6 +162,33 @@ def test_a_name_that_is_not_in_the_file(environ: dict[str, str], file: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("server", "address"),
+    [
+        ("localhost", "localhost:50051"),
+        ("127.0.0.1", "127.0.0.1:50051"),
+        ("farm.example.org", "farm.example.org:50051"),
+        ("::1", "[::1]:50051"),
+        ("[::1]", "[::1]:50051"),
+        ("[::1]:7", "[::1]:7"),
+        ("farm:7", "farm:7"),
+    ],
+)
+def test_an_address_without_its_port(environ: dict[str, str], server: str, address: str) -> None:
+    assert connection.choose({"server": server}, environ) == {"address": address}
+
+
+@pytest.mark.parametrize("server", ["nowhere", "localhost:", "farm.example.org:", ".", "a/b.c"])
+def test_no_address_and_no_name(environ: dict[str, str], server: str) -> None:
+    with pytest.raises(SettingError, match="as HOST:PORT its port is missing"):
+        connection.choose({"server": server}, environ)
+
+
+def test_a_name_in_the_file_before_a_host(environ: dict[str, str], file: Path) -> None:
+    file.write_text('[servers.localhost]\naddress = "localhost:7"')
+    assert connection.choose({"server": "localhost"}, environ) == {"address": "localhost:7"}
+
+
+@pytest.mark.parametrize(
     ("address", "is_loopback"),
     [
         ("127.0.0.1:1", True),
@@ -191,6 +229,34 @@ def test_files_elsewhere(unconnected: Program, server: Server) -> None:
     ]
     flags = ["-s", server.address, "--ca", f"{server.certs}/ca-cert.pem", *viewer]
     assert unconnected.json(*flags, "info")["role"] == "viewer"
+
+
+def test_one_of_a_pair_stands_for_both(unconnected: Program, server: Server) -> None:
+    flags = ["-s", server.address, "--certs", str(server.certs)]
+    for flag in ("cert", "key"):
+        pair = [f"--{flag}", f"{server.certs}/viewer-{flag}.pem"]
+        assert unconnected.json(*flags, *pair, "info")["role"] == "viewer"
+
+
+def test_a_folder_that_hides_the_development_server(
+    unconnected: Program, server: Server, tmp_path: Path
+) -> None:
+    """As when somebody has tried both, in the same folder."""
+    environ = {"XDG_DATA_HOME": str(tmp_path / "data")}
+    unconnected.environ |= environ
+    connection.make_dev_folder(environ)
+    connection.write_dev_record(environ, server.address, server.certs)
+    assert unconnected("info").returncode == 0
+
+    flags = f"-s {server.address} --certs {server.certs}"
+    told = f"./certs was used, not what `jobworker serve --dev` has left; for that: {flags}"
+    (tmp_path / "certs").mkdir()
+    assert told in unconnected("info").stderr
+    certs.make_all(tmp_path / "certs")
+    for words in (["info"], ["run", "true"], ["-s", "127.0.0.1:1", "info"]):
+        assert told in unconnected("-s", server.address, *words).stderr
+    assert unconnected(*flags.split(), "info").returncode == 0
+    assert "was used" not in unconnected("--certs", "./certs/../certs", "info").stderr
 
 
 def test_a_named_server(unconnected: Program, server: Server) -> None:

@@ -208,7 +208,41 @@ def test_no_server(jobworker: Program) -> None:
 
 
 def test_no_certificates(unconnected: Program) -> None:
-    assert_one_line(unconnected("list"), 1, "ca-cert.pem", "`jobworker certs init`")
+    assert_one_line(
+        unconnected("list"),
+        1,
+        "jobworker: certs/ca-cert.pem is missing; give the folder of the certificates with --certs "
+        "(or JOB_WORKER_CERT_PATH); or start a server to try out: `jobworker serve --dev`",
+    )
+    answer = unconnected("--certs", "mine", "list")
+    assert_one_line(answer, 1, "mine/ca-cert.pem is missing; give the folder")
+    assert "--dev" not in answer.stderr
+
+
+def test_a_pair_under_another_name(unconnected: Program) -> None:
+    folder = unconnected.folder / "certs"
+    certs.make_all(folder)
+    (folder / "client-key.pem").unlink()
+    assert_one_line(
+        unconnected("list"),
+        1,
+        "client-key.pem is missing; viewer-cert.pem and viewer-key.pem are there: give them with "
+        "--cert and --key, or rename them",
+    )
+
+
+@pytest.mark.parametrize("flag", ["cert", "key"])
+def test_half_a_pair(unconnected: Program, flag: str) -> None:
+    answer = unconnected(f"--{flag}", "alice.pem", "list")
+    assert_one_line(answer, 1, "alice.pem has no ", "give both with --cert and --key")
+
+
+def test_a_shell_line_as_a_command(jobworker: Program) -> None:
+    for line in ("echo hi | wc", "/bin/echo it's", "true;true"):
+        for command, code in (("run", 127), ("create", 2)):
+            answer = jobworker(command, line)
+            assert_one_line(answer, code, "; for a shell line: sh -c '…'")
+    assert "shell" not in jobworker("run", "no-such-command").stderr
 
 
 def test_certificates_of_another_authority(jobworker: Program) -> None:

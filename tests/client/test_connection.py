@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from client.conftest import Connect
 from jobworker import errors
 from jobworker.client.connection import Target, files_in
-from jobworker.errors import CallError
+from jobworker.errors import CallError, CertificateError
 from jobworker.pb import job_worker_pb2 as pb
 
 KINDS = {
@@ -79,6 +80,19 @@ def test_files() -> None:
     files = files_in("/etc/x", None, "/home/a.pem", Path("b.pem"))
     assert files.ca == Path("/etc/x/ca-cert.pem")
     assert (files.cert, files.key) == (Path("/home/a.pem"), Path("b.pem"))
+
+
+def test_the_other_of_a_pair(certificates: Path, tmp_path: Path) -> None:
+    viewer = (certificates / "viewer-cert.pem", certificates / "viewer-key.pem")
+    for given in ({"cert": viewer[0], "key": None}, {"cert": None, "key": str(viewer[1])}):
+        files = files_in(tmp_path, None, **given)
+        assert (files.cert, files.key) == viewer
+    # Not beside it, but in the folder as usual.
+    shutil.copy(viewer[0], tmp_path)
+    files = files_in(certificates, None, tmp_path / "viewer-cert.pem", None)
+    assert files.key == certificates / "client-key.pem"
+    with pytest.raises(CertificateError, match=r"viewer-cert\.pem has no key beside it; give both"):
+        files_in(tmp_path, None, tmp_path / "viewer-cert.pem", None)
 
 
 @pytest.mark.parametrize(
