@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobworker.cli import display
-from jobworker.cli.connection import DEFAULT_CERTS, VALUES
+from jobworker.cli.connection import DEFAULT_CERTS, VALUES, choose, flags_of, server_options
 from jobworker.cli.display import coloured, json_option, printable
 
 if TYPE_CHECKING:
@@ -91,17 +91,18 @@ def _show_made(paths: Sequence[Path], as_json: bool) -> None:
         click.echo(f"Made {path}")
 
 
-@certs_command.command("show", epilog=FOLDER_TEXT)
-@folder_argument
+@certs_command.command("show", epilog="Without PATH, those that the other commands use.")
+@click.argument("place", metavar="[PATH]", required=False, type=click.Path(path_type=Path))
 @json_option
-def show(folder: Path, as_json: bool) -> None:
-    """Shows who, which role, until when, and what is wrong."""
-    from jobworker import certs
-    from jobworker.errors import CertificateError
+@server_options(hidden=True)
+def show(place: Path | None, as_json: bool, **flags: str | None) -> None:
+    """Shows who, which role, until when, and what is wrong.
 
-    paths = sorted(folder.glob("*-cert.pem"))
-    if not paths:
-        raise CertificateError(folder, "has no *-cert.pem", "make some: `jobworker certs init`")
+    PATH is a folder of certificates, or a single one.
+    """
+    from jobworker import certs
+
+    paths = _certificates_at(place) if place else _certificates_in_use(flags)
     described = [(path, certs.describe(path)) for path in paths]
     if as_json:
         display.write_json([_as_json(path, description) for path, description in described])
@@ -111,6 +112,30 @@ def show(folder: Path, as_json: bool) -> None:
     for path, description in described:
         for warning in description.warnings:
             display.write_paragraph(coloured(f"{path.name}: {warning}", "yellow"))
+
+
+def _certificates_at(path: Path) -> list[Path]:
+    from jobworker.errors import CertificateError
+
+    if path.is_file():
+        return [path]
+    remedy = "make some: `jobworker certs init`"
+    if not path.exists():
+        raise CertificateError(path, "does not exist", f"give another folder, or {remedy}")
+    found = sorted(path.glob("*-cert.pem"))
+    if not found:
+        raise CertificateError(path, "has no *-cert.pem", remedy)
+    return found
+
+
+def _certificates_in_use(flags: Mapping[str, str | None]) -> list[Path]:
+    """All in the folder, and those that are given one by one."""
+    chosen = choose(flags_of(click.get_current_context(), flags), os.environ)
+    single = [Path(chosen[name]) for name in ("ca", "cert") if name in chosen]
+    if single and "certs" not in chosen:
+        return single
+    folder = Path(chosen.get("certs", DEFAULT_CERTS))
+    return list(dict.fromkeys([*_certificates_at(folder), *single]))
 
 
 def _row(path: Path, description: Description) -> list[str]:

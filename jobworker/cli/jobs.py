@@ -330,18 +330,17 @@ def list_command(
     connect: Connect, as_json: bool, statuses: tuple[Status, ...], name: str, limit: int | None
 ) -> None:
     """Lists jobs, the newest first."""
-    if limit is None and not as_json and display.is_terminal(sys.stdout):
-        limit = NEWEST_JOBS
+    is_cut = limit is None and not as_json and display.is_terminal(sys.stdout)
+    if is_cut:
+        limit = NEWEST_JOBS + 1  # tells whether there are more
     with connect() as client:
-        # One more than is shown tells whether there are more.
-        jobs = list(client.list(statuses=statuses, name=name, limit=limit + 1 if limit else None))
-    shown = jobs[:limit] if limit else jobs
+        jobs = list(client.list(statuses=statuses, name=name, limit=limit or None))
     if as_json:
-        display.write_json([display.job_as_json(job) for job in shown])
+        display.write_json([display.job_as_json(job) for job in jobs])
         return
-    _write_jobs(shown)
-    if len(jobs) > len(shown):
-        click.echo(f"The newest {limit} only: --limit 0 lists all.", err=True)
+    _write_jobs(jobs[:NEWEST_JOBS] if is_cut else jobs)
+    if is_cut and len(jobs) > NEWEST_JOBS:
+        click.echo(f"The newest {NEWEST_JOBS} only: --limit 0 lists all.")
 
 
 def _write_jobs(jobs: Sequence[Job]) -> None:

@@ -90,6 +90,33 @@ def test_show_where_there_is_nothing(unconnected: Program) -> None:
     assert "`jobworker certs init`" in answer.stderr
 
 
+def files_shown(program: Program, *words: str) -> list[str]:
+    return [each["file"] for each in program.json(*words)]
+
+
+def test_show_shows_what_other_commands_use(unconnected: Program) -> None:
+    dev = unconnected.folder / ".local/share/jobworker/dev"
+    certs.make_all(dev / "certs")
+    (dev / "server").write_text(f"127.0.0.1:7001\n{dev}/certs\n")
+    assert files_shown(unconnected, "certs", "show")[0] == f"{dev}/certs/ca-cert.pem"
+    certs.make_all(unconnected.folder / "certs")
+    assert files_shown(unconnected, "certs", "show")[0] == "certs/ca-cert.pem"
+    certs.make_all(unconnected.folder / "mine")
+    for words in (["--certs", "mine", "certs", "show"], ["certs", "show", "--certs", "mine"]):
+        assert files_shown(unconnected, *words)[0] == "mine/ca-cert.pem"
+    one_by_one = ["--ca", "mine/ca-cert.pem", "--cert", "mine/client-cert.pem"]
+    assert files_shown(unconnected, "certs", "show", *one_by_one) == one_by_one[1::2]
+    unconnected.environ["JOB_WORKER_CERT_PATH"] = "gone"
+    assert "gone does not exist" in unconnected("certs", "show").stderr
+
+
+def test_show_one(unconnected: Program) -> None:
+    certs.make_all(unconnected.folder)
+    assert files_shown(unconnected, "certs", "show", "viewer-cert.pem") == ["viewer-cert.pem"]
+    assert "ca-key.pem is not a certificate" in unconnected("certs", "show", "ca-key.pem").stderr
+    assert "no.pem does not exist" in unconnected("certs", "show", "no.pem").stderr
+
+
 def test_as_json(unconnected: Program) -> None:
     made = json.loads(unconnected("certs", "init", "-o", "json").stdout)
     assert "certs/ca-key.pem" in made["made"]

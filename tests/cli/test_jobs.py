@@ -162,9 +162,22 @@ def test_the_newest_only(jobworker: Program) -> None:
     ids = [jobworker.create("--name", "many", "true") for _ in range(3)]
     few = jobworker("list", "--name", "many", "-n", "2")
     assert [row.split()[0] for row in few.stdout.splitlines()[1:]] == ids[:0:-1]
-    assert "--limit 0" in few.stderr
+    assert few.stderr == ""
     assert len(jobworker.json("list", "--name", "many", "--limit", "0")) == 3
-    assert jobworker("list", "--name", "many", "-n", "3").stderr == ""
+    assert len(jobworker.json("list", "--name", "many", "-n", "2")) == 2
+
+
+def test_a_terminal_is_told_that_it_gets_the_newest_only(jobworker: Program) -> None:
+    line = '{"command": "true", "name": "crowd"}\n'
+    (jobworker.folder / "crowd").write_text(line * 101)
+    jobworker("create", "--from", "crowd")
+    words = ("list", "--name", "crowd")
+    hint = "The newest 100 only: --limit 0 lists all."
+    assert jobworker.screen(*words).splitlines()[101:] == [hint]
+    assert hint not in jobworker.screen(*words, "-n", "5")
+    assert len(jobworker.screen(*words, "-n", "0").splitlines()) == 102
+    piped = jobworker(*words)
+    assert (len(piped.stdout.splitlines()), piped.stderr) == (102, "")
 
 
 def test_an_empty_list(jobworker: Program) -> None:
