@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,16 +10,29 @@ import click
 from jobworker.cli import display
 from jobworker.cli.connection import Connect, speaks_to_server
 from jobworker.cli.display import coloured, json_option, printable, size
+from jobworker.job import Limits
 
 if TYPE_CHECKING:
     from jobworker.client import Controller, ServerInfo
+
+# By the controllers that enforce them: the default limits.
+LIMITS = {
+    "cpu": "cpu_percent",
+    "memory": "memory_mib",
+    "io": "io_bytes_per_second",
+    "pids": "pids",
+}
 
 
 @click.command("info")
 @json_option
 @speaks_to_server
 def info_command(connect: Connect, as_json: bool) -> None:
-    """Shows the server, its limits, and your role."""
+    """Shows the server, its limits, and your role.
+
+    With -o json, "default_limits" are as the server is set; of these, "limits_in_force" are
+    those that its machine can enforce, and 0 the others.
+    """
     with connect() as client:
         info = client.info()
     if as_json:
@@ -28,14 +41,14 @@ def info_command(connect: Connect, as_json: bool) -> None:
     display.write_fields(_fields(info))
     for problem in dict.fromkeys(each.problem for each in info.controllers if each.problem):
         names = ", ".join(each.name for each in info.controllers if each.problem == problem)
-        display.write_paragraph(f"No {names}: {printable(problem)}")
+        display.write_paragraph(f"Missing:   {names}: {printable(problem)}")
 
 
 def _fields(info: ServerInfo) -> list[tuple[str, str]]:
     return [
         ("Version", printable(info.version)),
         ("Started", f"{display.rfc3339(info.started_ns)} ({display.ago(info.started_ns)})"),
-        ("You are", f"{printable(info.identity)}, {info.role or 'without a role'}"),
+        ("You are", f"{printable(info.identity)}, {_role(info)}"),
         ("Jobs", f"{info.running_jobs} running, {info.maximum_jobs} at the most"),
         ("Ended", _ended(info)),
         ("State", printable(info.state_directory)),
@@ -46,6 +59,10 @@ def _fields(info: ServerInfo) -> list[tuple[str, str]]:
         ("Defaults", _defaults(info)),
         ("Isolation", _isolation(info)),
     ]
+
+
+def _role(info: ServerInfo) -> str:
+    return f"with the role {info.role}" if info.role else "without a role"
 
 
 def _isolation(info: ServerInfo) -> str:
@@ -90,19 +107,22 @@ def _controller(controller: Controller) -> str:
 
 
 def _defaults(info: ServerInfo) -> str:
-    """Of a job that asks for no limit. What cannot be enforced is not promised."""
-    limits = info.default_limits
-    values = {
-        "cpu": limits.cpu_percent and f"CPU {limits.cpu_percent} %",
-        "memory": limits.memory_mib and f"memory {size(limits.memory_mib << 20)}",
-        "io": limits.io_bytes_per_second and f"disk {size(limits.io_bytes_per_second)}/s",
-        "pids": limits.pids and f"{limits.pids} processes",
-    }
+    """Of a job that asks for no limit."""
+    limits = _limits_in_force(info)
+    texts = [
+        limits.cpu_percent and f"CPU {limits.cpu_percent} %",
+        limits.memory_mib and f"memory {size(limits.memory_mib << 20)}",
+        limits.io_bytes_per_second and f"disk {size(limits.io_bytes_per_second)}/s",
+        limits.pids and f"{limits.pids} processes",
+    ]
+    return ", ".join(str(text) for text in texts if text) or "none"
+
+
+def _limits_in_force(info: ServerInfo) -> Limits:
+    """The default limits. What cannot be enforced is not promised."""
     available = {controller.name for controller in info.controllers if controller.available}
-    return (
-        ", ".join(str(text) for name, text in values.items() if text and name in available)
-        or "none"
-    )
+    lacking = {limit: 0 for name, limit in LIMITS.items() if name not in available}
+    return replace(info.default_limits, **lacking)
 
 
 def _as_json(info: ServerInfo) -> dict[str, Any]:
@@ -117,6 +137,7 @@ def _as_json(info: ServerInfo) -> dict[str, Any]:
         "cgroup": info.cgroup or None,
         "controllers": [asdict(controller) for controller in info.controllers],
         "default_limits": asdict(info.default_limits),
+        "limits_in_force": asdict(_limits_in_force(info)),
         "isolation": {
             "default_profile": info.default_profile or None,
             "profiles": list(info.profiles),

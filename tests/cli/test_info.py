@@ -16,7 +16,7 @@ from functional.server import Server
 def test_info(jobworker: Program, server: Server) -> None:
     shown = jobworker("info").stdout
     assert re.search(rf"^Version: +{package.__version__}$", shown, re.MULTILINE)
-    assert re.search(r"^You are: +admin, admin$", shown, re.MULTILINE)
+    assert re.search(r"^You are: +admin, with the role admin$", shown, re.MULTILINE)
     assert re.search(rf"^State: +{server.state}$", shown, re.MULTILINE)
     assert re.search(r"^Limits: +cpu (yes|no), memory (yes|no), io (yes|no)", shown, re.MULTILINE)
 
@@ -29,11 +29,32 @@ def test_a_limit_that_cannot_be_enforced_is_explained(jobworker: Program) -> Non
         assert controller["problem"] in shown
 
 
+def test_the_limits_in_force_are_those_that_can_be_enforced(jobworker: Program) -> None:
+    info = jobworker.json("info")
+    available = {each["name"] for each in info["controllers"] if each["available"]}
+    assert info["limits_in_force"] == {
+        "cpu_percent": 100 if "cpu" in available else 0,
+        "memory_mib": 512 if "memory" in available else 0,
+        "io_bytes_per_second": 0,
+        "pids": info["default_limits"]["pids"] if "pids" in available else 0,
+    }
+    (defaults,) = re.findall(r"^Defaults: +(.*)$", jobworker("info").stdout, re.MULTILINE)
+    assert ("CPU 100 %" in defaults) == ("cpu" in available)
+    assert (defaults == "none") == (not any(info["limits_in_force"].values()))
+
+
+def test_what_is_missing_is_labelled_like_the_rest(jobworker: Program) -> None:
+    missing = [each["name"] for each in jobworker.json("info")["controllers"] if each["problem"]]
+    shown = re.findall(r"^Missing:   ([a-z, ]+): ", jobworker("info").stdout, re.MULTILINE)
+    assert [name for names in shown for name in names.split(", ")] == missing
+
+
 def test_as_json(jobworker: Program, server: Server) -> None:
     info = jobworker.json("info")
     assert info.keys() == {
         *("version", "started", "identity", "role", "running_jobs", "maximum_jobs"),
         *("state_directory", "cgroup", "controllers", "default_limits", "isolation"),
+        "limits_in_force",
         *("ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes"),
         *("log_max_bytes", "log_policy"),
     }
