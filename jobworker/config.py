@@ -268,7 +268,7 @@ class Settings:
         "profiles_allowed",
         ("default",),
         _parse_choices(*PROFILES),
-        "The other profiles that a job may ask for.",
+        "The profiles that a job may ask for, beside the server's own, which need not be here.",
         shown_default="default",
     )
     job_user: str = _setting(

@@ -34,14 +34,15 @@ MEANINGS = {
     "`rm`: one of many failed.",
     ExitCode.USAGE: "The command line can never work, or what it asks for.",
     ExitCode.NOT_FOUND: "There is no such job.",
-    ExitCode.DENIED: "The certificate's role does not allow it.",
-    ExitCode.UNREACHABLE: "No connection, or no answer in time.",
+    ExitCode.DENIED: "The certificate's role does not allow it (`run`: 125).",
+    ExitCode.UNREACHABLE: "No connection, or no answer in time (`run`: 125).",
     ExitCode.NOT_COMPLETED: "`wait`: a job ended otherwise than COMPLETED.",
     ExitCode.TIMED_OUT: "`wait`: its time was over; `run`: the job's was.",
     ExitCode.RUN_FAILED: "`run`: its own errors, and a job whose ending cannot be known.",
     ExitCode.NOT_EXECUTABLE: "`run`: the job's command cannot be executed.",
     ExitCode.COMMAND_NOT_FOUND: "`run`: the server has no such command.",
-    ExitCode.INTERRUPTED: "Ctrl-C.",
+    ExitCode.INTERRUPTED: "Ctrl-C. `run` stops its job first, and ends as that does: with 143 "
+    "where SIGTERM has ended it; a second Ctrl-C leaves at once.",
     ExitCode.BROKEN_PIPE: "Nobody reads what is written any more, such as `head`.",
 }
 

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -56,6 +56,26 @@ ELSEWHERE = {
     "delete": "rm",
     "remove": "rm",
 }
+
+UNBROKEN_HYPHEN = "\N{NON-BREAKING HYPHEN}"
+
+
+class HelpFormatter(click.HelpFormatter):
+    """Breaks no line at a hyphen: `ca-key.pem` and `--limit` are one word."""
+
+    def write_text(self, text: str) -> None:
+        super().write_text(text.replace("-", UNBROKEN_HYPHEN))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], *args: Any, **options: Any) -> None:
+        unbroken = [(term, text.replace("-", UNBROKEN_HYPHEN)) for term, text in rows]
+        super().write_dl(unbroken, *args, **options)
+
+    def getvalue(self) -> str:
+        return super().getvalue().replace(UNBROKEN_HYPHEN, "-")
+
+
+# Each command makes its own context.
+click.Context.formatter_class = HelpFormatter
 
 
 class LazyGroup(click.Group):

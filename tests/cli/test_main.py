@@ -77,6 +77,15 @@ def test_help_fits_a_terminal(command: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert max(map(len, shown.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("columns", range(50, 80))
+def test_help_breaks_no_name_at_its_hyphen(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words in (["certs", "client"], ["serve"], []):
+        shown = in_this_process(*words, "--help").stdout
+        assert not re.search(r"\w-$", shown, re.MULTILINE), shown
+        assert shown.isascii()
+
+
 @pytest.mark.parametrize(
     "words",
     [
