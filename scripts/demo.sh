@@ -19,14 +19,15 @@ main() {
     start_server
     run jobworker info
 
-    step "A job with limits, streamed as it runs"
-    limits=$(limits_that_hold)
+    limits=$(limits_that_hold 3>"$folder/left_out")
+    step "A job with $(echo ${limits:-none of the limits}), streamed as it runs"
+    cat "$folder/left_out"
     run jobworker create $limits --name demo sh -c '
-        echo "I am process $$, in a session and a cgroup of my own:"
-        grep -o "jobworker.*" /proc/self/cgroup || echo "(no cgroup v2 here)"
+        echo "I am process $$"
         for i in 1 2 3 4 5; do echo "line $i, $(date +%T)"; sleep 1; done
         echo "and one on stderr" >&2
         exit 3'
+    show_cgroup
     run jobworker stream 1
     step "How it ended, and what it used"
     run jobworker get 1
@@ -39,6 +40,7 @@ main() {
 }
 
 start_server() {
+    : >"$folder/log"
     JOB_WORKER_ADDR=127.0.0.1:0 JOB_WORKER_STATE_DIR="$folder/state" JOB_WORKER_STOP_JOBS=yes JOB_WORKER_DISK_RESERVE=0 \
         JOB_WORKER_CERT_PATH="$folder/certs" jobworker serve 2>"$folder/log" &
     server=$!
@@ -50,26 +52,43 @@ start_server() {
     export JOB_WORKER_SERVER="localhost:$port" JOB_WORKER_CERT_PATH="$folder/certs"
 }
 
-# The flags of those limits that this machine can enforce; the server says why of the others.
+# The flags of those limits that this machine can enforce; to descriptor 3, why not the others.
 limits_that_hold() {
     jobworker -o json info | python3 -c '
 import json, sys
 flags = {"cpu": "--max-cpu=50", "memory": "--max-memory=64", "io": "--max-iobps=1000000"}
+left_out = open(3, "w")
 for controller in json.load(sys.stdin)["controllers"]:
     flag = flags.get(controller["name"])
     if flag and controller["available"]:
         print(flag)
     elif flag:
         name, problem = controller["name"], controller["problem"]
-        print(f"Without {flag}: {name} is {problem}", file=sys.stderr)
+        print(f"Left out: {flag}, as {name} is {problem}", file=left_out)
 '
+}
+
+# The job itself would see its cgroup as the root of all.
+show_cgroup() {
+    cgroup=$(jobworker info | sed -n 's/^Cgroup: *\//\//p')
+    [ -z "$cgroup" ] || run grep -H . "$cgroup/job-1/cgroup.procs" || :  # it may have ended
 }
 
 step() { printf '\n== %s\n' "$1"; }
 
 run() {
-    printf '$ %s\n' "$*"
+    printf '$'
+    for word; do printf ' %s' "$(quoted "$word")"; done
+    echo
     "$@"
+}
+
+# So that it can be pasted into a shell.
+quoted() {
+    case $1 in
+    '' | *[!A-Za-z0-9_./:=@%+-]*) printf "'%s'" "$(printf %s "$1" | sed "s/'/'\\\\''/g")" ;;
+    *) printf %s "$1" ;;
+    esac
 }
 
 clean_up() {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,6 +56,31 @@ def test_python_m_jobworker_is_the_program() -> None:
 def test_a_working_copy_is_built_with_what_a_package_is_built_with() -> None:
     """The lists cannot refer to each other, so they are compared."""
     assert PYPROJECT["dependency-groups"]["build"] == PYPROJECT["build-system"]["requires"]
+
+
+# The demonstration
+
+
+def test_the_demonstration_says_what_it_does() -> None:
+    """What it shows as typed is what it has run, quotes and all."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    shown = subprocess.run(
+        ["sh", Path(__file__).parent.parent / "scripts" / "demo.sh"],
+        env=os.environ | {"PATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    typed = shown[shown.index("jobworker create") : shown.index("Job created: ")]
+    *words, script = shlex.split(typed)
+    assert words[-2:] == ["sh", "-c"]
+    assert subprocess.run(["sh", "-n", "-c", script], check=False).returncode == 0
+    held = {word.partition("=")[0] for word in words if word.startswith("--max-")}
+    left_out = set(re.findall(r"^Left out: (--\S+)=\d+, as \w+ is .+$", shown, re.MULTILINE))
+    assert held | left_out == {"--max-cpu", "--max-memory", "--max-iobps"}
+    (process,) = re.findall(r"^I am process (\d+)$", shown, re.MULTILINE)
+    if re.search("^Cgroup: +/", shown, re.MULTILINE):
+        assert re.search(rf"/job-1/cgroup\.procs:{process}$", shown, re.MULTILINE)
 
 
 # Units of systemd
