@@ -178,6 +178,7 @@ def test_a_terminal_is_told_that_it_gets_the_newest_only(jobworker: Program) -> 
     assert len(jobworker.screen(*words, "-n", "0").splitlines()) == 102
     piped = jobworker(*words)
     assert (len(piped.stdout.splitlines()), piped.stderr) == (102, "")
+    assert hint not in piped.stdout
 
 
 def test_an_empty_list(jobworker: Program) -> None:

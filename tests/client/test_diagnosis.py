@@ -159,13 +159,14 @@ def test_no_certificate(connect: Connect, server: Server, tmp_path: Path, name: 
     folder = tmp_path / "certs"
     shutil.copytree(server.certs, folder)
     (folder / name).unlink()
-    with pytest.raises(CertificateError, match=f"{name} is missing") as caught:
+    with pytest.raises(CertificateError, match=f"{name} is missing") as missing:
+        connect(server.address, certs=folder)
+    (folder / name).mkdir()
+    with pytest.raises(CertificateError, match=f"{name} cannot be read: Is a dir") as unreadable:
         connect(server.address, certs=folder)
     # A traceback with what pathlib has met would say the same once more.
-    assert caught.value.__suppress_context__
-    (folder / name).mkdir()
-    with pytest.raises(CertificateError, match=f"{name} cannot be read: Is a directory"):
-        connect(server.address, certs=folder)
+    assert missing.value.__suppress_context__
+    assert unreadable.value.__suppress_context__
 
 
 def test_tls_1_2(certificates: Path) -> None:
