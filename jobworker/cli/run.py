@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Two Ctrl-C in a row: the request to stop gets out before this program is gone.
-SENDING_SECONDS = 0.5
+SENDING_SECONDS = 1.5
 FROM_SIGNAL = 128  # as shells say it: 128 + its number
 
 
