@@ -116,16 +116,29 @@ class Jobinits:
         self._current = self._loop.create_future()
         signal.signal(signal.SIGCHLD, self._on_child)
         held: list[Held] = []
-        for path, connection in self._dialled.items():
-            jobinit = await self._greet(connection)
+        for path in list(self._dialled):
+            jobinit = await self._greet_found(path)
+            if jobinit is None:
+                continue
             if path == self._path:
                 self._current.set_result(jobinit)
             for each in await jobinit.adopt():
                 self._hold(jobinit, each.job_id, each.started)
                 self._holds[each.job_id].is_ended = each.ending is not None
                 held.append(each)
-        self._dialled.clear()
         return held
+
+    async def _greet_found(self, path: Path) -> Jobinit | None:
+        """One that was just about to end when it was dialled, as it held no job, says nothing
+        more. Ours is then spawned; None for an older one."""
+        try:
+            return await self._greet(self._dialled.pop(path))
+        except JobinitError as error:
+            log.info("%s: %s", path.name, error)
+        if path != self._path:
+            return None
+        self._spawn()
+        return await self._greet(self._dialled.pop(path))
 
     async def start(self, request: StartRequest) -> Started:
         """As `Jobinit.start`. The pidfd stays ours."""

@@ -3,6 +3,7 @@ gRPC status codes. All of it is pure."""
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterable
 
@@ -31,7 +32,18 @@ CODES: dict[type[errors.JobWorkerError], grpc.StatusCode] = {
 }
 
 
-def code_of(error: errors.JobWorkerError) -> grpc.StatusCode:
+# What the machine itself refuses, such as a file of output that cannot be opened.
+CODES_OF_ERRNOS = {
+    errno.EBADMSG: grpc.StatusCode.DATA_LOSS,  # _fastio: not what was written
+    errno.EMFILE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errno.ENFILE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errno.ENOMEM: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+def code_of(error: errors.JobWorkerError | OSError) -> grpc.StatusCode:
+    if isinstance(error, OSError):
+        return CODES_OF_ERRNOS.get(error.errno or 0, grpc.StatusCode.INTERNAL)
     return CODES.get(type(error), grpc.StatusCode.INTERNAL)
 
 

@@ -228,7 +228,7 @@ def _stream(rpc: str, method: StreamMethod, request_type: Any) -> Any:
             caller = identify(context)
             authorize(caller, rpc)
             await method(request, caller, context)
-        except JobWorkerError as error:
+        except (JobWorkerError, OSError) as error:
             await context.abort(convert.code_of(error), str(error))
 
     # No serializer: what is written is finished bytes.

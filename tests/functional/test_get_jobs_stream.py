@@ -293,3 +293,15 @@ def test_a_reader_that_goes_away_is_forgotten(server: Server, client: Client) ->
     while server.descriptors() > before:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_damaged_output_is_said_to_be_so(start_server: Callable[..., Server]) -> None:
+    server = start_server()
+    with server.connect() as client:
+        job, _ = client.run("head -c 50000 /dev/zero")
+        index = server.state / "output" / f"{job.id}.0.idx"
+        index.write_bytes(b"no index" * 10)
+        with pytest.raises(grpc.RpcError) as caught:
+            client.output(job.id)
+        assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+        assert f"{job.id}.0" in str(caught.value.details())

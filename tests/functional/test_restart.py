@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -424,3 +425,18 @@ def test_run_shows_each_line_once_while_the_server_is_killed(
     output, _ = run.communicate(timeout=60)
     assert output == b"".join(b"%d\n" % number for number in range(1, 61))
     assert run.returncode == 9
+
+
+def test_a_jobinit_that_ends_as_the_server_comes(start_server: StartServer, tmp_path: Path) -> None:
+    """It held no job any more: it accepts, and says nothing."""
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    path = state / "jobinit-1.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as ending:
+        ending.bind(str(path))
+        ending.listen()
+        closer = threading.Thread(target=lambda: ending.accept()[0].close())
+        closer.start()
+        with start_server().connect() as client:
+            assert client.run("echo works")[1] == b"works\n"
+        closer.join()

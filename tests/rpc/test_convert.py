@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 
 import grpc
@@ -124,3 +125,9 @@ def test_codes() -> None:
     not_found = errors.JobNotFoundError("7")
     assert convert.code_of(not_found) is grpc.StatusCode.NOT_FOUND
     assert convert.code_of(errors.CgroupError("x")) is grpc.StatusCode.INTERNAL
+
+
+def test_codes_of_what_the_machine_refuses() -> None:
+    assert convert.code_of(OSError(errno.EMFILE, "x")) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert convert.code_of(OSError(errno.EBADMSG, "x")) is grpc.StatusCode.DATA_LOSS
+    assert convert.code_of(OSError(errno.EIO, "x")) is grpc.StatusCode.INTERNAL
