@@ -427,6 +427,11 @@ def test_run_shows_each_line_once_while_the_server_is_killed(
     assert run.returncode == 9
 
 
+def accept_and_close(listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    connection.close()
+
+
 def test_a_jobinit_that_ends_as_the_server_comes(start_server: StartServer, tmp_path: Path) -> None:
     """It held no job any more: it accepts, and says nothing."""
     state = tmp_path / "state"
@@ -435,7 +440,7 @@ def test_a_jobinit_that_ends_as_the_server_comes(start_server: StartServer, tmp_
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as ending:
         ending.bind(str(path))
         ending.listen()
-        closer = threading.Thread(target=lambda: ending.accept()[0].close())
+        closer = threading.Thread(target=accept_and_close, args=[ending])
         closer.start()
         with start_server().connect() as client:
             assert client.run("echo works")[1] == b"works\n"
