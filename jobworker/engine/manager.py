@@ -102,6 +102,7 @@ class Usage:
     ended_jobs: int
     ended_log_bytes: int
     disk_room_bytes: int  # of the state folder
+    blocked_jobs: int  # whose output cannot be written at the moment
 
 
 @dataclass(slots=True, eq=False)
@@ -173,7 +174,8 @@ class Manager:
 
     async def usage(self) -> Usage:
         totals = await self._store.ended_totals()
-        return Usage(totals.jobs, totals.log_bytes, self._output.room_bytes())
+        blocked = sum(1 for live in self._live.values() if live.log and live.log.error)
+        return Usage(totals.jobs, totals.log_bytes, self._output.room_bytes(), blocked)
 
     async def create(self, request: JobSpec, stdin: bytes = b"") -> Job:
         """Starts a job; returns it RUNNING, or FAILED where one step of its start failed.

@@ -294,7 +294,7 @@ class ListJobsRes(_message.Message):
     def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids", "default_profile", "profiles", "default_user", "users", "ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes", "log_max_bytes", "log_policy", "isolation_problem")
+    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids", "default_profile", "profiles", "default_user", "users", "ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes", "log_max_bytes", "log_policy", "blocked_jobs", "isolation_problem")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     START_TIME_NS_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +318,7 @@ class ServerInfo(_message.Message):
     DISK_RESERVE_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOG_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOG_POLICY_FIELD_NUMBER: _ClassVar[int]
+    BLOCKED_JOBS_FIELD_NUMBER: _ClassVar[int]
     ISOLATION_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     version: str
     start_time_ns: int
@@ -342,8 +343,9 @@ class ServerInfo(_message.Message):
     disk_reserve_bytes: int
     log_max_bytes: int
     log_policy: str
+    blocked_jobs: int
     isolation_problem: str
-    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ..., default_profile: _Optional[str] = ..., profiles: _Optional[_Iterable[str]] = ..., default_user: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ..., ended_jobs: _Optional[int] = ..., ended_log_bytes: _Optional[int] = ..., disk_room_bytes: _Optional[int] = ..., disk_reserve_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., log_policy: _Optional[str] = ..., isolation_problem: _Optional[str] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ..., default_profile: _Optional[str] = ..., profiles: _Optional[_Iterable[str]] = ..., default_user: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ..., ended_jobs: _Optional[int] = ..., ended_log_bytes: _Optional[int] = ..., disk_room_bytes: _Optional[int] = ..., disk_reserve_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., log_policy: _Optional[str] = ..., blocked_jobs: _Optional[int] = ..., isolation_problem: _Optional[str] = ...) -> None: ...
 
 class Controller(_message.Message):
     __slots__ = ("name", "available", "problem")

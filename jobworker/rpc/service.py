@@ -133,6 +133,7 @@ class JobService:
             ended_jobs=usage.ended_jobs,
             ended_log_bytes=usage.ended_log_bytes,
             disk_room_bytes=usage.disk_room_bytes,
+            blocked_jobs=usage.blocked_jobs,
             disk_reserve_bytes=manager.policy.disk_reserve_bytes,
             log_max_bytes=manager.policy.log_max_bytes,
             log_policy=manager.policy.log_policy,

@@ -65,6 +65,7 @@ def test_jobs_wait_for_room_and_lose_nothing(start_on_small_disk: Callable[..., 
     with server.connect() as client:
         job = client.shell(f"head -c {4 * MIB} /dev/zero; echo end >&2")
         wait_for(lambda: "No space left" in client.get(job.id).output_problem)
+        assert client.info().blocked_jobs == 1
         for _ in range(20):  # until there is room
             assert client.get(job.id).output_problem
             time.sleep(0.02)
@@ -75,6 +76,7 @@ def test_jobs_wait_for_room_and_lose_nothing(start_on_small_disk: Callable[..., 
         filler.unlink()
         ended = client.wait(job.id)
         assert (ended.exitCode, ended.lost_bytes, ended.output_problem) == (0, 0, "")
+        assert client.info().blocked_jobs == 0
         assert read_all(client, job.id) == (4 * MIB, 4, 0)
         assert client.create("true").id
     assert server.log.count("output cannot be written") == 1
