@@ -56,7 +56,7 @@ enum { FORKED_NO_EXEC = 0x40 };    /* PF_FORKNOEXEC of include/linux/sched.h */
  * take over the jobs of an older jobinit. A later version may lengthen a body; what a reader
  * does not know at its end, it ignores. */
 
-enum { PROTOCOL_MAGIC = 0x54494e4a, PROTOCOL_VERSION = 1 };
+enum { PROTOCOL_MAGIC = 0x54494e4a, PROTOCOL_VERSION = 2 };
 
 enum {
 	ASK_START = 1,       /* struct start and its strings: here, or in a memfd; then the input */
@@ -77,11 +77,17 @@ enum {
 
 struct header { uint16_t type, descriptors; uint32_t size; uint64_t job; };
 struct hello { uint32_t magic, version; int32_t pid, unused; };
-/* Then come the groups, 32 bits each, and then the strings. */
-struct start { uint32_t flags, arguments, variables, groups, uid, gid; };
+/* Then come the groups, 32 bits each, and then the strings: executable, directory, cgroup, for
+ * each limit a file in the cgroup and what is to be written to it, arguments, variables. */
+struct start { uint32_t flags, arguments, variables, groups, uid, gid, limits; };
 struct to_signal { int32_t number, unused; };
 struct started { int32_t pid; uint32_t having; uint64_t started_ns; };
-struct failed { uint32_t step; int32_t error, wait_status, unused; uint64_t ended_ns; };
+struct failed {
+	uint32_t step;
+	int32_t error, wait_status;
+	uint32_t limit; /* which of the start's could not be written; 0: none of them */
+	uint64_t ended_ns;
+};
 struct exited {
 	int32_t wait_status, unused;
 	uint64_t ended_ns, user_us, system_us, max_rss_kib;
@@ -94,7 +100,8 @@ enum {
 	HAS_INPUT = 2, /* the last descriptor is what the job reads, else /dev/null is */
 	SET_USER = 4,  /* uid, gid and groups count; else the job is jobinit's user */
 	CONFINED = 8,  /* nothing that it executes gives it rights that its user has not */
-	KNOWN_FLAGS = MERGE_OUTPUT | HAS_INPUT | SET_USER | CONFINED,
+	MAKE_CGROUP = 16, /* there is none with that path yet; else the job joins it */
+	KNOWN_FLAGS = MERGE_OUTPUT | HAS_INPUT | SET_USER | CONFINED | MAKE_CGROUP,
 };
 enum { HAS_PIDFD = 1, HAS_STDOUT = 2, HAS_STDERR = 4 }; /* started.having, in this order */
 
@@ -145,6 +152,7 @@ struct job {
 	int status_fd;            /* while STARTING */
 	int group_fd;             /* pidfd of a reaped leader whose group lives on */
 	int wait_status, error;
+	uint32_t limit;           /* as in `struct failed` */
 	uint8_t state, step;
 	uint8_t owes;             /* what the server is yet to be told */
 	bool is_owing;            /* in that queue */
@@ -352,14 +360,15 @@ static void remove_job(struct job *job)
 
 struct request {
 	const char *executable, *directory, *cgroup; /* cgroup: empty for none */
+	char **limits;                               /* file and value of each */
 	char **arguments, **environment;             /* both end with NULL */
 	const gid_t *groups;
-	size_t group_count;
+	size_t limit_count, group_count;
 	uid_t uid;
 	gid_t gid;
-	bool merge_output, has_input, set_user, is_confined;
+	bool merge_output, has_input, set_user, is_confined, make_cgroup;
 	int input_fd; /* -1: /dev/null */
-	void *memory; /* of both arrays; the strings stay where they came in */
+	void *memory; /* of these arrays; the strings stay where they came in */
 };
 
 /* Reads the body of an ASK_START, and trusts nothing in it: each string ends inside, and
@@ -369,7 +378,7 @@ static int parse_start(char *data, size_t size, struct request *request)
 	struct start start;
 	char *place, *end = data + size;
 	char **strings;
-	size_t count, i;
+	size_t count, first, i;
 
 	if (size <= sizeof start || data[size - 1] != '\0')
 		return EBADMSG;
@@ -379,14 +388,16 @@ static int parse_start(char *data, size_t size, struct request *request)
 	if (start.groups > MOST_GROUPS || start.groups > (size - sizeof start) / sizeof(gid_t))
 		return EBADMSG;
 	place = data + sizeof start + start.groups * sizeof(gid_t);
-	if (start.arguments < 1 || start.arguments > size || start.variables > size)
+	if (start.arguments < 1 || start.arguments > size || start.variables > size
+	    || start.limits > size)
 		return EBADMSG;
-	count = 3 + (size_t)start.arguments + start.variables;
+	first = 3 + 2 * (size_t)start.limits; /* of the arguments */
+	count = first + start.arguments + start.variables;
 	strings = calloc(count + 2, sizeof *strings); /* a NULL behind each of the two lists */
 	if (!strings)
 		return ENOMEM;
 	for (i = 0; i < count && place < end; i++) {
-		strings[i < 3 + start.arguments ? i : i + 1] = place;
+		strings[i < first + start.arguments ? i : i + 1] = place;
 		place += strlen(place) + 1;
 	}
 	if (i < count || place != end) {
@@ -397,14 +408,17 @@ static int parse_start(char *data, size_t size, struct request *request)
 		.executable = strings[0],
 		.directory = strings[1],
 		.cgroup = strings[2],
-		.arguments = strings + 3,
-		.environment = strings + 3 + start.arguments + 1,
+		.limits = strings + 3,
+		.limit_count = start.limits,
+		.arguments = strings + first,
+		.environment = strings + first + start.arguments + 1,
 		.groups = (gid_t *)(data + sizeof start), /* malloc has aligned it */
 		.group_count = start.groups,
 		.uid = start.uid,
 		.gid = start.gid,
 		.set_user = start.flags & SET_USER,
 		.is_confined = start.flags & CONFINED,
+		.make_cgroup = start.flags & MAKE_CGROUP,
 		.merge_output = start.flags & MERGE_OUTPUT,
 		.has_input = start.flags & HAS_INPUT,
 		.input_fd = -1,
@@ -549,19 +563,23 @@ static void make_filter(void)
 /* The child's ends. input -1: /dev/null. */
 struct ends { int input, output, errors, status; };
 
-struct step_failure { uint32_t step; int32_t error; };
+struct step_failure { uint32_t step; int32_t error; uint32_t limit; };
 
 enum { REPORT_FD = 3 };
 
-static _Noreturn void fail_step(int report_fd, enum step step)
+static _Noreturn void fail_with(int report_fd, struct step_failure failure)
 {
-	struct step_failure failure = {step, errno};
 	/* A pipe takes so little at once. Were it to fail, the end would still be seen as one
 	 * before the exec. */
 	ssize_t written = write(report_fd, &failure, sizeof failure);
 
 	(void)written;
 	_exit(OWN_FAILURE);
+}
+
+static _Noreturn void fail_step(int report_fd, enum step step)
+{
+	fail_with(report_fd, (struct step_failure){step, errno, 0});
 }
 
 static void must(bool done, enum step step)
@@ -598,17 +616,44 @@ static void take_descriptors(const struct ends *ends)
 	must(syscall(CALL_CLOSE_RANGE, REPORT_FD + 1, ~0u, 0) == 0, STEP_DESCRIPTORS);
 }
 
-static bool join_cgroup(const char *directory)
+static bool write_cgroup(const char *directory, const char *file, const char *text)
 {
 	char path[4096];
 
-	if (!*directory)
-		return true;
-	if (snprintf(path, sizeof path, "%s/cgroup.procs", directory) >= (int)sizeof path) {
+	if (snprintf(path, sizeof path, "%s/%s", directory, file) >= (int)sizeof path) {
 		errno = ENAMETOOLONG;
 		return false;
 	}
-	return write_file(path, "0"); /* whoever writes it */
+	return write_file(path, text);
+}
+
+/* Here and not in the server, which would need a thread for calls that may block. Where it
+ * fails it is no more. */
+static void make_cgroup(const struct request *request)
+{
+	char **limit = request->limits;
+	struct step_failure failure;
+	uint32_t i;
+
+	must(mkdir(request->cgroup, 0700) == 0, STEP_CGROUP);
+	for (i = 1; i <= request->limit_count; i++, limit += 2) {
+		if (write_cgroup(request->cgroup, limit[0], limit[1]))
+			continue;
+		failure = (struct step_failure){STEP_CGROUP, errno, i};
+		rmdir(request->cgroup);
+		fail_with(REPORT_FD, failure);
+	}
+}
+
+static void join_cgroup(const struct request *request)
+{
+	struct pollfd report = {.fd = REPORT_FD};
+
+	must(write_cgroup(request->cgroup, "cgroup.procs", "0"), STEP_CGROUP); /* whoever writes it */
+	/* Where jobinit has died, the server may have looked into this cgroup before it was made.
+	 * Who comes to here before is found in it. */
+	if (poll(&report, 1, 0) == 1 && report.revents & POLLERR)
+		_exit(OWN_FAILURE);
 }
 
 static void reset_signals(void)
@@ -699,7 +744,10 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	/* Before anything that may hang. */
 	take_descriptors(ends);
 	/* Early, so that what follows is charged to the job, and killed with it. */
-	must(join_cgroup(request->cgroup), STEP_CGROUP);
+	if (request->make_cgroup)
+		make_cgroup(request);
+	if (*request->cgroup)
+		join_cgroup(request);
 	/* So that one signal reaches all of it, and that of no terminal does. */
 	must(setsid() >= 0, STEP_SESSION);
 	/* What is ignored would stay so through the exec: jobinit ignores SIGPIPE. */
@@ -769,7 +817,7 @@ static enum proof prove_exec(int status_fd, pid_t pid, struct step_failure *fail
 	answer = has_execed(pid);
 	if (answer > 0)
 		return PROVED;
-	*failure = (struct step_failure){STEP_EXEC, answer < 0 ? errno : 0};
+	*failure = (struct step_failure){STEP_EXEC, answer < 0 ? errno : 0, 0};
 	if (answer < 0)
 		kill(pid, SIGKILL); /* what cannot be proved to run must not run */
 	return DISPROVED;
@@ -904,6 +952,7 @@ static void resolve_start(struct job *job)
 		job->state = DOOMED;
 		job->step = failure.step;
 		job->error = failure.error;
+		job->limit = failure.limit;
 	}
 }
 
@@ -1038,7 +1087,9 @@ static bool append_started(struct packet *packet, const struct job *job)
 
 static void append_ending(struct packet *packet, const struct job *job)
 {
-	struct failed failed = {job->step, job->error, job->wait_status, 0, job->ended_ns};
+	struct failed failed = {
+		job->step, job->error, job->wait_status, job->limit, job->ended_ns,
+	};
 	struct exited exited = {
 		.wait_status = job->wait_status,
 		.ended_ns = job->ended_ns,

@@ -50,6 +50,8 @@ class CgroupTree:
         self.path = path
         self.problem = problem
         self.controllers = controllers
+        # A kernel without swap has no such file, and needs none.
+        self._limits_swap = path is not None and (path / "memory.swap.max").exists()
         self._said: set[str] = set()
 
     @classmethod
@@ -81,27 +83,14 @@ class CgroupTree:
             if problems:
                 raise LimitUnavailableError("maxIOBPS", "io", problems[0])
 
-    def create(self, job_id: int, limits: Limits, working_directory: str) -> Cgroup:
-        """A cgroup with these limits in force. Raises CgroupError, and leaves nothing then."""
-        if self.path is None:
-            raise CgroupError(self.problem)
-        cgroup = Cgroup(self.path / f"job-{job_id}")
-        try:
-            os.mkdir(cgroup.path)
-        except OSError as error:
-            raise CgroupError(f"cannot make {cgroup.path}: {error.strerror}") from error
-        try:
-            self._write_limits(cgroup.path, limits, working_directory)
-        except BaseException:
-            cgroup.remove()
-            raise
-        return cgroup
+    def of(self, job_id: int) -> Cgroup | None:
+        """Where a job's cgroup is to be, or is; None where there can be none."""
+        return Cgroup(self.path / f"job-{job_id}") if self.path else None
 
     def find(self, job_id: int) -> Cgroup | None:
         """That of a job of an earlier server; None where there is none."""
-        if self.path is None or not (self.path / f"job-{job_id}").exists():
-            return None
-        return Cgroup(self.path / f"job-{job_id}")
+        cgroup = self.of(job_id)
+        return cgroup if cgroup and cgroup.path.exists() else None
 
     def leftovers(self) -> list[Cgroup]:
         """What an earlier server left. Its processes may still run."""
@@ -115,22 +104,26 @@ class CgroupTree:
             return
         _remove_if_empty(str(self.path))
 
-    def _write_limits(self, path: Path, limits: Limits, working_directory: str) -> None:
-        """Only what is limited: the start of a job is no place for needless system calls."""
+    def limit_files(self, limits: Limits, working_directory: str) -> list[tuple[str, str]]:
+        """Which files of a job's cgroup put these limits in force, and what is to be written to
+        them. Only what is limited: the start of a job is no place for needless system calls.
+        Blocks where there is a limit on io."""
+        files: list[tuple[str, str]] = []
         if limits.cpu_percent:
             quota_us = limits.cpu_percent * CPU_PERIOD_US // 100
-            _set_limit(f"{path}/cpu.max", f"{quota_us} {CPU_PERIOD_US}")
+            files.append(("cpu.max", f"{quota_us} {CPU_PERIOD_US}"))
         if limits.memory_mib:
-            _set_limit(f"{path}/memory.max", str(limits.memory_mib << 20))
-            _set_limit(f"{path}/memory.oom.group", "1")
-            # A kernel without swap has no such file, and needs none.
-            _set_limit(f"{path}/memory.swap.max", "0", may_be_absent=True)
+            files.append(("memory.max", str(limits.memory_mib << 20)))
+            files.append(("memory.oom.group", "1"))
+            if self._limits_swap:
+                files.append(("memory.swap.max", "0"))
         if limits.io_bytes_per_second:
-            self._limit_io(path, limits.io_bytes_per_second, working_directory)
+            files += self._io_files(limits.io_bytes_per_second, working_directory)
         if limits.pids:
-            _set_limit(f"{path}/pids.max", str(limits.pids))
+            files.append(("pids.max", str(limits.pids)))
+        return files
 
-    def _limit_io(self, path: Path, bytes_per_second: int, working_directory: str) -> None:
+    def _io_files(self, bytes_per_second: int, working_directory: str) -> list[tuple[str, str]]:
         """Where no disk can be told, a limit that was asked for has been refused by `check`;
         a default one is left out, and said once."""
         disks, problems = disks_behind((working_directory, *USUAL_DIRECTORIES))
@@ -138,9 +131,9 @@ class CgroupTree:
             if problem not in self._said:
                 self._said.add(problem)
                 log.warning("jobs run without the default io limit: %s", problem)
-        for disk in disks:
-            limit = f"{disk} rbps={bytes_per_second} wbps={bytes_per_second}"
-            _set_limit(f"{path}/io.max", limit)
+        return [
+            ("io.max", f"{disk} rbps={bytes_per_second} wbps={bytes_per_second}") for disk in disks
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -747,16 +740,6 @@ def _make_directory(path: str) -> None:
 def _remove_if_empty(path: str) -> None:
     with contextlib.suppress(OSError):
         os.rmdir(path)
-
-
-def _set_limit(path: str, value: str, *, may_be_absent: bool = False) -> None:
-    try:
-        _write(path, value)
-    except FileNotFoundError as error:
-        if not may_be_absent:
-            raise CgroupError(f"{path} does not exist: its controller is off") from error
-    except OSError as error:
-        raise CgroupError(f"cannot write {value!r} to {path}: {error.strerror}") from error
 
 
 def _write(path: str, value: str) -> None:

@@ -25,7 +25,7 @@ from jobworker.errors import JobinitError, StartFailedError, StartupError, State
 log = logging.getLogger(__name__)
 
 MAGIC = 0x54494E4A
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CONNECT_SECONDS = 10.0
 ASK_AGAIN_SECONDS = 0.1  # where this process had no descriptor left
 LISTENER_FD = 3
@@ -58,17 +58,17 @@ class Tell(enum.IntEnum):
 
 
 HEADER = struct.Struct("=HHIQ")  # type, number of descriptors, size of the body, job id
-# flags, arguments, variables, groups, uid, gid; then the groups, then the strings
-START_BODY = struct.Struct("=IIIIII")
+# flags, arguments, variables, groups, uid, gid, limits; then the groups, then the strings
+START_BODY = struct.Struct("=IIIIIII")
 SIGNAL_BODY = struct.Struct("=ii")  # number, -
 # A later jobinit may append to these: what is behind them is ignored.
 HELLO_BODY = struct.Struct("=IIi4x")  # magic, version, pid
 STARTED_BODY = struct.Struct("=iIQ")  # pid, which descriptors, started_ns
-FAILED_BODY = struct.Struct("=Iii4xQ")  # step, errno, wait status, ended_ns
+FAILED_BODY = struct.Struct("=IiiIQ")  # step, errno, wait status, which limit, ended_ns
 EXITED_BODY = struct.Struct("=i4xQQQQ")  # wait status, ended_ns, user µs, system µs, RSS in KiB
 REFUSED_BODY = struct.Struct("=Ii")  # type of the message, errno
 
-MERGE_OUTPUT, HAS_INPUT, SET_USER, CONFINED = 1, 2, 4, 8
+MERGE_OUTPUT, HAS_INPUT, SET_USER, CONFINED, MAKE_CGROUP = 1, 2, 4, 8, 16
 HAS_PIDFD, HAS_STDOUT, HAS_STDERR = 1, 2, 4
 
 SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -110,6 +110,8 @@ class StartRequest:
     working_directory: str
     cgroup: str | None  # the directory of the job's cgroup; None: without one
     merge_output: bool
+    makes_cgroup: bool = False  # else it is there
+    limits: tuple[tuple[str, str], ...] = ()  # files in a cgroup that is made, and their values
     stdin: bytes = b""
     identity: Identity | None = None  # None: as jobinit itself
     is_confined: bool = False  # it can gain no rights that its user has not
@@ -156,10 +158,16 @@ class Failed:
     step: str
     error_number: int
     killed_by: int  # the signal that came before the exec; 0: the step failed
+    limit: int  # which of its request's could not be written, from 1 on; 0: none of them
     ended_ns: int
 
-    def error(self) -> StartFailedError:
-        return StartFailedError(self.step, self.error_number, self.killed_by)
+    def error(self, request: StartRequest | None = None) -> StartFailedError:
+        """request: where it is known, the file that could not be written is named."""
+        about = ""
+        if request and 0 < self.limit <= len(request.limits):
+            name, value = request.limits[self.limit - 1]
+            about = f"{value!r} to {request.cgroup}/{name}"
+        return StartFailedError(self.step, self.error_number, self.killed_by, about)
 
 
 @dataclass(slots=True)
@@ -238,7 +246,7 @@ class Jobinit:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._greeted = self._loop.create_future()
-        self._starting: dict[int, asyncio.Future[Started]] = {}
+        self._starting: dict[int, tuple[StartRequest, asyncio.Future[Started]]] = {}
         self._adopting: asyncio.Future[list[Held]] | None = None
         self._held: dict[int, Held] = {}  # what came so far, while adopting
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()  # packet, and memfds
@@ -269,6 +277,10 @@ class Jobinit:
                 await jobinit.close()
         return jobinit
 
+    @property
+    def is_closed(self) -> bool:
+        return self._socket.fileno() < 0
+
     async def start(self, request: StartRequest) -> Started:
         """Returns once the exec is proved. To ask again for a job that was started before
         gives fresh descriptors, and starts nothing.
@@ -282,7 +294,7 @@ class Jobinit:
         is_long = len(body) > LONGEST_INLINE_START_BYTES
         memfds = _memfds_with([body] * is_long + [request.stdin] * bool(request.stdin))
         future: asyncio.Future[Started] = self._loop.create_future()
-        self._starting[request.job_id] = future
+        self._starting[request.job_id] = (request, future)
         self._send(Ask.START, request.job_id, b"" if is_long else body, memfds)
         return await future
 
@@ -308,7 +320,7 @@ class Jobinit:
         self._disconnect(JobinitError("the connection to jobinit is closed"))
 
     def _require_connection(self) -> None:
-        if self._socket.fileno() < 0:
+        if self.is_closed:
             raise JobinitError("jobinit is gone")
 
     # Sending
@@ -418,7 +430,7 @@ class Jobinit:
             self._greeted.set_result(None)
 
     def _take_started(self, started: Started) -> None:
-        future = self._starting.pop(started.job_id, None)
+        _, future = self._starting.pop(started.job_id, (None, None))
         if future and not future.done():
             future.set_result(started)
         elif self._adopting:
@@ -434,9 +446,9 @@ class Jobinit:
             self._loop.call_soon(self._on_exit, exited)
 
     def _take_failed(self, failed: Failed) -> None:
-        future = self._starting.pop(failed.job_id, None)
+        request, future = self._starting.pop(failed.job_id, (None, None))
         if future and not future.done():
-            future.set_exception(failed.error())
+            future.set_exception(failed.error(request))
         elif self._adopting:
             self._held[failed.job_id] = Held(failed.job_id, ending=failed)
 
@@ -458,7 +470,9 @@ class Jobinit:
         kind, number = REFUSED_BODY.unpack_from(body)
         message = f"jobinit refused message {kind} for job {job_id}: {os.strerror(number)}"
         log.error(message)
-        future = self._starting.pop(job_id, None) if kind == Ask.START else None
+        if kind != Ask.START:
+            return
+        _, future = self._starting.pop(job_id, (None, None))
         if future and not future.done():
             future.set_exception(JobinitError(message))
 
@@ -479,7 +493,8 @@ class Jobinit:
         self._socket.close()
         self._drop_unsent()
         waiting: list[asyncio.Future[Any] | None]
-        waiting = [self._greeted, self._adopting, *self._starting.values()]
+        starting = [future for _, future in self._starting.values()]
+        waiting = [self._greeted, self._adopting, *starting]
         for future in waiting:
             if future and not future.done():
                 future.set_exception(error)
@@ -490,12 +505,15 @@ class Jobinit:
 def _encode_start(request: StartRequest) -> bytes:
     variables = [f"{name}={value}" for name, value in request.environment.items()]
     strings = [request.executable, request.working_directory, request.cgroup or ""]
+    for limit in request.limits:
+        strings += limit
     strings += [*request.argv, *variables]
     who = request.identity or Identity(0, 0, ())
     flags = MERGE_OUTPUT * request.merge_output | HAS_INPUT * bool(request.stdin)
     flags |= SET_USER * bool(request.identity) | CONFINED * request.is_confined
+    flags |= MAKE_CGROUP * request.makes_cgroup
     counts = (len(request.argv), len(variables), len(who.groups))
-    head = START_BODY.pack(flags, *counts, who.uid, who.gid)
+    head = START_BODY.pack(flags, *counts, who.uid, who.gid, len(request.limits))
     head += struct.pack(f"={len(who.groups)}I", *who.groups)
     return head + os.fsencode("\0".join(strings)) + b"\0"
 
@@ -565,9 +583,9 @@ def _decode_exited(job_id: int, body: bytes) -> Exited:
 
 
 def _decode_failed(job_id: int, body: bytes) -> Failed:
-    step, number, wait_status, ended_ns = FAILED_BODY.unpack_from(body)
+    step, number, wait_status, limit, ended_ns = FAILED_BODY.unpack_from(body)
     killed_by = 0 if number else wait_status & 0x7F
-    return Failed(job_id, STEPS.get(step, f"step {step}"), number, killed_by, ended_ns)
+    return Failed(job_id, STEPS.get(step, f"step {step}"), number, killed_by, limit, ended_ns)
 
 
 def _close_all(descriptors: Iterable[int]) -> None:

@@ -42,6 +42,7 @@ from jobworker.errors import JobinitError, JobWorkerError
 log = logging.getLogger(__name__)
 
 RESPAWN_SECONDS = 1.0  # between two, where each dies at once
+GONE_SECONDS = 1.0  # what one that has closed its connection may take to be gone
 
 PR_SET_CHILD_SUBREAPER = 36
 # Of linux/pidfd.h, since Linux 6.15: struct pidfd_info as it first was, 64 bytes.
@@ -147,7 +148,13 @@ class Jobinits:
         if jobinit is None:  # another one would start it twice
             raise JobinitError("the jobinit that was starting it is gone")
         self._hold(jobinit, request.job_id, None)
-        started = await jobinit.start(request)
+        try:
+            started = await jobinit.start(request)
+        except JobinitError:
+            # Before it is gone, the child may not yet have found out, and go on.
+            if jobinit.is_closed:
+                await self._wait_gone(jobinit.pid)
+            raise
         self._hold(jobinit, request.job_id, started)
         return started
 
@@ -253,6 +260,23 @@ class Jobinits:
         if self._current.done() and self._current.result() is jobinit:
             self._current = self._loop.create_future()
             self._start_task(self._respawn())
+
+    async def _wait_gone(self, pid: int) -> None:
+        """For the moment between the end of a connection and that of the process."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:  # reaped already; or nothing can be told
+            return
+        gone = asyncio.Event()
+        self._loop.add_reader(pidfd, gone.set)
+        try:
+            async with asyncio.timeout(GONE_SECONDS):
+                await gone.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
 
     async def _respawn(self) -> None:
         while True:

@@ -4,7 +4,7 @@ Every decision is made synchronously, on the event loop, by a transition of `job
 that follows from it comes after. A job that only runs costs no task: what happens to it
 arrives as a call, and a task lives only while something is being done.
 
-    create:  check ▶ INITIALIZING stored, cgroup made ▶ jobinit ▶ exec proved ▶ RUNNING
+    create:  check ▶ INITIALIZING stored ▶ jobinit: cgroup made, exec proved ▶ RUNNING
     ending:  main process gone ▶ the rest of the cgroup gone ▶ pipes drained ▶ accounts read
              ▶ stored ▶ cgroup removed ▶ jobinit may forget it
 
@@ -17,13 +17,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import functools
 import itertools
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sized
+from collections.abc import Callable, Coroutine, Iterable, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -401,8 +400,11 @@ class Manager:
         try:
             confinement = self.isolation.choose(spec.profile, spec.user)
             request = self._start_request(live, spec.command, confinement)
-            self._started(live, await self._jobinits.start(request))
+            started = await self._jobinits.start(request)
+            live.cgroup = self.cgroups.find(live.job.id)
+            self._started(live, started)
         except START_ERRORS as error:
+            live.cgroup = self.cgroups.find(live.job.id)
             await self._certainly(live, partial(self._fail_start, live, error))
 
     async def _lose(self, live: _LiveJob, extent: Extent | None) -> None:
@@ -433,9 +435,10 @@ class Manager:
 
     def _kill_leftovers(self) -> None:
         """Cgroups of jobs that nobody holds, and of which nobody knows any more."""
-        known = {live.cgroup.path for live in self._live.values() if live.cgroup}
+        # Those too that jobinit is about to make.
+        known = {self.cgroups.of(job_id) for job_id in self._live}
         for cgroup in self.cgroups.leftovers():
-            if cgroup.path not in known:
+            if cgroup not in known:
                 log.warning("killing what an earlier server left in %s", cgroup.path)
                 cgroup.kill()
                 self._spawn(self._remove_cgroup(cgroup))
@@ -489,7 +492,9 @@ class Manager:
     async def _create(self, request: JobSpec, stdin: bytes) -> Job:
         limits = self._limits_in_force(request.limits)
         confinement = self.isolation.choose(request.profile, request.user)
-        path = await asyncio.to_thread(self._check_on_machine, request, confinement)
+        path, limit_files = await asyncio.to_thread(
+            self._check_on_machine, request, limits, confinement
+        )
         spec = replace(
             request,
             command=path,
@@ -502,7 +507,10 @@ class Manager:
         self._admit()  # again: others have come meanwhile, or the end of the server
         live = self._new_live(transition.created(self._store.reserve_id(), spec, time.time_ns()))
         try:
-            await self._start(live, request.command, stdin)
+            start = self._start_request(live, request.command, confinement, limit_files, stdin)
+            await self._store.put(live.job)
+            live.cgroup = self.cgroups.of(live.job.id)
+            self._started(live, await self._jobinits.start(start))
         except START_ERRORS as error:
             await self._certainly(live, partial(self._fail_start, live, error))
         except StoreError as error:
@@ -517,8 +525,6 @@ class Manager:
 
     async def _forget(self, live: _LiveJob, error: StoreError) -> None:
         """It could not be recorded, so it never was; who has heard of it is told so."""
-        if live.cgroup:
-            await self._remove_cgroup(live.cgroup)
         del self._live[live.job.id]
         for future in (live.begun, live.over):
             future.set_exception(error)
@@ -547,40 +553,37 @@ class Manager:
             pids=choose(asked.pids, default.pids, "pids"),
         )
 
-    def _check_on_machine(self, request: JobSpec, confinement: Confinement) -> str:
-        """The path of the executable. Blocks: every look at a filesystem may."""
+    def _check_on_machine(
+        self, request: JobSpec, limits: Limits, confinement: Confinement
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """The path of the executable, and the files that put these limits in force. Blocks:
+        every look at a filesystem may."""
         self.cgroups.check(request.limits, request.working_directory)
+        limit_files = self.cgroups.limit_files(limits, request.working_directory)
         with file_rights_of(confinement.user):
             check_working_directory(request.working_directory)
-            return resolve(request.command, request.environment, request.working_directory)
-
-    async def _start(self, live: _LiveJob, argv0: str, stdin: bytes) -> None:
-        job, spec = live.job, live.job.spec
-        stored = asyncio.ensure_future(self._store.put(job))
-        try:
-            if self.cgroups.path:
-                live.cgroup = await self._worker.call(
-                    functools.partial(
-                        self.cgroups.create, job.id, spec.limits, spec.working_directory
-                    )
-                )
-        finally:
-            await stored
-        confinement = self.isolation.choose(spec.profile, spec.user)
-        request = self._start_request(live, argv0, confinement, stdin)
-        self._started(live, await self._jobinits.start(request))
+            path = resolve(request.command, request.environment, request.working_directory)
+        return path, limit_files
 
     def _start_request(
-        self, live: _LiveJob, argv0: str, confinement: Confinement, stdin: bytes = b""
+        self,
+        live: _LiveJob,
+        argv0: str,
+        confinement: Confinement,
+        limit_files: Iterable[tuple[str, str]] = (),
+        stdin: bytes = b"",
     ) -> StartRequest:
         job, spec = live.job, live.job.spec
+        cgroup = self.cgroups.of(job.id)
         return StartRequest(
             job_id=job.id,
             executable=spec.command,
             argv=(argv0, *spec.args),
             environment=base_environment(job.id, confinement.user) | dict(spec.environment),
             working_directory=spec.working_directory,
-            cgroup=str(live.cgroup.path) if live.cgroup else None,
+            cgroup=str(cgroup.path) if cgroup else None,
+            makes_cgroup=cgroup is not None,
+            limits=tuple(limit_files),
             merge_output=spec.merge_output,
             stdin=stdin,
             identity=confinement.identity,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from engine.cgroups import make_cgroup
 from jobworker.engine import cgroup as module
 from jobworker.engine.cgroup import Cgroup, CgroupTree, disks_behind, parse_mountinfo
 from jobworker.errors import CgroupError, LimitUnavailableError
@@ -42,7 +42,7 @@ def tree() -> Iterator[CgroupTree]:
 
 @pytest.fixture
 def cgroup(tree: CgroupTree) -> Cgroup:
-    return tree.create(1, NONE, "/")
+    return make_cgroup(tree, 1)
 
 
 @pytest.fixture
@@ -76,39 +76,25 @@ def descriptors() -> set[str]:
 
 
 def test_a_job_has_a_cgroup_of_its_own(tree: CgroupTree) -> None:
-    first, second = tree.create(1, NONE, "/"), tree.create(2, NONE, "/")
+    first, second = make_cgroup(tree, 1), make_cgroup(tree, 2)
     assert first.path != second.path
     assert first.path.parent == second.path.parent == tree.path
     assert (first.path / "cgroup.procs").exists()
 
 
-def test_an_id_that_is_taken_is_refused(tree: CgroupTree, cgroup: Cgroup) -> None:
-    with pytest.raises(CgroupError, match=r"cannot make .*job-1: File exists") as caught:
-        tree.create(1, NONE, "/")
-    assert isinstance(caught.value.__cause__, OSError)
-    assert caught.value.__cause__.errno == errno.EEXIST
-    assert cgroup.path.exists()
-
-
-def test_a_limit_that_cannot_be_written_leaves_no_cgroup(tree: CgroupTree) -> None:
-    missing = [name for name in ("cpu", "memory", "io") if tree.controllers[name]]
-    if not missing:
-        pytest.skip("this machine's cgroup v2 has every controller")
-    limits = {
-        "cpu": Limits(cpu_percent=50),
-        "memory": Limits(memory_mib=64),
-        "io": Limits(io_bytes_per_second=1 << 20),
-    }
-    with pytest.raises(CgroupError, match="does not exist: its controller is off"):
-        tree.create(1, limits[missing[0]], "/")
-    assert tree.leftovers() == []
+def test_only_what_is_limited_is_to_be_written(tree: CgroupTree) -> None:
+    assert tree.limit_files(NONE, "/") == []
+    assert tree.limit_files(Limits(cpu_percent=250, pids=7), "/") == [
+        ("cpu.max", "250000 100000"),
+        ("pids.max", "7"),
+    ]
 
 
 def test_what_an_earlier_server_left_is_found(
     tree: CgroupTree, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    process = start(tree.create(7, NONE, "/"))
-    tree.create(8, NONE, "/")
+    process = start(make_cgroup(tree, 7))
+    make_cgroup(tree, 8)
 
     assert tree.path
     again = CgroupTree.open(BASE, tree.path.name.removeprefix("jobworker-"))
@@ -201,7 +187,7 @@ def test_a_wait_ends_at_its_timeout(
 def test_waits_of_many_jobs_share_one_descriptor(
     tree: CgroupTree, run: Run, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    cgroups = [tree.create(number, NONE, "/") for number in range(MANY)]
+    cgroups = [make_cgroup(tree, number) for number in range(MANY)]
     for cgroup in cgroups:
         start(cgroup)
 
@@ -221,7 +207,7 @@ def test_waits_of_many_jobs_share_one_descriptor(
 def test_one_wait_does_not_end_with_anothers(
     tree: CgroupTree, run: Run, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    short, long = tree.create(1, NONE, "/"), tree.create(2, NONE, "/")
+    short, long = make_cgroup(tree, 1), make_cgroup(tree, 2)
     start(short)
     start(long)
 
@@ -310,7 +296,7 @@ def test_removal_waits_for_what_is_on_its_way_out(
     tree: CgroupTree, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
     for number in range(MANY):
-        cgroup = tree.create(number, NONE, "/")
+        cgroup = make_cgroup(tree, number)
         start(cgroup)
         cgroup.kill()
         cgroup.remove()
@@ -404,8 +390,7 @@ def test_without_a_cgroup_v2_the_reason_is_told(base: Path, problem: str) -> Non
     tree.close()
     with pytest.raises(LimitUnavailableError, match=r"maxCPU needs .*is no cgroup v2"):
         tree.check(Limits(cpu_percent=1), "/")
-    with pytest.raises(CgroupError):
-        tree.create(1, NONE, "/")
+    assert tree.of(1) is None
 
 
 # Disks

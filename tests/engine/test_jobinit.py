@@ -362,6 +362,80 @@ def test_a_failed_cgroup_tells_its_errno(launcher: Launcher, path: str, number: 
     launcher.run(scenario)
 
 
+def test_a_job_makes_its_cgroup_with_its_limits(launcher: Launcher, cgroup: Path) -> None:
+    limits = (("cgroup.max.depth", "3"), ("cgroup.max.descendants", "5"))
+
+    async def scenario(server: Server) -> None:
+        own = cgroup / "job"
+        output = await server.output(
+            *("/bin/sh", "-c", 'cat "$0"/cgroup.max.* "$0"/cgroup.procs; echo $$', str(own)),
+            cgroup=str(own),
+            makes_cgroup=True,
+            limits=limits,
+        )
+        depth, descendants, shell, _cat, same = output.split()
+        assert (depth, descendants) == ("3", "5")
+        assert shell == same
+        own.rmdir()
+
+    launcher.run(scenario)
+
+
+def test_a_cgroup_that_is_there_already_is_nobodys_to_make(
+    launcher: Launcher, cgroup: Path
+) -> None:
+    async def scenario(server: Server) -> None:
+        with pytest.raises(StartFailedError, match="cgroup: File exists") as caught:
+            await server.start("/bin/true", cgroup=str(cgroup), makes_cgroup=True)
+        assert (caught.value.step, caught.value.error_number) == ("cgroup", errno.EEXIST)
+        assert cgroup.exists()
+
+    launcher.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("limit", "number"),
+    [(("cgroup.max.depth", "deep"), errno.EINVAL), (("no.such.file", "1"), errno.ENOENT)],
+)
+def test_a_limit_that_cannot_be_written_is_named_and_leaves_no_cgroup(
+    launcher: Launcher, cgroup: Path, limit: tuple[str, str], number: int
+) -> None:
+    async def scenario(server: Server) -> None:
+        limits = (("cgroup.max.descendants", "5"), limit)
+        own = cgroup / "job"
+        name, value = limit
+        with pytest.raises(StartFailedError, match=f"write {value!r} to {own}/{name}: ") as caught:
+            await server.start("/bin/true", cgroup=str(own), makes_cgroup=True, limits=limits)
+        assert (caught.value.step, caught.value.error_number) == ("cgroup", number)
+        assert not own.exists()
+
+    launcher.run(scenario)
+
+
+def test_a_child_that_has_lost_its_jobinit_goes_no_further(
+    launcher: Launcher, cgroup: Path, tmp_path: Path
+) -> None:
+    """Nobody knows of it: the server may have looked for its cgroup before there was one."""
+    own, witness = cgroup / "job", tmp_path / "it-ran"
+
+    async def scenario(server: Server) -> None:
+        (cgroup / "cgroup.freeze").write_text("1")
+        request = server.request("/bin/touch", str(witness), cgroup=str(own), makes_cgroup=True)
+        starting = asyncio.ensure_future(server.ask(request))
+        procs = own / "cgroup.procs"
+        await asyncio.to_thread(_wait_until, lambda: own.exists() and procs.read_text() != "")
+        os.kill(server.pid, signal.SIGKILL)
+        with pytest.raises(JobinitError):
+            await starting
+        launcher.wait_end(server.pid)
+        (cgroup / "cgroup.freeze").write_text("0")
+        await asyncio.to_thread(_wait_until, lambda: procs.read_text() == "")
+        assert not witness.exists()
+        own.rmdir()
+
+    launcher.run(scenario)
+
+
 @pytest.mark.parametrize("attempt", range(5))
 def test_killed_before_the_exec_is_told_apart(
     launcher: Launcher, cgroup: Path, attempt: int
@@ -1218,7 +1292,7 @@ def _raw_connection(path: Path) -> Iterator[socket.socket]:
         connection.connect(os.fspath(path))
         [(kind, _, body)] = _receive(connection)
         assert kind == Tell.HELLO
-        assert struct.unpack("=IIii", body)[:2] == (0x54494E4A, 1)
+        assert struct.unpack("=IIii", body)[:2] == (0x54494E4A, jobinit.PROTOCOL_VERSION)
         yield connection
 
 
@@ -1231,7 +1305,7 @@ def _start_body(
 ) -> bytes:
     strings = [argv[0], "/", "", *argv]
     counts = (len(argv) if arguments < 0 else arguments, variables, groups)
-    head = struct.pack("=IIIIII", flags, *counts, 65534, 65534)
+    head = struct.pack("=IIIIIII", flags, *counts, 65534, 65534, 0)
     return head + "".join(string + "\0" for string in strings).encode()
 
 
@@ -1336,16 +1410,17 @@ def _memfd(data: bytes) -> int:
     return memfd
 
 
-# Starts whose strings name no program: random ones might.
+# Starts whose strings name no program, and no cgroup that could be made: random ones might.
 START_BODIES = st.builds(
-    lambda flags, arguments, variables, groups, strings: (
-        struct.pack("=IIIIII", flags, arguments, variables, groups, 65534, 65534) + strings
+    lambda flags, arguments, variables, groups, limits, strings: (
+        struct.pack("=IIIIIII", flags, arguments, variables, groups, 65534, 65534, limits) + strings
     ),
-    st.integers(0, 15) | st.integers(0, 2**32 - 1),
+    st.integers(0, 31) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
-    st.lists(st.sampled_from([b"\0", b"/no", b"x\0"])).map(b"".join),
+    st.integers(0, 5) | st.integers(0, 2**32 - 1),
+    st.lists(st.sampled_from([b"\0", b"/no/no", b"x/x\0"])).map(b"".join),
 )
 PACKETS = (
     st.binary(min_size=1, max_size=200)

@@ -10,7 +10,7 @@ from jobworker.job import Job, JobSpec, Status
 
 STARTED = Started(7, 100, -1, 3, 4, 0)
 EXITED = Exited(7, 0, 0, 0, 0, 0)
-FAILED = Failed(7, "exec", 2, 0, 0)
+FAILED = Failed(7, "exec", 2, 0, 0, 0)
 
 
 def record(status: Status) -> Job:

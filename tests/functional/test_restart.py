@@ -19,6 +19,7 @@ import grpc
 import pytest
 
 from functional.server import Client, Server
+from jobworker.engine.jobinit import PROTOCOL_VERSION
 from jobworker.pb import job_worker_pb2 as pb
 
 StartServer = Callable[..., Server]
@@ -436,7 +437,7 @@ def test_a_jobinit_that_ends_as_the_server_comes(start_server: StartServer, tmp_
     """It held no job any more: it accepts, and says nothing."""
     state = tmp_path / "state"
     state.mkdir(mode=0o700)
-    path = state / "jobinit-1.sock"
+    path = state / f"jobinit-{PROTOCOL_VERSION}.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as ending:
         ending.bind(str(path))
         ending.listen()

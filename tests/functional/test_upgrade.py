@@ -5,9 +5,11 @@ fixtures/jobinit-1 is the one of protocol version 1 (x86_64, static). It must wo
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
-import signal
+import socket
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,9 @@ import pytest
 
 from functional.server import Server
 from jobworker.engine import jobinit
+from jobworker.engine.jobinit import Ask, Tell
+from jobworker.engine.store import Store
+from jobworker.job import Job, JobSpec, created
 
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "jobinit-1"
 
@@ -24,12 +29,41 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run_older_jobinit(state: Path) -> None:
-    """Where the next server looks for its own."""
+def leave_jobs(state: Path, *scripts: str) -> tuple[int, list[Job]]:
+    """What a server of that version leaves when it is killed as its jobs have just started:
+    its jobinit's pid, and the jobs."""
     state.mkdir(mode=0o700)
-    with jobinit.listen(state / "jobinit-1.sock") as listener:
+    path = state / "jobinit-1.sock"
+    with jobinit.listen(path) as listener:
         pid = jobinit.spawn(FIXTURE, listener)
-    wait_until(lambda: os.readlink(f"/proc/{pid}/exe") == str(FIXTURE))
+    jobs = asyncio.run(record(state, scripts))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(os.fspath(path))
+        for job in jobs:
+            body = start_of_version_1(job.spec)
+            connection.send(jobinit.HEADER.pack(Ask.START, 0, len(body), job.id) + body)
+        told: list[int] = []
+        while told.count(Tell.STARTED) < len(jobs):
+            told += [kind for kind, *_ in jobinit._split(connection.recv(jobinit.PACKET_BYTES))]
+    return pid, jobs
+
+
+async def record(state: Path, scripts: tuple[str, ...]) -> list[Job]:
+    store = Store.open(state / "jobs.db")
+    jobs = []
+    for script in scripts:
+        spec = JobSpec("/bin/sh", ("-c", script))
+        jobs.append(created(store.reserve_id(), spec, time.time_ns()))
+        await store.put(jobs[-1])
+    await store.close()
+    return jobs
+
+
+def start_of_version_1(spec: JobSpec) -> bytes:
+    """As its engine/jobinit.py encoded it; without a cgroup."""
+    strings = [spec.command, spec.working_directory, "", spec.command, *spec.args]
+    head = struct.pack("=IIIIII", 0, 1 + len(spec.args), 0, 0, 0, 0)
+    return head + "\0".join(strings).encode() + b"\0"
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -43,28 +77,24 @@ def test_an_older_jobinit_hands_over_all_its_jobs(
     start_server: Callable[..., Server], tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
-    run_older_jobinit(tmp_path / "state")
+    older, (running, stopped, ended) = leave_jobs(
+        tmp_path / "state",
+        f"echo old; while ! [ -e {gate} ]; do sleep 0.02; done; exit 5",
+        "echo until stopped; exec sleep 60",
+        "echo short; exit 6",
+    )
     server = start_server(STOP_JOBS="no")
-    older = server.jobinit_pid()
-    assert os.readlink(f"/proc/{older}/exe") == str(FIXTURE)
-    with server.connect() as client:
-        running = client.shell(f"echo old; while ! [ -e {gate} ]; do sleep 0.02; done; exit 5")
-        ended = client.shell("echo short; exit 6")
-        next(client.stream(running.id))
-    server.stop(signal.SIGKILL)
-    # From here on it is of an older version, to the next server.
-    (server.state / "jobinit-1.sock").rename(server.state / "jobinit-0.sock")
-    server = start_server(STOP_JOBS="no")
+    assert server.jobinit_pid() != older
     with server.connect() as client:
         new = client.shell("exit 7")
         assert client.wait(new.id).exitCode == 7
-        assert client.wait(ended.id).exitCode == 6
-        assert client.get(running.id).status == "RUNNING"
-        stopped = client.create("sleep", "60")
-        assert client.stop(stopped.id).status == "STOPPED"
+        assert client.wait(str(ended.id)).exitCode == 6
+        assert client.output(str(ended.id)) == b"short\n"
+        assert client.get(str(running.id)).status == "RUNNING"
+        assert client.stop(str(stopped.id)).status == "STOPPED"
         gate.touch()
-        assert client.wait(running.id).exitCode == 5
-        assert client.output(running.id) == b"old\n"
+        assert client.wait(str(running.id)).exitCode == 5
+        assert client.output(str(running.id)) == b"old\n"
     server.stop()
     # It has no job left, and no server.
     wait_until(lambda: os.waitpid(older, os.WNOHANG)[0] == older)

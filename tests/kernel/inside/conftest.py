@@ -17,6 +17,7 @@ import grpc
 import pytest
 
 import jobworker
+from engine.cgroups import make_cgroup
 from functional.server import Client, Server
 from jobworker import certs
 from jobworker.engine.cgroup import Cgroup, CgroupTree
@@ -49,7 +50,7 @@ def create(tree: CgroupTree) -> Create:
     """A cgroup with limits, given by name, for a job on the ext4 disk."""
 
     def create_with(working_directory: str | Path = DISK, **limits: int) -> Cgroup:
-        return tree.create(next(JOB), Limits(**limits), str(working_directory))
+        return make_cgroup(tree, next(JOB), Limits(**limits), str(working_directory))
 
     return create_with
 

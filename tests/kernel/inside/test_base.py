@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc
 
+from engine.cgroups import make_cgroup
 from jobworker.engine.cgroup import CgroupTree
 from jobworker.job import Limits
 from kernel.inside.conftest import ROOT, clear, mounted, refusal, run, serving, wait_until
@@ -43,7 +44,7 @@ def test_hybrid(tmp_path: Path) -> None:
             "io": "",
             "pids": PROBLEM,
         }
-        cgroup = tree.create(1, Limits(memory_mib=50), "/")
+        cgroup = make_cgroup(tree, 1, Limits(memory_mib=50))
         assert (cgroup.path / "memory.max").read_text() == f"{50 << 20}\n"
         clear(tree)
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from engine.cgroups import make_cgroup
 from jobworker.engine.cgroup import Cgroup, CgroupTree
-from jobworker.errors import CgroupError
+from jobworker.errors import LimitUnavailableError
 from jobworker.job import Limits
 from kernel.inside.conftest import ROOT, clear, delegate, directory, run
 
@@ -27,7 +28,6 @@ SERVER = r"""
 import json, os, subprocess, sys
 from pathlib import Path
 from jobworker.engine.cgroup import CgroupTree
-from jobworker.errors import CgroupError
 from jobworker.job import Limits
 
 base, own, user = sys.argv[1:]
@@ -47,7 +47,10 @@ seen = {
     "jobinit": Path(f"/proc/{jobinit.pid}/cgroup").read_text(),
 }
 if tree.path and not tree.controllers["memory"]:
-    cgroup = tree.create(1, Limits(memory_mib=20), "/")
+    cgroup = tree.of(1)
+    cgroup.path.mkdir()
+    for name, value in tree.limit_files(Limits(memory_mib=20), "/"):
+        (cgroup.path / name).write_text(value)
     # dash, as a job that uses memory: every user can run it.
     script = 'echo 0 > "$0/cgroup.procs"; x=x; while :; do x=$x$x; done'
     seen["returncode"] = subprocess.run(["sh", "-c", script, cgroup.path]).returncode
@@ -144,10 +147,10 @@ def test_foreign_processes_in_the_base_are_named(delegated: Path) -> None:
             assert problem.startswith(f"processes are in {delegated} itself")
             assert f": {pid} (" in problem
         # Without limits, jobs can run.
-        with process_in(tree.create(1, Limits(), "/").path):
+        with process_in(make_cgroup(tree, 1).path):
             pass
-        with pytest.raises(CgroupError, match="its controller is off"):
-            tree.create(2, Limits(memory_mib=50), "/")
+        with pytest.raises(LimitUnavailableError, match=f"processes are in {delegated} itself"):
+            tree.check(Limits(memory_mib=50), "/")
     again = CgroupTree.open(delegated, "x")
     assert set(again.controllers.values()) == {""}
 
@@ -201,7 +204,7 @@ def test_controllers_are_enabled_all_the_way_down() -> None:
 
 def test_a_dead_servers_jobs_are_found_killed_and_removed() -> None:
     tree = CgroupTree.open(ROOT, "dead")
-    cgroup = tree.create(5, Limits(memory_mib=50), "/")
+    cgroup = make_cgroup(tree, 5, Limits(memory_mib=50))
     inner = cgroup.path / "made" / "by the job"
     inner.mkdir(parents=True)
     with process_in(inner):
@@ -217,7 +220,7 @@ def test_a_dead_servers_jobs_are_found_killed_and_removed() -> None:
 def test_limits_hold_for_cgroups_that_the_job_makes() -> None:
     """It may enable controllers for them; its own limits stay."""
     tree = CgroupTree.open(ROOT, "test")
-    cgroup = tree.create(1, Limits(memory_mib=30), "/")
+    cgroup = make_cgroup(tree, 1, Limits(memory_mib=30))
     (cgroup.path / "cgroup.subtree_control").write_text("+memory")
     inner = cgroup.path / "inner"
     inner.mkdir()
@@ -231,7 +234,7 @@ def test_many_jobs_leave_nothing() -> None:
     tree = CgroupTree.open(ROOT, "many")
     assert tree.path
     for number in range(500):
-        cgroup = tree.create(number, Limits(cpu_percent=100, memory_mib=512), "/")
+        cgroup = make_cgroup(tree, number, Limits(cpu_percent=100, memory_mib=512))
         cgroup.kill()
         cgroup.remove()
     assert tree.leftovers() == []
