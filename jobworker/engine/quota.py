@@ -5,7 +5,6 @@ from __future__ import annotations
 from jobworker.errors import QuotaError
 from jobworker.job import Job, Limits, Quota
 
-
 CLOCK_TICK_SECONDS = 1e-6  # less is an error of rounding
 
 
