@@ -885,7 +885,7 @@ def _check_choice(client: Caller, confinement: Confinement) -> None:
         if allowed is not None and name not in allowed:
             choices = ", ".join(sorted(allowed)) or "none"
             raise PermissionDeniedError(
-                f"{client.name!r} may not have the {what} {name!r}; ask for one of: {choices}"
+                f"{client.name!r} may not have the {what} {str(name)!r}; ask for one of: {choices}"
             )
 
 
