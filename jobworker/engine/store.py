@@ -769,13 +769,17 @@ def _row_from(job: Job) -> tuple[object, ...]:
                 "accounting": job.accounting and _fields(job.accounting),
                 "cleanup_uncertain": job.cleanup_uncertain,
                 "lost_bytes": job.lost_bytes,
-                "created_by": job.created_by and _fields(job.created_by),
-                "stopped_by": job.stopped_by and _fields(job.stopped_by),
+                "created_by": _values(job.created_by),
+                "stopped_by": _values(job.stopped_by),
             }
         ),
         job.log_bytes,
         job.owner,
     )
+
+
+def _values(by: Principal | None) -> tuple[str, ...] | None:
+    return (by.name, by.role, by.serial) if by else None
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -808,8 +812,8 @@ def _job_from(row: tuple[Any, ...]) -> Job:
         | {
             "end_requested": _optional(Cause, rest["end_requested"]),
             "accounting": _optional(lambda fields: Accounting(**fields), rest["accounting"]),
-            "created_by": _optional(lambda fields: Principal(**fields), rest.get("created_by")),
-            "stopped_by": _optional(lambda fields: Principal(**fields), rest.get("stopped_by")),
+            "created_by": _optional(lambda values: Principal(*values), rest.get("created_by")),
+            "stopped_by": _optional(lambda values: Principal(*values), rest.get("stopped_by")),
         },
     )
 

@@ -230,6 +230,9 @@ def test_no_question_takes_longer_with_more_jobs(tmp_path: Path) -> None:
         "owner with many, and a name that is rare": lambda store: store.page(
             None, 10, name="rare", owner="bob"
         ),
+        "owner with many, name of many, a status that none has": lambda store: store.page(
+            None, 10, {Status.STOPPED}, "a", "bob"
+        ),
         "owner of one": lambda store: store.owner_of(20),
         "unended": lambda store: store.unended(),
         "ended": lambda store: store.ended_before(1 << 62, 10),
