@@ -7,8 +7,8 @@ there is one, by the file of clients.
     total_cpu = 400           # of all running jobs' limits, in percent of one core
     total_memory = 8192       # of all running jobs' limits, in MiB
     creates_per_second = 5
-    profiles = ["default"]    # of those that the server allows
-    users = ["nobody"]        # the same
+    profiles = ["default"]    # that its jobs may have, of those that the server allows
+    users = ["nobody"]        # that it may ask for, of the same
 
     [ou.build]                # by its OU, in any case
     role = "user"
@@ -64,8 +64,8 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A client, and what it was given. profiles, users: that its jobs may have, of those that
-    the server allows; None: all of them."""
+    """A client, and what it was given. profiles, users: that its jobs may have, and that it may
+    ask for, of those that the server allows; None: all of them."""
 
     identity: Identity
     role: Role | None

@@ -524,7 +524,7 @@ class Manager:
         limits = self._limits_in_force(request.limits)
         self._ledger(client.name).check(client.quota, limits)
         confinement = self.isolation.choose(request.profile, request.user)
-        _check_choice(client, confinement)
+        _check_choice(client, request, confinement)
         path = await asyncio.to_thread(self._check_on_machine, request, confinement)
         spec = replace(
             request,
@@ -875,17 +875,19 @@ class Manager:
         return await asyncio.shield(task)
 
 
-def _check_choice(client: Caller, confinement: Confinement) -> None:
-    """Raises PermissionDeniedError where the client's jobs may not have what the server would
-    allow."""
-    for what, name, allowed in (
-        ("profile", confinement.profile, client.profiles),
-        ("user", confinement.user.name, client.users),
-    ):
+def _check_choice(client: Caller, request: JobSpec, confinement: Confinement) -> None:
+    """Of what the server would allow: the profile that the job would have, and the user that it
+    asks for. Raises PermissionDeniedError."""
+    choices: list[tuple[str, str, frozenset[str] | None]] = [
+        ("profile", confinement.profile, client.profiles)
+    ]
+    if request.user:
+        choices.append(("user", confinement.user.name, client.users))
+    for what, name, allowed in choices:
         if allowed is not None and name not in allowed:
-            choices = ", ".join(sorted(allowed)) or "none"
+            others = ", ".join(sorted(allowed)) or "none"
             raise PermissionDeniedError(
-                f"{client.name!r} may not have the {what} {str(name)!r}; ask for one of: {choices}"
+                f"{client.name!r} may not have the {what} {str(name)!r}; ask for one of: {others}"
             )
 
 
