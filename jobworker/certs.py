@@ -117,13 +117,15 @@ def make_client(folder: Path, name: str, role: str, *, force: bool = False) -> l
 # Looking at certificates
 
 
-def subject_of(pem: bytes) -> tuple[str, tuple[str, ...]]:
-    """The subject's CN, "" where there is none, and all its OUs, of the first certificate.
+def subject_of(pem: bytes) -> tuple[str, tuple[str, ...], str]:
+    """The subject's CN, "" where there is none, all its OUs, and the serial in hexadecimal as
+    openssl shows it, of the first certificate.
 
     From the parsed certificate and never from a subject in one line of text, in which
     `CN=x\\,OU=admin` looks like a role. Raises CertificateError.
     """
-    return _subject_fields(_parse_certificates("the client's certificate", pem)[0])
+    certificate = _parse_certificates("the client's certificate", pem)[0]
+    return (*_subject_fields(certificate), _serial_of(certificate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,6 +494,12 @@ def _subject_fields(certificate: x509.Certificate) -> tuple[str, tuple[str, ...]
 
     names = values(NameOID.COMMON_NAME)
     return names[0] if names else "", values(NameOID.ORGANIZATIONAL_UNIT_NAME)
+
+
+def _serial_of(certificate: x509.Certificate) -> str:
+    """By whole bytes."""
+    digits = f"{certificate.serial_number:X}"
+    return digits.zfill(len(digits) + len(digits) % 2)
 
 
 def _alternative_names_of(certificate: x509.Certificate) -> tuple[str, ...]:

@@ -191,6 +191,14 @@ class Settings:
         "Folder with ca-cert.pem, server-cert.pem and server-key.pem.",
         shown_default="./certs",
     )
+    clients: Path | None = _setting(
+        "clients",
+        None,
+        _parse_path,
+        "A file that gives clients roles and quotas, by the CN or the OU of their certificates; "
+        "read again on SIGHUP.",
+        shown_default="none",
+    )
     state_dir: Path = _setting(
         "state_dir",
         default_state_dir,

@@ -18,7 +18,7 @@ import uvloop
 
 from jobworker import __version__
 from jobworker.certs import check_server_files
-from jobworker.config import Settings
+from jobworker.config import PROFILES, Settings
 from jobworker.engine.cgroup import CgroupTree
 from jobworker.engine.isolation import Isolation
 from jobworker.engine.jobinits import Jobinits
@@ -28,6 +28,7 @@ from jobworker.engine.retention import Keep, Retention
 from jobworker.engine.store import Store
 from jobworker.errors import JobinitError, SettingError, StartupError, StateFolderError
 from jobworker.job import Limits, LogPolicy
+from jobworker.roles import Clients
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def main(settings: Settings) -> int:
     os.umask(0o077)
     try:
         isolation = _isolation(settings)
+        clients = Clients(settings.clients, PROFILES)
         lock = _lock_state_folder(settings.state_dir)
         check_server_files(settings.cert_path)
         jobinits = Jobinits(settings.state_dir, JOBINIT)
@@ -59,7 +61,7 @@ def main(settings: Settings) -> int:
         jobinits.prepare()
         _raise_open_files_limit()
         _prepare_grpc()
-        uvloop.run(_serve(settings, jobinits, isolation))
+        uvloop.run(_serve(settings, jobinits, isolation, clients))
     except (StartupError, JobinitError) as error:
         log.error("cannot start: %s", error)
         return 1
@@ -68,12 +70,15 @@ def main(settings: Settings) -> int:
     return 0
 
 
-async def _serve(settings: Settings, jobinits: Jobinits, isolation: Isolation) -> None:
+async def _serve(
+    settings: Settings, jobinits: Jobinits, isolation: Isolation, clients: Clients
+) -> None:
     """Whatever is opened here is closed in the opposite order, also where the start fails."""
     from jobworker.rpc.server import RpcServer
     from jobworker.rpc.service import JobService, ServerFacts
 
     end_requested = _watch_signals()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, clients.reload)
     started_ns = time.time_ns()
     async with contextlib.AsyncExitStack() as closing:
         cgroups = CgroupTree.open(settings.cgroup_base, _instance(settings.state_dir))
@@ -100,7 +105,7 @@ async def _serve(settings: Settings, jobinits: Jobinits, isolation: Isolation) -
         closing.push_async_callback(jobinits.close)
         closing.push_async_callback(manager.let_go)
         facts = ServerFacts(__version__, started_ns, str(settings.state_dir))
-        server = RpcServer(settings, JobService(manager, facts))
+        server = RpcServer(settings, JobService(manager, facts), clients)
         closing.push_async_callback(server.stop, ANSWER_SECONDS)
         await manager.recover(await jobinits.connect(manager.on_exit))
         await server.start()

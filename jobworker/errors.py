@@ -84,6 +84,15 @@ class ResourceExhaustedError(JobWorkerError):
     """The server has reached one of its own limits."""
 
 
+class QuotaError(ResourceExhaustedError):
+    """A client has as much as it may: one of its quotas is used up."""
+
+    def __init__(self, client: str, quota: str, most: str, problem: str, remedy: str) -> None:
+        super().__init__(f"the quota {quota} of {client!r} is {most}: {problem}; {remedy}")
+        self.client = client
+        self.quota = quota
+
+
 class ShuttingDownError(JobWorkerError):
     """The server is about to end and takes no more work."""
 

@@ -82,6 +82,26 @@ class JobSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asked for something, by the certificate that was shown."""
+
+    name: str  # the subject's CN; whose a job is goes by it alone
+    role: str
+    serial: str  # in hexadecimal, as openssl shows it
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What one client may use, or uses, of which the limits of its running jobs count; 0 is no
+    quota."""
+
+    running_jobs: int = 0
+    total_cpu: int = 0  # percent of one core
+    total_memory: int = 0  # MiB
+    creates_per_second: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Accounting:
     """What an ended job used; None is what the kernel could not tell."""
 
@@ -119,6 +139,14 @@ class Job:
     output_problem: str = ""
     log_bytes: int = 0  # what output and index of an ended job take in the state folder
     cleanup_uncertain: bool = False
+    created_by: Principal | None = None  # None: under a version that did not record it
+    stopped_by: Principal | None = None  # None: no client did
+    environment_withheld: bool = False  # of a job as shown to some: its values are left out
+
+    @property
+    def owner(self) -> str:
+        """The CN of the client that created it; empty: it is nobody's."""
+        return self.created_by.name if self.created_by else ""
 
     @property
     def is_ended(self) -> bool:
@@ -163,7 +191,9 @@ def validate(spec: JobSpec) -> None:
         _check_string(f"args[{number}]", arg)
     for name, value in spec.environment.items():
         if not name or "=" in name:
-            raise InvalidRequestError("environment", f"{name!r} is not a variable's name")
+            # What stands behind it may be a secret, as all values.
+            shown = name.partition("=")[0] + "=…" if name else name
+            raise InvalidRequestError("environment", f"{shown!r} is not a variable's name")
         _check_string(f"environment[{name!r}]", f"{name}={value}")
     _check_total(spec)
     if not 0 <= spec.timeout_ms <= LONGEST_TIMEOUT_MS:
@@ -218,8 +248,8 @@ def _size(value: str) -> int:
     return len(value.encode("utf-8", "surrogateescape")) + 1
 
 
-def created(job_id: int, spec: JobSpec, now_ns: int) -> Job:
-    return Job(id=job_id, spec=spec, status=Status.INITIALIZING, created_ns=now_ns)
+def created(job_id: int, spec: JobSpec, now_ns: int, created_by: Principal | None = None) -> Job:
+    return Job(job_id, spec, Status.INITIALIZING, now_ns, created_by=created_by)
 
 
 def started(job: Job, now_ns: int) -> Job:
@@ -228,13 +258,13 @@ def started(job: Job, now_ns: int) -> Job:
     return replace(job, status=Status.RUNNING, started_ns=_not_before(job, now_ns))
 
 
-def request_end(job: Job, cause: Cause) -> Job:
-    """Stop, timeout or log limit: the first that is accepted stays."""
+def request_end(job: Job, cause: Cause, by: Principal | None = None) -> Job:
+    """Stop, timeout or log limit: the first that is accepted stays. by: the client, if any."""
     if job.is_ended:
         raise JobStateError(job.id, job.status, "stop")
     if job.end_requested is not None:
         return job
-    return replace(job, end_requested=cause)
+    return replace(job, end_requested=cause, stopped_by=by)
 
 
 def start_failed(job: Job, step: str, error_number: int, detail: str, now_ns: int) -> Job:

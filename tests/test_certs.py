@@ -209,7 +209,7 @@ def test_a_client_with_a_name_and_a_role(folder: Path, name: str) -> None:
     made = certs.make_client(folder, name, "viewer")
 
     assert made == [folder / f"{name}-cert.pem", folder / f"{name}-key.pem"]
-    assert certs.subject_of(made[0].read_bytes()) == (name, ("viewer",))
+    assert certs.subject_of(made[0].read_bytes())[:2] == (name, ("viewer",))
     assert stat.S_IMODE(made[1].stat().st_mode) == 0o600
     client = _client_context(folder, name)
     assert _handshake(_server_context(folder), client, "localhost") == name
@@ -273,7 +273,7 @@ def test_roles_are_units_and_never_parts_of_a_name(
     by_hand: Path, subject: str, expected: tuple[str, tuple[str, ...]]
 ) -> None:
     _sign_by_hand(by_hand, "odd", subject)
-    assert certs.subject_of((by_hand / "odd-cert.pem").read_bytes()) == expected
+    assert certs.subject_of((by_hand / "odd-cert.pem").read_bytes())[:2] == expected
 
 
 @pytest.mark.parametrize("pem", [b"", b"no certificate", b"-----BEGIN CERTIFICATE-----\nAAAA\n"])

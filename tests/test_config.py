@@ -23,6 +23,7 @@ from jobworker.errors import SettingError
 VALUES: dict[str, tuple[str, Any]] = {
     "addr": ("127.0.0.1:1", "127.0.0.1:1"),
     "cert_path": ("/c", Path("/c")),
+    "clients": ("/clients.toml", Path("/clients.toml")),
     "state_dir": ("/s", Path("/s")),
     "cgroup_base": ("/g", Path("/g")),
     "default_cpu": ("50", 50),
@@ -295,7 +296,7 @@ def test_the_table_has_every_setting() -> None:
 def test_the_default_that_is_shown_is_the_default() -> None:
     for field, option in options():
         # Those depend on the user, and on this one `none` is no value.
-        if option.name not in {"state_dir", "profile", "users_allowed"}:
+        if option.name not in {"clients", "state_dir", "profile", "users_allowed"}:
             assert option.parse(option.shown_default) == getattr(Settings(), field.name)
 
 

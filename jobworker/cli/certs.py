@@ -16,7 +16,7 @@ from jobworker.cli.display import coloured, json_option, printable
 if TYPE_CHECKING:
     from jobworker.certs import Description
 
-ROLES = ("admin", "viewer")
+ROLES = ("admin", "user", "viewer")
 
 
 @click.group("certs")
@@ -64,12 +64,18 @@ def init(folder: Path, names: tuple[str, ...], force: bool, as_json: bool) -> No
 
 @certs_command.command("client", epilog=FOLDER_TEXT)
 @folder_argument
-@click.option("--name", required=True, help="Who it is for; also names the files.")
+@click.option(
+    "--name",
+    required=True,
+    help="Who it is for; also names the files. A user's jobs are those of its name: give each to "
+    "one client only.",
+)
 @click.option(
     "--role",
     required=True,
     type=click.Choice(ROLES, case_sensitive=False),
-    help="admin may do all; viewer may get, list and stream.",
+    help="admin may do all; user may create jobs, and do all to its own; viewer may get, list and "
+    "stream all.",
 )
 @force_option
 @json_option

@@ -49,8 +49,9 @@ def _fields(info: ServerInfo) -> list[tuple[str, str]]:
         ("Version", printable(info.version)),
         ("Started", f"{display.rfc3339(info.started_ns)} ({display.ago(info.started_ns)})"),
         ("You are", f"{printable(info.identity)}, {_role(info)}"),
-        ("Jobs", f"{info.running_jobs} running, {info.maximum_jobs} at the most"),
-        ("Ended", _ended(info)),
+        ("Jobs", _jobs(info)),
+        ("Quotas", _quotas(info)),
+        ("Ended", "" if _is_users(info) else _ended(info)),
         ("State", printable(info.state_directory)),
         ("Disk", _disk(info)),
         ("Output", _output(info)),
@@ -63,6 +64,28 @@ def _fields(info: ServerInfo) -> list[tuple[str, str]]:
 
 def _role(info: ServerInfo) -> str:
     return f"with the role {info.role}" if info.role else "without a role"
+
+
+def _is_users(info: ServerInfo) -> bool:
+    """Whether the server left out what concerns others."""
+    return info.role == "user"
+
+
+def _jobs(info: ServerInfo) -> str:
+    yours = " of yours" if _is_users(info) else ""
+    return f"{info.running_jobs}{yours} running, {info.maximum_jobs} at the most"
+
+
+def _quotas(info: ServerInfo) -> str:
+    """Those that the caller has, and what is used of them."""
+    most, used = info.quota, info.quota_used
+    texts = [
+        most.running_jobs and f"{used.running_jobs} of {most.running_jobs} running jobs",
+        most.total_cpu and f"CPU {used.total_cpu} of {most.total_cpu} %",
+        most.total_memory and f"memory {used.total_memory} of {most.total_memory} MiB",
+        most.creates_per_second and f"{most.creates_per_second:g} creates a second",
+    ]
+    return ", ".join(str(text) for text in texts if text)
 
 
 def _isolation(info: ServerInfo) -> str:
@@ -131,9 +154,11 @@ def _as_json(info: ServerInfo) -> dict[str, Any]:
         "started": display.json_time(info.started_ns),
         "identity": info.identity,
         "role": info.role or None,
+        "quota": asdict(info.quota),
+        "quota_used": asdict(info.quota_used),
         "running_jobs": info.running_jobs,
         "maximum_jobs": info.maximum_jobs,
-        "state_directory": info.state_directory,
+        "state_directory": info.state_directory or None,
         "cgroup": info.cgroup or None,
         "controllers": [asdict(controller) for controller in info.controllers],
         "default_limits": asdict(info.default_limits),

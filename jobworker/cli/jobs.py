@@ -14,7 +14,7 @@ from jobworker.cli import display
 from jobworker.cli.connection import Connect, Function, speaks_to_server
 from jobworker.cli.display import duration, json_option, printable, size
 from jobworker.cli.job_id import JobId
-from jobworker.job import LONGEST_STDIN_BYTES, Accounting, Job, Status
+from jobworker.job import LONGEST_STDIN_BYTES, Accounting, Job, Principal, Status
 
 INT32_MAX = (1 << 31) - 1
 NEWEST_JOBS = 100
@@ -242,13 +242,15 @@ def _fields(job: Job) -> list[tuple[str, str]]:
         ("Ending", display.explained_ending(job)),
         ("Command", display.command_line(job)),
         ("Directory", "" if directory == "/" else printable(directory)),
-        ("Environment", printable(" ".join(f"{k}={v}" for k, v in spec.environment.items()))),
+        ("Environment", _variables(job)),
         ("Limits", _limits(job)),
         ("Time limit", duration(spec.timeout_ms / 1000) if spec.timeout_ms else ""),
         ("User", printable(spec.user)),
         ("Profile", printable(spec.profile)),
+        ("Created by", _principal(job.created_by)),
         ("Started", _moment(job.started_ns)),
         ("Ended", _moment(job.ended_ns)),
+        ("Stopped by", _principal(job.stopped_by)),
         ("Took" if job.is_ended else "Runs for", display.taken(job) if job.started_ns else ""),
         ("Output", _output(job)),
         ("Lost", f"{size(job.lost_bytes)} of its output" if job.lost_bytes else ""),
@@ -280,6 +282,19 @@ def _moment(nanoseconds: int) -> str:
         return ""
     moment = display.rfc3339(nanoseconds)
     return f"{moment} ({display.ago(nanoseconds)})" if display.is_terminal(sys.stdout) else moment
+
+
+def _variables(job: Job) -> str:
+    environment = job.spec.environment
+    if job.environment_withheld:
+        return f"{printable(' '.join(environment))} (its values are for its owner and for admins)"
+    return printable(" ".join(f"{name}={value}" for name, value in environment.items()))
+
+
+def _principal(principal: Principal | None) -> str:
+    if principal is None:
+        return ""
+    return printable(f"{principal.name} ({principal.role}, certificate {principal.serial})")
 
 
 def _output(job: Job) -> str:
@@ -316,6 +331,8 @@ def _size(count: int | None, what: str) -> str:
     help="Only these; may be given again.",
 )
 @click.option("--name", default="", help="Only jobs with exactly this name.")
+@click.option("--owner", default="", metavar="CN", help="Only those that this client created.")
+@click.option("--mine", is_flag=True, help="Only those that you created.")
 @click.option(
     "-n",
     "--limit",
@@ -327,14 +344,25 @@ def _size(count: int | None, what: str) -> str:
 @json_option
 @speaks_to_server
 def list_command(
-    connect: Connect, as_json: bool, statuses: tuple[Status, ...], name: str, limit: int | None
+    connect: Connect,
+    as_json: bool,
+    statuses: tuple[Status, ...],
+    name: str,
+    owner: str,
+    mine: bool,
+    limit: int | None,
 ) -> None:
-    """Lists jobs, the newest first."""
+    """Lists jobs, the newest first: those that you may see."""
+    if owner and mine:
+        raise click.UsageError("give --owner or --mine, not both")
     is_cut = limit is None and not as_json and display.is_terminal(sys.stdout)
     if is_cut:
         limit = NEWEST_JOBS + 1  # tells whether there are more
     with connect() as client:
-        jobs = list(client.list(statuses=statuses, name=name, limit=limit or None))
+        if mine and not (owner := client.info().identity):
+            raise click.ClickException("your certificate has no CN, so that no job is yours")
+        listing = client.list(statuses=statuses, name=name, owner=owner, limit=limit or None)
+        jobs = list(listing)
     if as_json:
         display.write_json([display.job_as_json(job) for job in jobs])
         return

@@ -5,6 +5,7 @@ from jobworker.client.bulk import Created, Spec
 from jobworker.client.calls import Controller, CreateOptions, ServerInfo
 from jobworker.client.output import Chunk, Result, Run, Stream
 from jobworker.client.sync import Client
+from jobworker.job import Principal, Quota
 
 __all__ = [
     "AsyncClient",
@@ -13,6 +14,8 @@ __all__ = [
     "Controller",
     "CreateOptions",
     "Created",
+    "Principal",
+    "Quota",
     "Result",
     "Run",
     "ServerInfo",

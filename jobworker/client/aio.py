@@ -87,9 +87,14 @@ class AsyncClient:
         return await self._call(calls.get(job_id))
 
     async def list(
-        self, *, statuses: Collection[str] = (), name: str = "", limit: int | None = None
+        self,
+        *,
+        statuses: Collection[str] = (),
+        name: str = "",
+        owner: str = "",
+        limit: int | None = None,
     ) -> AsyncGenerator[Job, None]:
-        listing = Listing(statuses, name, limit)
+        listing = Listing(statuses, name, limit, owner)
         while not listing.is_over:
             try:
                 page = await self._call(listing.request())

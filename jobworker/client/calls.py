@@ -24,6 +24,8 @@ from jobworker.job import (
     Job,
     JobSpec,
     Limits,
+    Principal,
+    Quota,
     Status,
     validate,
     validate_stdin,
@@ -67,12 +69,12 @@ class ServerInfo:
     version: str
     started_ns: int  # since the epoch
     identity: str  # the CN of the client's certificate
-    role: str  # "admin", "viewer", or empty: may do nothing
-    state_directory: str
+    role: str  # "admin", "user" or "viewer"
+    state_directory: str  # empty: not shown to users
     cgroup: str  # below which jobs get their own; empty: none
     controllers: tuple[Controller, ...]
     default_limits: Limits
-    running_jobs: int
+    running_jobs: int  # a user's own
     maximum_jobs: int
     # Of a job that asks for none, and what else it may ask for.
     default_profile: str
@@ -86,6 +88,8 @@ class ServerInfo:
     disk_reserve_bytes: int  # with less room than that no job is created
     log_max_bytes: int  # of each job's output; 0: no limit
     log_policy: str  # what happens beyond that: "ring", "head" or "stop"
+    quota: Quota  # what the caller may use
+    quota_used: Quota  # by its jobs that have not ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +230,13 @@ def _check_range(name: str, value: int, largest: int, hint: str = "") -> None:
 class Listing:
     """A way through all jobs, newest first, page by page, until it `is_over`."""
 
-    def __init__(self, statuses: Collection[str], name: str, limit: int | None) -> None:
+    def __init__(
+        self, statuses: Collection[str], name: str, limit: int | None, owner: str = ""
+    ) -> None:
         """limit: at most so many jobs; None: all."""
         self._statuses = frozenset(status.upper() for status in statuses)
         self._name = name
+        self._owner = owner
         self._left = limit
         self._token = ""
         self.is_over = limit is not None and limit <= 0
@@ -238,6 +245,7 @@ class Listing:
         request = pb.ListJobsReq(
             statuses=sorted(self._statuses),
             name=self._name,
+            owner=self._owner,
             page_size=min(self._left or LARGEST_PAGE_JOBS, LARGEST_PAGE_JOBS),
             page_token=self._token,
         )
@@ -245,7 +253,7 @@ class Listing:
 
     def old_request(self, error: UnsupportedError) -> Call[Page]:
         """For a server without ListJobs; raises the error where that does not help."""
-        if self._name:
+        if self._name or self._owner:
             raise error
         return Call("GetJobs", pb.EmptyRequest(), self._read_all)
 
@@ -308,6 +316,17 @@ def _read_info(answer: bytes) -> ServerInfo:
         disk_reserve_bytes=message.disk_reserve_bytes,
         log_max_bytes=message.log_max_bytes,
         log_policy=message.log_policy,
+        quota=_quota_from(message.quota),
+        quota_used=_quota_from(message.quota_used),
+    )
+
+
+def _quota_from(message: pb.Quota) -> Quota:
+    return Quota(
+        message.running_jobs,
+        message.total_cpu,
+        message.total_memory,
+        message.creates_per_second,
     )
 
 
@@ -336,7 +355,14 @@ def job_from(message: pb.Job) -> Job:
         lost_bytes=message.lost_bytes,
         output_problem=message.output_problem,
         cleanup_uncertain=message.cleanup_uncertain,
+        created_by=_principal_from(message.created_by) if message.HasField("created_by") else None,
+        stopped_by=_principal_from(message.stopped_by) if message.HasField("stopped_by") else None,
+        environment_withheld=message.environment_withheld,
     )
+
+
+def _principal_from(message: pb.Principal) -> Principal:
+    return Principal(message.name, message.role, message.serial)
 
 
 def _spec_from(message: pb.Job) -> JobSpec:

@@ -114,14 +114,19 @@ class Client:
         return self._call(calls.get(job_id))
 
     def list(
-        self, *, statuses: Collection[str] = (), name: str = "", limit: int | None = None
+        self,
+        *,
+        statuses: Collection[str] = (),
+        name: str = "",
+        owner: str = "",
+        limit: int | None = None,
     ) -> Generator[Job, None, None]:
         """Jobs, newest first, fetched page by page.
 
-        statuses: any of these; empty: all. name: exactly this; empty: all. limit: at most so
-        many; None: all.
+        statuses: any of these; empty: all. name: exactly this; empty: all. owner: the CN of
+        the client that created them; empty: all. limit: at most so many; None: all.
         """
-        listing = Listing(statuses, name, limit)
+        listing = Listing(statuses, name, limit, owner)
         while not listing.is_over:
             try:
                 page = self._call(listing.request())

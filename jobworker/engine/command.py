@@ -59,6 +59,7 @@ def resolve(command: str, environment: Mapping[str, str], working_directory: str
             raise InvalidRequestError("command", f"{command!r} {problem}", number)
         return path
     search = environment.get("PATH", PATH)
+    is_public = "PATH" not in environment  # values that a client gave are in no message
     best_number, best_problem = errno.ENOENT, ""
     for folder in search.split(":"):
         path = os.path.join(working_directory, folder, command)
@@ -66,11 +67,12 @@ def resolve(command: str, environment: Mapping[str, str], working_directory: str
         if not problem:
             return path
         if problem != NOT_FOUND:
-            best_number, best_problem = number, f"{path!r} {problem}"
+            found = repr(path) if is_public else f"{command!r}, in the job's PATH,"
+            best_number, best_problem = number, f"{found} {problem}"
     raise InvalidRequestError(
         "command",
         best_problem
-        or f"{command!r} was not found in the job's PATH ({search}); "
+        or f"{command!r} was not found in the job's PATH{f' ({search})' if is_public else ''}; "
         "give its full path, or a PATH in the environment",
         best_number,
     )

@@ -35,6 +35,7 @@ from jobworker.engine.isolation import Confinement, Isolation
 from jobworker.engine.jobinit import Exited, Failed, Held, Started, StartRequest
 from jobworker.engine.jobinits import Jobinits, OrphanExited
 from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Packed, Reader
+from jobworker.engine.quota import Ledger
 from jobworker.engine.recovery import Decision, decide
 from jobworker.engine.retention import Retention, quota_of
 from jobworker.engine.store import Store
@@ -48,6 +49,7 @@ from jobworker.errors import (
     JobStateError,
     JobWorkerError,
     OffsetOutOfRangeError,
+    PermissionDeniedError,
     ResourceExhaustedError,
     ShuttingDownError,
     StartFailedError,
@@ -62,8 +64,11 @@ from jobworker.job import (
     Limits,
     LogPolicy,
     OomKills,
+    Principal,
+    Quota,
     Status,
 )
+from jobworker.roles import Caller
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +161,7 @@ class Manager:
         output.on_log_limit = self._on_log_limit
         self._worker = Worker("cgroups")
         self._live: dict[int, _LiveJob] = {}
+        self._ledgers: dict[str, Ledger] = {}  # by the owner of the jobs
         self._strangers: set[int] = set()
         # Of jobs that end after jobinit has told of them, and before they are taken over.
         self._early_exits: dict[int, Exited | OrphanExited] = {}
@@ -171,21 +177,27 @@ class Manager:
     def live_count(self) -> int:
         return len(self._live)
 
+    def usage_of(self, owner: str) -> Quota:
+        """What the client's jobs take that have not ended."""
+        ledger = self._ledgers.get(owner) or Ledger(owner)
+        return Quota(len(ledger.job_ids), ledger.cpu_percent, ledger.memory_mib)
+
     async def usage(self) -> Usage:
         totals = await self._store.ended_totals()
         blocked = sum(1 for live in self._live.values() if live.log and live.log.error)
         return Usage(totals.jobs, totals.log_bytes, self._output.room_bytes(), blocked)
 
-    async def create(self, request: JobSpec, stdin: bytes = b"") -> Job:
+    async def create(self, request: JobSpec, stdin: bytes, client: Caller) -> Job:
         """Starts a job; returns it RUNNING, or FAILED where one step of its start failed.
-        stdin: what it is to read; it is not recorded.
+        stdin: what it is to read; it is not recorded. client: whose the job is to be.
 
         A client that goes away meanwhile does not take the job with it.
         """
         self._admit()
+        self._ledger(client.name).take_create(client.quota.creates_per_second, self._loop.time())
         transition.validate(request)
         transition.validate_stdin(stdin)
-        return await self._shielded(self._create(request, stdin))
+        return await self._shielded(self._create(request, stdin, client))
 
     async def get(self, job_id: int) -> Job:
         live = self._live.get(job_id)
@@ -196,19 +208,28 @@ class Manager:
             raise JobNotFoundError(str(job_id))
         return job
 
+    async def require_owner(self, job_id: int, owner: str) -> None:
+        """Raises JobNotFoundError for a job of another, exactly as for one that does not exist:
+        the store is asked in any case, so that not even the time tells them apart."""
+        stored = await self._store.owner_of(job_id)
+        live = self._live.get(job_id)
+        if not owner or owner != (live.job.owner if live else stored):
+            raise JobNotFoundError(str(job_id))
+
     async def page(
         self,
         before_id: int | None = None,
         count: int = 100,
         statuses: frozenset[Status] = frozenset(),
         name: str = "",
+        owner: str | None = None,
     ) -> list[Job]:
-        """Jobs with smaller ids than `before_id`, newest first."""
+        """Jobs with smaller ids than `before_id`, newest first. owner: None: anybody's."""
         # Those that live are known best here, whatever of them is stored by now.
-        found = self._live_page(before_id, count, statuses, name)
+        found = self._live_page(before_id, count, statuses, name, owner)
         ended = (statuses or ENDED) & ENDED
         while ended:
-            stored = await self._store.page(before_id, count, ended, name)
+            stored = await self._store.page(before_id, count, ended, name, owner)
             found += [job for job in stored if job.id not in self._live]
             if len(stored) < count or len(found) >= count:
                 break
@@ -217,7 +238,12 @@ class Manager:
         return [unique[job_id] for job_id in sorted(unique, reverse=True)[:count]]
 
     def _live_page(
-        self, before_id: int | None, count: int, statuses: frozenset[Status], name: str
+        self,
+        before_id: int | None,
+        count: int,
+        statuses: frozenset[Status],
+        name: str,
+        owner: str | None,
     ) -> list[Job]:
         def matches(job: Job) -> bool:
             return (
@@ -226,7 +252,10 @@ class Manager:
                 and (not name or job.spec.name == name)
             )
 
-        newest_first = reversed(self._live.values())  # ids count up
+        # Ids count up.
+        of_owner = self._ledgers.get(owner) or Ledger(owner) if owner is not None else None
+        ids = reversed(of_owner.job_ids if of_owner else self._live)
+        newest_first = map(self._live.__getitem__, ids)
         found = itertools.islice((each for each in newest_first if matches(each.job)), count)
         return [each.snapshot() for each in found]
 
@@ -238,7 +267,11 @@ class Manager:
         return await self.get(job_id)
 
     async def stop(
-        self, job_id: int, signal_number: int = 0, grace_seconds: float | None = None
+        self,
+        job_id: int,
+        signal_number: int = 0,
+        grace_seconds: float | None = None,
+        client: Caller | None = None,
     ) -> Job:
         """Ends a job; returns it once it has ended. Raises JobStateError if it had before."""
         live = self._live.get(job_id)
@@ -247,7 +280,8 @@ class Manager:
             raise JobStateError(job_id, job.status, "stop")
         if grace_seconds is None:
             grace_seconds = self.policy.stop_grace_seconds
-        self._request_end(live, Cause.STOPPED, signal_number or signal.SIGTERM, grace_seconds)
+        by = client.principal if client else None
+        self._request_end(live, Cause.STOPPED, signal_number or signal.SIGTERM, grace_seconds, by)
         return await asyncio.shield(live.over)
 
     async def read(self, job_id: int, offset: int, stream: int, follow: bool) -> Reader:
@@ -489,9 +523,11 @@ class Manager:
                 "descriptors allows; wait for one to end, or raise its hard RLIMIT_NOFILE"
             )
 
-    async def _create(self, request: JobSpec, stdin: bytes) -> Job:
+    async def _create(self, request: JobSpec, stdin: bytes, client: Caller) -> Job:
         limits = self._limits_in_force(request.limits)
+        self._ledger(client.name).check(client.quota, limits)
         confinement = self.isolation.choose(request.profile, request.user)
+        _check_choice(client, request, confinement)
         path, limit_files = await asyncio.to_thread(
             self._check_on_machine, request, limits, confinement
         )
@@ -505,7 +541,9 @@ class Manager:
             log_policy=self.policy.log_policy,
         )
         self._admit()  # again: others have come meanwhile, or the end of the server
-        live = self._new_live(transition.created(self._store.reserve_id(), spec, time.time_ns()))
+        self._ledger(client.name).check(client.quota, limits)
+        job_id, now_ns = self._store.reserve_id(), time.time_ns()
+        live = self._new_live(transition.created(job_id, spec, now_ns, client.principal))
         try:
             start = self._start_request(live, request.command, confinement, limit_files, stdin)
             await self._store.put(live.job)
@@ -517,7 +555,7 @@ class Manager:
             await self._forget(live, error)
             raise
         except BaseException:
-            del self._live[live.job.id]
+            self._drop(live)
             live.begun.cancel()
             live.over.cancel()
             raise
@@ -525,7 +563,7 @@ class Manager:
 
     async def _forget(self, live: _LiveJob, error: StoreError) -> None:
         """It could not be recorded, so it never was; who has heard of it is told so."""
-        del self._live[live.job.id]
+        self._drop(live)
         for future in (live.begun, live.over):
             future.set_exception(error)
             future.exception()  # seen, also where nobody waits
@@ -533,7 +571,21 @@ class Manager:
     def _new_live(self, job: Job) -> _LiveJob:
         live = _LiveJob(job, self._loop.create_future(), self._loop.create_future())
         self._live[job.id] = live
+        self._ledger(job.owner).open(job)
         return live
+
+    def _drop(self, live: _LiveJob) -> None:
+        del self._live[live.job.id]
+        ledger = self._ledger(live.job.owner)
+        ledger.close(live.job)
+        if ledger.is_idle(self._loop.time()):
+            del self._ledgers[live.job.owner]
+
+    def _ledger(self, owner: str) -> Ledger:
+        ledger = self._ledgers.get(owner)
+        if ledger is None:
+            ledger = self._ledgers[owner] = Ledger(owner)
+        return ledger
 
     def _limits_in_force(self, asked: Limits) -> Limits:
         """With the defaults, but for those that this machine cannot enforce (the server has
@@ -639,9 +691,14 @@ class Manager:
     # Ending
 
     def _request_end(
-        self, live: _LiveJob, cause: Cause, signal_number: int, grace_seconds: float
+        self,
+        live: _LiveJob,
+        cause: Cause,
+        signal_number: int,
+        grace_seconds: float,
+        by: Principal | None = None,
     ) -> None:
-        live.job = transition.request_end(live.job, cause)
+        live.job = transition.request_end(live.job, cause, by)
         deadline = self._loop.time() + grace_seconds
         live.kill_at = deadline if live.kill_at is None else min(live.kill_at, deadline)
         live.stop_signal = signal_number
@@ -774,7 +831,7 @@ class Manager:
         for timer in (live.kill_timer, live.timeout_timer):
             if timer:
                 timer.cancel()
-        del self._live[job.id]
+        self._drop(live)
         live.over.set_result(job)
         self._retention.take(job)
 
@@ -819,6 +876,22 @@ class Manager:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
+
+
+def _check_choice(client: Caller, request: JobSpec, confinement: Confinement) -> None:
+    """Of what the server would allow: the profile that the job would have, and the user that it
+    asks for. Raises PermissionDeniedError."""
+    choices: list[tuple[str, str, frozenset[str] | None]] = [
+        ("profile", confinement.profile, client.profiles)
+    ]
+    if request.user:
+        choices.append(("user", confinement.user.name, client.users))
+    for what, name, allowed in choices:
+        if allowed is not None and name not in allowed:
+            others = ", ".join(sorted(allowed)) or "none"
+            raise PermissionDeniedError(
+                f"{client.name!r} may not have the {what} {str(name)!r}; ask for one of: {others}"
+            )
 
 
 def _count(jobs: Sized) -> str:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jobworker.errors import StateFolderError, StoreError
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, LogPolicy, Status
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, LogPolicy, Principal, Status
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,13 @@ MIGRATIONS = (
             WHERE old.ended_ns > 0;
     END;
     """,
+    # Whose a job is. Older ones are nobody's.
+    """
+    ALTER TABLE jobs ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+    CREATE INDEX jobs_by_owner ON jobs (owner, status, id) WHERE owner != '';
+    CREATE INDEX jobs_by_owner_and_name ON jobs (owner, name, status, id)
+        WHERE owner != '' AND name != '';
+    """,
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 
@@ -113,9 +120,10 @@ UNENDED = (Status.INITIALIZING, Status.RUNNING)
 
 COLUMNS = (
     *("id", "status", "name", "created_ns", "started_ns", "ended_ns", "cause", "exit_code"),
-    *("signal", "stdout_bytes", "stderr_bytes", "spec", "rest", "log_bytes"),
+    *("signal", "stdout_bytes", "stderr_bytes", "spec", "rest", "log_bytes", "owner"),
 )
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs"
+OWNER = "SELECT owner FROM jobs WHERE id = ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,16 +233,22 @@ class Store:
         jobs = await self._read(_job_from, f"{SELECT} WHERE id = ?", (job_id,))
         return jobs[0] if jobs else None
 
+    async def owner_of(self, job_id: int) -> str | None:
+        """None: there is no record of the job. Takes the same time whatever the answer is."""
+        owners = await self._read(lambda row: str(row[0]), OWNER, (job_id,))
+        return owners[0] if owners else None
+
     async def page(
         self,
         before_id: int | None = None,
         count: int = 100,
         statuses: Iterable[Status] = (),
         name: str = "",
+        owner: str | None = None,
     ) -> list[Job]:
         """Newest first, those with ids smaller than `before_id`. statuses: any of these;
-        empty: all. name: exactly this one; empty: all."""
-        query, parameters = _page_query(before_id, count, sorted(set(statuses)), name)
+        empty: all. name: exactly this one; empty: all. owner: the same; None: all."""
+        query, parameters = _page_query(before_id, count, sorted(set(statuses)), name, owner)
         return await self._read(_job_from, query, parameters)
 
     async def unended(self) -> list[Job]:
@@ -291,17 +305,19 @@ class Store:
 
 
 def _page_query(
-    before_id: int | None, count: int, statuses: list[Status], name: str
+    before_id: int | None, count: int, statuses: list[Status], name: str, owner: str | None
 ) -> tuple[str, list[object]]:
     """Each status is a search of its own, so that every one of them goes along an index and
     stops after `count` ids, however many jobs there are."""
     before = "id < ?" if before_id is not None else "TRUE"
     parameters: list[object] = [] if before_id is None else [before_id]
-    if not statuses and not name:
+    if not statuses and not name and owner is None:
         return f"{SELECT} WHERE {before} ORDER BY id DESC LIMIT ?", [*parameters, count]
-    named = "name = ? AND name != ''" if name else "TRUE"
-    parameters = [*([name] if name else []), *parameters]
-    one = f"SELECT id FROM jobs WHERE {named} AND {before} AND status = ? ORDER BY id DESC LIMIT ?"
+    fixed = {"owner": owner} if owner is not None else {}
+    fixed |= {"name": name} if name else {}
+    where = " AND ".join([*(f"{column} = ? AND {column} != ''" for column in fixed), before])
+    parameters = [*fixed.values(), *parameters]
+    one = f"SELECT id FROM jobs WHERE {where} AND status = ? ORDER BY id DESC LIMIT ?"
     searches = " UNION ALL ".join([f"SELECT * FROM ({one})"] * len(statuses or Status))
     query = f"{SELECT} WHERE id IN ({searches}) ORDER BY id DESC LIMIT ?"
     each = [(*parameters, status, count) for status in statuses or Status]
@@ -753,10 +769,17 @@ def _row_from(job: Job) -> tuple[object, ...]:
                 "accounting": job.accounting and _fields(job.accounting),
                 "cleanup_uncertain": job.cleanup_uncertain,
                 "lost_bytes": job.lost_bytes,
+                "created_by": _values(job.created_by),
+                "stopped_by": _values(job.stopped_by),
             }
         ),
         job.log_bytes,
+        job.owner,
     )
+
+
+def _values(by: Principal | None) -> tuple[str, ...] | None:
+    return (by.name, by.role, by.serial) if by else None
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -770,7 +793,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _job_from(row: tuple[Any, ...]) -> Job:
     (job_id, status, _, created_ns, started_ns, ended_ns, cause, exit_code, signal, *_) = row
-    stdout_bytes, stderr_bytes, spec, rest, log_bytes = row[9:]
+    stdout_bytes, stderr_bytes, spec, rest, log_bytes, _ = row[9:]
     spec, rest = json.loads(spec), json.loads(rest)
     return Job(
         id=job_id,
@@ -789,6 +812,8 @@ def _job_from(row: tuple[Any, ...]) -> Job:
         | {
             "end_requested": _optional(Cause, rest["end_requested"]),
             "accounting": _optional(lambda fields: Accounting(**fields), rest["accounting"]),
+            "created_by": _optional(lambda values: Principal(*values), rest.get("created_by")),
+            "stopped_by": _optional(lambda values: Principal(*values), rest.get("stopped_by")),
         },
     )
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import grpc
 
 from jobworker import errors
 from jobworker.errors import InvalidRequestError, JobNotFoundError
-from jobworker.job import Accounting, Job, JobSpec, Limits, Status
+from jobworker.job import Accounting, Job, JobSpec, Limits, Principal, Quota, Status
 from jobworker.pb import job_worker_pb2 as pb
 
 # Existing clients receive at most this much in one message.
@@ -26,6 +26,7 @@ CODES: dict[type[errors.JobWorkerError], grpc.StatusCode] = {
     errors.JobStateError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.LimitUnavailableError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
+    errors.QuotaError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
     errors.StoreError: grpc.StatusCode.UNAVAILABLE,
@@ -88,8 +89,12 @@ def statuses_from(names: Iterable[str]) -> frozenset[Status]:
         raise InvalidRequestError("statuses", f"{error}; use {known}") from error
 
 
-def job_to(job: Job) -> pb.Job:
+def job_to(job: Job, *, shows_environment: bool = True) -> pb.Job:
+    """shows_environment: its values too, and not only its names."""
     spec = job.spec
+    environment = spec.environment
+    if not shows_environment:
+        environment = dict.fromkeys(environment, "")
     return pb.Job(
         id=str(job.id),
         command=spec.command,
@@ -114,7 +119,8 @@ def job_to(job: Job) -> pb.Job:
         stdout_bytes=job.stdout_bytes,
         stderr_bytes=job.stderr_bytes,
         working_directory=spec.working_directory,
-        environment=spec.environment,
+        environment=environment,
+        environment_withheld=bool(environment) and not shows_environment,
         merge_output=spec.merge_output,
         cleanup_uncertain=job.cleanup_uncertain,
         max_pids=spec.limits.pids,
@@ -123,6 +129,23 @@ def job_to(job: Job) -> pb.Job:
         profile=spec.profile,
         lost_bytes=job.lost_bytes,
         output_problem=job.output_problem,
+        created_by=_principal_to(job.created_by),
+        stopped_by=_principal_to(job.stopped_by),
+    )
+
+
+def _principal_to(principal: Principal | None) -> pb.Principal | None:
+    if principal is None:
+        return None
+    return pb.Principal(name=principal.name, role=principal.role, serial=principal.serial)
+
+
+def quota_to(quota: Quota) -> pb.Quota:
+    return pb.Quota(
+        running_jobs=quota.running_jobs,
+        total_cpu=quota.total_cpu,
+        total_memory=quota.total_memory,
+        creates_per_second=quota.creates_per_second,
     )
 
 
@@ -146,13 +169,17 @@ def stop_result_to(job: Job) -> pb.StopJobRes:
     )
 
 
-def jobs_within(jobs: Iterable[Job], largest_bytes: int = LARGEST_ANSWER_BYTES) -> list[pb.Job]:
-    """As many, from the first on, as fit into one answer."""
+def jobs_within(
+    jobs: Iterable[Job],
+    largest_bytes: int = LARGEST_ANSWER_BYTES,
+    show: Callable[[Job], pb.Job] = job_to,
+) -> list[pb.Job]:
+    """As many, from the first on, as fit into one answer. show: makes the message of one."""
     # For the fields around the jobs: a tag and a length for each, a token at the end.
     left = largest_bytes - 64
     fitting = []
     for job in jobs:
-        message = job_to(job)
+        message = show(job)
         left -= message.ByteSize() + 8
         if left < 0:
             break

@@ -7,9 +7,9 @@ from typing import Any
 
 import grpc
 
-from jobworker.authorization import Identity
 from jobworker.certs import subject_of
 from jobworker.errors import PermissionDeniedError
+from jobworker.roles import Identity
 
 
 def identify(context: grpc.aio.ServicerContext[Any, Any]) -> Identity:
@@ -24,5 +24,4 @@ def identify(context: grpc.aio.ServicerContext[Any, Any]) -> Identity:
 def _identity_of(pem: bytes) -> Identity:
     """From the parsed certificate: in the subject as text, a CN of `x,OU=admin` would pass
     for a role (RFC 2253 escapes it, and a split on commas does not know)."""
-    name, units = subject_of(pem)
-    return Identity(name, units)
+    return Identity(*subject_of(pem))

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from jobworker.config import Settings
 from jobworker.errors import SettingError
+from jobworker.roles import Clients
 from jobworker.rpc.service import SERVICE, JobService, ServiceHandler
 
 LARGEST_REQUEST_BYTES = 4 << 20
@@ -34,10 +35,10 @@ OPTIONS: list[tuple[str, Any]] = [
 class RpcServer:
     """Listens from `start` to `stop`."""
 
-    def __init__(self, settings: Settings, service: JobService) -> None:
+    def __init__(self, settings: Settings, service: JobService, clients: Clients) -> None:
         """Raises SettingError where the address cannot be listened on."""
         self._server = grpc.aio.server(options=OPTIONS)
-        self._server.add_generic_rpc_handlers((ServiceHandler(service),))
+        self._server.add_generic_rpc_handlers((ServiceHandler(service, clients),))
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, _GenericOnly(self._server))
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

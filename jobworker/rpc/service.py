@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
 
-from jobworker.authorization import ALLOWED, Identity, authorize
+from jobworker.authorization import RULES, Access, authorize
 from jobworker.engine.manager import Manager
 from jobworker.engine.output import Reader
 from jobworker.errors import InvalidRequestError, JobWorkerError
+from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
+from jobworker.roles import Clients
 from jobworker.rpc import convert
 from jobworker.rpc.identity import identify
 
@@ -22,6 +25,8 @@ SERVICE = "job_worker.JobService"
 PAGE_JOBS = 100
 CREATES_AT_ONCE = 64  # of one request: more would only wait for each other
 LARGEST_PAGE_JOBS = 1000
+# What GetServerInfo keeps from those who may see their own jobs only.
+ABOUT_OTHERS = ("state_directory", "ended_jobs", "ended_log_bytes", "blocked_jobs")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -42,17 +47,19 @@ class JobService:
         self._manager = manager
         self._facts = facts
 
-    async def create_job(self, request: pb.CreateJobReq, caller: Identity) -> pb.Job:
+    async def create_job(self, request: pb.CreateJobReq, access: Access) -> pb.Job:
         spec = convert.spec_from(request)
-        return convert.job_to(await self._manager.create(spec, request.stdin))
+        job = await self._manager.create(spec, request.stdin, access.caller)
+        return _shown(job, access)
 
-    async def create_jobs(self, request: pb.CreateJobsReq, caller: Identity) -> pb.CreateJobsRes:
+    async def create_jobs(self, request: pb.CreateJobsReq, access: Access) -> pb.CreateJobsRes:
         at_once = asyncio.Semaphore(CREATES_AT_ONCE)
 
         async def create(each: pb.CreateJobReq) -> pb.CreateJobsRes.Result:
             async with at_once:
                 try:
-                    job = await self._manager.create(convert.spec_from(each), each.stdin)
+                    spec = convert.spec_from(each)
+                    job = await self._manager.create(spec, each.stdin, access.caller)
                 except JobWorkerError as error:
                     code = convert.code_of(error).value[0]
                     return pb.CreateJobsRes.Result(code=code, error=str(error))
@@ -60,59 +67,65 @@ class JobService:
 
         return pb.CreateJobsRes(results=await asyncio.gather(*map(create, request.jobs)))
 
-    async def delete_job(self, request: pb.DeleteJobReq, caller: Identity) -> pb.DeleteJobRes:
-        await self._manager.delete(convert.job_id_from(request.id))
+    async def delete_job(self, request: pb.DeleteJobReq, access: Access) -> pb.DeleteJobRes:
+        await self._manager.delete(await self._within_reach(request.id, access))
         return pb.DeleteJobRes()
 
-    async def get_job(self, request: pb.GetJobReq, caller: Identity) -> pb.Job:
-        return convert.job_to(await self._manager.get(convert.job_id_from(request.id)))
+    async def get_job(self, request: pb.GetJobReq, access: Access) -> pb.Job:
+        job = await self._manager.get(await self._within_reach(request.id, access))
+        return _shown(job, access)
 
-    async def stop_job(self, request: pb.StopJobReq, caller: Identity) -> pb.StopJobRes:
+    async def stop_job(self, request: pb.StopJobReq, access: Access) -> pb.StopJobRes:
         grace_seconds = None
         if request.HasField("grace_milliseconds"):
             grace_seconds = request.grace_milliseconds / 1000
         if not 0 <= request.signal < signal.NSIG:
             problem = f"{request.signal} is no signal; use 1 to {signal.NSIG - 1}, 0 for SIGTERM"
             raise InvalidRequestError("signal", problem)
-        job_id = convert.job_id_from(request.id)
-        job = await self._manager.stop(job_id, request.signal, grace_seconds)
+        job_id = await self._within_reach(request.id, access)
+        job = await self._manager.stop(job_id, request.signal, grace_seconds, access.caller)
         return convert.stop_result_to(job)
 
-    async def get_jobs(self, request: pb.EmptyRequest, caller: Identity) -> pb.Jobs:
+    async def get_jobs(self, request: pb.EmptyRequest, access: Access) -> pb.Jobs:
         answer = pb.Jobs()
         before_id = None
         while True:
-            page = await self._manager.page(before_id, LARGEST_PAGE_JOBS)
-            fitting = convert.jobs_within(page, convert.LARGEST_ANSWER_BYTES - answer.ByteSize())
+            page = await self._manager.page(before_id, LARGEST_PAGE_JOBS, owner=access.owner)
+            room_bytes = convert.LARGEST_ANSWER_BYTES - answer.ByteSize()
+            fitting = convert.jobs_within(page, room_bytes, partial(_shown, access=access))
             answer.jobs.extend(fitting)
             if len(fitting) < LARGEST_PAGE_JOBS:
                 return answer
             before_id = page[-1].id
 
-    async def list_jobs(self, request: pb.ListJobsReq, caller: Identity) -> pb.ListJobsRes:
+    async def list_jobs(self, request: pb.ListJobsReq, access: Access) -> pb.ListJobsRes:
         if request.page_size > LARGEST_PAGE_JOBS:
             problem = f"{request.page_size} is too large; use at most {LARGEST_PAGE_JOBS}"
             raise InvalidRequestError("page_size", problem)
+        if access.owner is not None and request.owner not in {"", access.owner}:
+            return pb.ListJobsRes()  # as for an owner without jobs
         jobs = await self._manager.page(
             before_id=_page_start(request.page_token),
             count=request.page_size or PAGE_JOBS,
             statuses=convert.statuses_from(request.statuses),
             name=request.name,
+            owner=access.owner if access.owner is not None else request.owner or None,
         )
-        fitting = convert.jobs_within(jobs)
+        fitting = convert.jobs_within(jobs, show=partial(_shown, access=access))
         is_last = len(fitting) == len(jobs) < (request.page_size or PAGE_JOBS)
         token = "" if is_last or not fitting else fitting[-1].id
         return pb.ListJobsRes(jobs=fitting, next_page_token=token)
 
-    async def get_server_info(self, request: pb.EmptyRequest, caller: Identity) -> pb.ServerInfo:
-        manager = self._manager
+    async def get_server_info(self, request: pb.EmptyRequest, access: Access) -> pb.ServerInfo:
+        manager, caller = self._manager, access.caller
         defaults = manager.policy.default_limits
         usage = await manager.usage()
-        return pb.ServerInfo(
+        used = manager.usage_of(caller.name)
+        info = pb.ServerInfo(
             version=self._facts.version,
             start_time_ns=self._facts.started_ns,
             identity=caller.name,
-            role=caller.role or "",
+            role=access.role,
             state_directory=self._facts.state_directory,
             cgroup=str(manager.cgroups.path or ""),
             controllers=[
@@ -126,9 +139,9 @@ class JobService:
             running_jobs=manager.live_count,
             maximum_jobs=manager.policy.maximum_jobs,
             default_profile=manager.isolation.profile,
-            profiles=sorted(manager.isolation.profiles),
+            profiles=_choices(sorted(manager.isolation.profiles), caller.profiles),
             default_user=manager.isolation.job_user.name,
-            users=manager.isolation.user_names,
+            users=_choices(manager.isolation.user_names, caller.users),
             isolation_problem=manager.isolation.problem,
             ended_jobs=usage.ended_jobs,
             ended_log_bytes=usage.ended_log_bytes,
@@ -137,31 +150,53 @@ class JobService:
             disk_reserve_bytes=manager.policy.disk_reserve_bytes,
             log_max_bytes=manager.policy.log_max_bytes,
             log_policy=manager.policy.log_policy,
+            quota=convert.quota_to(caller.quota),
+            quota_used=convert.quota_to(used),
         )
+        if access.owner is not None:
+            info.running_jobs = used.running_jobs
+            for field in ABOUT_OTHERS:
+                info.ClearField(field)
+        return info
 
     async def get_jobs_stream(
-        self, request: pb.GetJobsStreamReq, caller: Identity, context: Context
+        self, request: pb.GetJobsStreamReq, access: Access, context: Context
     ) -> None:
-        job_id = convert.job_id_from(request.id)
+        job_id = await self._within_reach(request.id, access)
         follow = not request.no_follow
         reader = await self._manager.read(job_id, request.from_offset, request.stream, follow)
         try:
             # The messages are finished bytes, shared by all readers at the same place.
             while (message := await reader.next()) is not None:
                 await context.write(message)
-            await self._write_ending(job_id, reader, follow, context)
+            await self._write_ending(job_id, reader, follow, access, context)
         finally:
             reader.close()
 
     async def _write_ending(
-        self, job_id: int, reader: Reader, follow: bool, context: Context
+        self, job_id: int, reader: Reader, follow: bool, access: Access, context: Context
     ) -> None:
         job = await (self._manager.wait(job_id) if follow else self._manager.get(job_id))
         if job.is_ended:
             last = pb.DataChunk(
-                offset=reader.offset, next_offset=reader.offset, ending=convert.job_to(job)
+                offset=reader.offset, next_offset=reader.offset, ending=_shown(job, access)
             )
             await context.write(last.SerializeToString())
+
+    async def _within_reach(self, text: str, access: Access) -> int:
+        """The id of a job that the call may be about; any other does not exist for the caller."""
+        job_id = convert.job_id_from(text)
+        if access.owner is not None:
+            await self._manager.require_owner(job_id, access.owner)
+        return job_id
+
+
+def _choices(names: Iterable[str], allowed: Collection[str] | None) -> list[str]:
+    return [name for name in names if allowed is None or name in allowed]
+
+
+def _shown(job: Job, access: Access) -> pb.Job:
+    return convert.job_to(job, shows_environment=access.shows_environment(job.owner))
 
 
 def _page_start(token: str) -> int | None:
@@ -174,15 +209,15 @@ def _page_start(token: str) -> int | None:
 
 # Registration
 
-UnaryMethod = Callable[[Any, Identity], Awaitable[Any]]
-StreamMethod = Callable[[Any, Identity, Context], Awaitable[None]]
+UnaryMethod = Callable[[Any, Access], Awaitable[Any]]
+StreamMethod = Callable[[Any, Access, Context], Awaitable[None]]
 
 
 class ServiceHandler(grpc.GenericRpcHandler):
     """All RPCs of the service in one generic handler: the server waits, for each call, on
     every method that was registered by itself (grpc #41796)."""
 
-    def __init__(self, service: JobService) -> None:
+    def __init__(self, service: JobService, clients: Clients) -> None:
         unary: list[tuple[str, UnaryMethod, Any]] = [
             ("CreateJob", service.create_job, pb.CreateJobReq),
             ("CreateJobs", service.create_jobs, pb.CreateJobsReq),
@@ -196,10 +231,10 @@ class ServiceHandler(grpc.GenericRpcHandler):
         streams: list[tuple[str, StreamMethod, Any]] = [
             ("GetJobsStream", service.get_jobs_stream, pb.GetJobsStreamReq),
         ]
-        methods = {rpc: _unary(rpc, *rest) for rpc, *rest in unary}
-        methods |= {rpc: _stream(rpc, *rest) for rpc, *rest in streams}
-        if methods.keys() != ALLOWED.keys():
-            raise RuntimeError(f"RPCs without a rule: {methods.keys() ^ ALLOWED.keys()}")
+        methods = {rpc: _unary(clients, rpc, *rest) for rpc, *rest in unary}
+        methods |= {rpc: _stream(clients, rpc, *rest) for rpc, *rest in streams}
+        if methods.keys() != RULES.keys():
+            raise RuntimeError(f"RPCs without a rule: {methods.keys() ^ RULES.keys()}")
         self._methods: Mapping[str, Any] = {
             f"/{SERVICE}/{rpc}": handler for rpc, handler in methods.items()
         }
@@ -208,12 +243,11 @@ class ServiceHandler(grpc.GenericRpcHandler):
         return self._methods.get(details.method)
 
 
-def _unary(rpc: str, method: UnaryMethod, request_type: Any) -> Any:
+def _unary(clients: Clients, rpc: str, method: UnaryMethod, request_type: Any) -> Any:
     async def handle(request: Any, context: Context) -> Any:
         try:
-            caller = identify(context)
-            authorize(caller, rpc)
-            return await method(request, caller)
+            access = authorize(clients.caller(identify(context)), rpc)
+            return await method(request, access)
         except JobWorkerError as error:
             code, metadata = convert.code_of(error), convert.metadata_of(error)
             await context.abort(code, str(error), metadata)
@@ -223,12 +257,11 @@ def _unary(rpc: str, method: UnaryMethod, request_type: Any) -> Any:
     )
 
 
-def _stream(rpc: str, method: StreamMethod, request_type: Any) -> Any:
+def _stream(clients: Clients, rpc: str, method: StreamMethod, request_type: Any) -> Any:
     async def handle(request: Any, context: Context) -> None:
         try:
-            caller = identify(context)
-            authorize(caller, rpc)
-            await method(request, caller, context)
+            access = authorize(clients.caller(identify(context)), rpc)
+            await method(request, access, context)
         except (JobWorkerError, OSError) as error:
             await context.abort(convert.code_of(error), str(error))
 

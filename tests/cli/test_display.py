@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from jobworker.cli import display
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Principal, Status
 
 SECOND = 1_000_000_000
 START = 1_767_268_800 * SECOND  # 2026-01-01T12:00:00Z
@@ -155,7 +155,8 @@ def test_a_job_in_one_line() -> None:
 
 def test_the_keys_of_a_job_are_a_promise() -> None:
     """More may be added. A key that goes, or means something else, breaks scripts."""
-    job = ended(Cause.SIGNALLED, signal=signal.SIGKILL, accounting=Accounting(cpu_user_us=5))
+    alice, used = Principal("alice", "user", "0A"), Accounting(cpu_user_us=5)
+    job = ended(Cause.SIGNALLED, signal=signal.SIGKILL, accounting=used, created_by=alice)
     assert display.job_as_json(job) == {
         "id": 7,
         "name": "nightly",
@@ -193,6 +194,9 @@ def test_the_keys_of_a_job_are_a_promise() -> None:
             "oom_kills": None,
         },
         "cleanup_uncertain": False,
+        "created_by": {"name": "alice", "role": "user", "serial": "0A"},
+        "stopped_by": None,
+        "environment_withheld": False,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -56,12 +57,22 @@ def test_as_json(jobworker: Program, server: Server) -> None:
         *("state_directory", "cgroup", "controllers", "default_limits", "isolation"),
         "limits_in_force",
         *("ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes"),
-        *("log_max_bytes", "log_policy"),
+        *("log_max_bytes", "log_policy", "quota", "quota_used"),
     }
     assert (info["role"], info["state_directory"]) == ("admin", str(server.state))
     assert info["default_limits"]["cpu_percent"] == 100
     assert info["isolation"]["default_profile"] in info["isolation"]["profiles"]
     assert json.loads(jobworker("-o", "json", "info").stdout).keys() == info.keys()
+
+
+def test_quotas(jobworker: Program, tmp_path: Path, start_server: Callable[..., Server]) -> None:
+    assert "Quotas:" not in jobworker("info").stdout
+    clients = tmp_path / "clients.toml"
+    clients.write_text("[cn.admin]\nrunning_jobs = 7\ntotal_cpu = 400\ncreates_per_second = 2.5\n")
+    server = start_server(CLIENTS=str(clients))
+    shown = jobworker("info", JOB_WORKER_SERVER=server.address).stdout
+    quotas = "0 of 7 running jobs, CPU 0 of 400 %, 2.5 creates a second"
+    assert re.search(rf"^Quotas: +{quotas}$", shown, re.MULTILINE)
 
 
 def test_what_is_kept(jobworker: Program) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from cli.program import Program
+from functional.server import Server
+from jobworker import certs
 from jobworker.cli import display, jobs
 from jobworker.job import Job, JobSpec, Status
 
@@ -156,6 +158,60 @@ def test_which_jobs_are_listed(jobworker: Program) -> None:
         *("list", "--name", "chosen", "--status", "COMPLETED", "--status", "FAILED")
     )
     assert len(both) == 3
+
+
+def as_client(jobworker: Program, server: Server, name: str, role: str) -> Program:
+    """The same program with another certificate."""
+    if not (server.certs / f"{name}-cert.pem").exists():
+        certs.make_client(server.certs, name, role)
+    files = {kind: str(server.certs / f"{name}-{kind}.pem") for kind in ("cert", "key")}
+    return Program(
+        jobworker.folder,
+        **jobworker.environ | {"JOB_WORKER_CERT": files["cert"], "JOB_WORKER_KEY": files["key"]},
+    )
+
+
+def test_whose_jobs_are_listed(jobworker: Program, server: Server) -> None:
+    user = as_client(jobworker, server, "cli-user", "user")
+    mine = user.create("--name", "owned", "true")
+    others = jobworker.create("--name", "owned", "true")
+
+    def listed(program: Program, *words: str) -> list[str]:
+        return [str(job["id"]) for job in program.json("list", "--name", "owned", *words)]
+
+    assert listed(jobworker) == [others, mine]
+    assert listed(jobworker, "--owner", "cli-user") == listed(user) == [mine]
+    assert listed(jobworker, "--mine") == [others]
+    assert listed(user, "--mine") == [mine]
+    assert listed(user, "--owner", "admin") == []
+    assert "not both" in jobworker("list", "--mine", "--owner", "x").stderr
+    for words in (["get", others], ["stop", others], ["stream", others], ["rm", others]):
+        assert f"there is no job '{others}'" in user(*words).stderr
+    shown = user("info").stdout
+    assert re.search(r"^You are: +cli-user, with the role user$", shown, re.MULTILINE)
+    assert re.search(r"^Jobs: +\d+ of yours running", shown, re.MULTILINE)
+    assert "State:" not in shown
+    assert "Ended:" not in shown
+
+
+def test_get_shows_whose_it_is_and_withholds_values(jobworker: Program, server: Server) -> None:
+    user = as_client(jobworker, server, "cli-user", "user")
+    viewer = as_client(jobworker, server, "cli-viewer", "viewer")
+    job_id = user.create("--env", "TOKEN=secret", "sleep", "60")
+    jobworker("stop", "--grace", "0", job_id)
+    shown = user("get", job_id).stdout
+    assert re.search(r"^Environment: +TOKEN=secret$", shown, re.MULTILINE)
+    assert re.search(
+        r"^Created by: +cli-user \(user, certificate [0-9A-F]+\)$", shown, re.MULTILINE
+    )
+    assert re.search(r"^Stopped by: +admin \(admin, certificate [0-9A-F]+\)$", shown, re.MULTILINE)
+    shown = viewer("get", job_id).stdout
+    assert re.search(r"^Environment: +TOKEN \(its values are for", shown, re.MULTILINE)
+    job = viewer.json("get", job_id)
+    assert (job["environment"], job["environment_withheld"]) == ({"TOKEN": ""}, True)
+    job = jobworker.json("get", job_id)
+    assert (job["environment"], job["environment_withheld"]) == ({"TOKEN": "secret"}, False)
+    assert (job["created_by"]["name"], job["stopped_by"]["role"]) == ("cli-user", "admin")
 
 
 def test_the_newest_only(jobworker: Program) -> None:

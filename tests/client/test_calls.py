@@ -11,7 +11,17 @@ from jobworker import job as transition
 from jobworker.client import calls
 from jobworker.client.calls import nanoseconds
 from jobworker.errors import RejectedError, UnsupportedError
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, OomKills, Status
+from jobworker.job import (
+    Accounting,
+    Cause,
+    Job,
+    JobSpec,
+    Limits,
+    OomKills,
+    Principal,
+    Quota,
+    Status,
+)
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
 
@@ -44,6 +54,8 @@ def an_ended_job() -> Job:
         lost_bytes=2**41,
         output_problem="No space left on device",
         cleanup_uncertain=True,
+        created_by=Principal("alice", "user", "0A"),
+        stopped_by=Principal("", "admin", "0B"),
     )
 
 
@@ -52,6 +64,10 @@ def an_ended_job() -> Job:
 )
 def test_a_job_arrives_as_the_server_has_it(job: Job) -> None:
     assert calls.get(1).read(convert.job_to(job).SerializeToString()) == job
+    message = convert.job_to(job, shows_environment=False)
+    shown = calls.get(1).read(message.SerializeToString())
+    assert shown.spec.environment == dict.fromkeys(job.spec.environment, "")
+    assert shown.environment_withheld == bool(job.spec.environment)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +181,12 @@ def test_all_that_a_server_tells_of_itself_arrives() -> None:
     message.users.append("daemon")
     fields: Any = pb.ServerInfo.DESCRIPTOR.fields
     for number, field in enumerate(fields, 1):
-        if not field.is_repeated:
+        if not field.is_repeated and field.message_type is None:
             text = f"{number}" if field.type == field.TYPE_STRING else number
             setattr(message, field.name, text)
     message.controllers.add(name="cpu", available=True, problem="none")
+    message.quota.CopyFrom(pb.Quota(running_jobs=1, total_cpu=2, creates_per_second=0.5))
+    message.quota_used.CopyFrom(pb.Quota(total_memory=3))
     info = calls.info().read(message.SerializeToString())
     values = [getattr(info, field.name) for field in dataclasses.fields(info)]
     assert all(values)
@@ -176,6 +194,7 @@ def test_all_that_a_server_tells_of_itself_arrives() -> None:
     numbers |= set(dataclasses.astuple(info.default_limits))
     assert len(numbers) == 12
     assert (info.profiles, info.users) == (("default", "none"), ("daemon",))
+    assert (info.quota, info.quota_used) == (Quota(1, 2, 0, 0.5), Quota(total_memory=3))
 
 
 def test_a_stop_may_take_as_long_as_its_grace() -> None:
@@ -198,7 +217,8 @@ def test_a_listing_ends_at_its_limit_and_at_the_last_page() -> None:
     assert endless.is_over
 
 
-def test_an_old_server_cannot_list_by_name() -> None:
+def test_an_old_server_cannot_list_by_name_or_owner() -> None:
     error = UnsupportedError("ListJobs", "UNIMPLEMENTED", "too old")
-    with pytest.raises(UnsupportedError):
-        calls.Listing((), "name", None).old_request(error)
+    for listing in (calls.Listing((), "name", None), calls.Listing((), "", None, "alice")):
+        with pytest.raises(UnsupportedError):
+            listing.old_request(error)

@@ -22,7 +22,17 @@ from jobworker import job as transition
 from jobworker.engine import store as store_module
 from jobworker.engine.store import EndedJob, EndedTotals, Store
 from jobworker.errors import StateFolderError, StoreError
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, LogPolicy, OomKills, Status
+from jobworker.job import (
+    Accounting,
+    Cause,
+    Job,
+    JobSpec,
+    Limits,
+    LogPolicy,
+    OomKills,
+    Principal,
+    Status,
+)
 
 DEADLINE_SECONDS = 60
 FIXTURES = Path(__file__).parent.parent / "fixtures"
@@ -60,6 +70,8 @@ FULL = Job(
     lost_bytes=77,
     log_bytes=1 << 41,
     cleanup_uncertain=True,
+    created_by=Principal("älice", "user", "0AFF"),
+    stopped_by=Principal("root", "admin", "01"),
 )
 
 
@@ -79,16 +91,18 @@ async def nothing(store: Store) -> None:
     pass
 
 
-def new_job(job_id: int, name: str = "") -> Job:
-    return transition.created(job_id, JobSpec("/bin/true", name=name), 1_000 + job_id)
+def new_job(job_id: int, name: str = "", owner: str = "") -> Job:
+    client = Principal(owner, "user", "01") if owner else None
+    return transition.created(job_id, JobSpec("/bin/true", name=name), 1_000 + job_id, client)
 
 
-def running_job(job_id: int, name: str = "") -> Job:
-    return transition.started(new_job(job_id, name), 2_000 + job_id)
+def running_job(job_id: int, name: str = "", owner: str = "") -> Job:
+    return transition.started(new_job(job_id, name, owner), 2_000 + job_id)
 
 
-def ended_job(job_id: int, name: str = "", exit_code: int = 0) -> Job:
-    return transition.ended(running_job(job_id, name), exit_code << 8, OomKills(), 3_000 + job_id)
+def ended_job(job_id: int, name: str = "", exit_code: int = 0, owner: str = "") -> Job:
+    job = running_job(job_id, name, owner)
+    return transition.ended(job, exit_code << 8, OomKills(), 3_000 + job_id)
 
 
 async def put_all(store: Store, jobs: list[Job]) -> None:
@@ -106,8 +120,8 @@ async def until(is_true: Callable[[], bool]) -> None:
 def test_every_field_comes_back(tmp_path: Path) -> None:
     defaults = Job(id=0, spec=JobSpec(""), status=Status.RUNNING, created_ns=0)
     for field in dataclasses.fields(Job):
-        if field.name == "output_problem":
-            continue  # of a live job, at this moment: it is not stored
+        if field.name in {"output_problem", "environment_withheld"}:
+            continue  # of a live job, at this moment; of one that is shown: they are not stored
         # A field that is new must get a value here, or nobody sees that it is not stored.
         assert getattr(FULL, field.name) != getattr(defaults, field.name), field.name
     for field in dataclasses.fields(JobSpec):
@@ -148,20 +162,26 @@ def test_the_unended_oldest_first(tmp_path: Path) -> None:
 # Pages
 
 NAMES = ("", "a", "b")
+OWNERS = ("", "alice", "bob", "alice")
 
 
 def some_jobs(count: int) -> list[Job]:
-    """Of every status and name, in no order that has to do with the id."""
-    makes: list[Callable[[int, str], Job]] = [new_job, running_job, ended_job, ended_job]
-    jobs = [makes[number * 7 % 4](number, NAMES[number % 3]) for number in range(1, count + 1)]
+    """Of every status, name and owner, in no order that has to do with the id."""
+    makes: list[Callable[..., Job]] = [new_job, running_job, ended_job, ended_job]
+    jobs = [
+        makes[number * 7 % 4](number, NAMES[number % 3], owner=OWNERS[number // 3 % 4])
+        for number in range(1, count + 1)
+    ]
     return [replace(job, status=Status.FAILED) if job.id % 5 == 0 else job for job in jobs]
 
 
+@pytest.mark.parametrize("owner", [None, "alice", "none has it", ""])
 @pytest.mark.parametrize("name", ["", "a", "none has it"])
 @pytest.mark.parametrize(
     "statuses", [set(), {Status.RUNNING}, {Status.FAILED, Status.COMPLETED}, set(Status)]
 )
-def test_pages(tmp_path: Path, name: str, statuses: set[Status]) -> None:
+def test_pages(tmp_path: Path, name: str, statuses: set[Status], owner: str | None) -> None:
+    """No job is found by the owner that has no name: it is nobody's."""
     jobs = some_jobs(60)
 
     async def test(store: Store) -> None:
@@ -173,9 +193,11 @@ def test_pages(tmp_path: Path, name: str, statuses: set[Status]) -> None:
                 if (before_id is None or job.id < before_id)
                 and (not statuses or job.status in statuses)
                 and (not name or job.spec.name == name)
+                and (owner is None or (job.owner == owner and owner))
             ]
             for count in (1, 7, 1000):
-                assert await store.page(before_id, count, statuses, name) == expected[:count]
+                found = await store.page(before_id, count, statuses, name, owner)
+                assert found == expected[:count]
 
     run(tmp_path, test)
 
@@ -195,6 +217,23 @@ def test_no_question_takes_longer_with_more_jobs(tmp_path: Path) -> None:
             None, 10, {Status.STOPPED}, "a"
         ),
         "name that none has": lambda store: store.page(None, 10, name="c"),
+        "owner": lambda store: store.page(None, 10, owner="alice"),
+        "owner with many": lambda store: store.page(None, 10, owner="bob"),
+        "owner from the middle": lambda store: store.page(15, 10, owner="bob"),
+        "owner that none has": lambda store: store.page(None, 10, owner="carol"),
+        "owner and a status": lambda store: store.page(
+            None, 10, {Status.COMPLETED, Status.STOPPED}, owner="alice"
+        ),
+        "owner and name of many others": lambda store: store.page(
+            None, 10, name="a", owner="alice"
+        ),
+        "owner with many, and a name that is rare": lambda store: store.page(
+            None, 10, name="rare", owner="bob"
+        ),
+        "owner with many, name of many, a status that none has": lambda store: store.page(
+            None, 10, {Status.STOPPED}, "a", "bob"
+        ),
+        "owner of one": lambda store: store.owner_of(20),
         "unended": lambda store: store.unended(),
         "ended": lambda store: store.ended_before(1 << 62, 10),
         "totals": lambda store: store.ended_totals(),
@@ -216,9 +255,11 @@ def test_no_question_takes_longer_with_more_jobs(tmp_path: Path) -> None:
             steps[question].append(count)
 
     async def test(store: Store) -> None:
-        await store.put(running_job(1, "a"))
-        for first, last in ((2, 100), (100, 5000)):
-            await put_all(store, [ended_job(i, NAMES[i % 2], i % 2) for i in range(first, last)])
+        await store.put(running_job(1, "a", "alice"))
+        await put_all(store, [ended_job(2, "a", owner="alice"), ended_job(3, "rare", owner="bob")])
+        for first, last in ((4, 100), (100, 5000)):
+            jobs = [ended_job(i, NAMES[i % 2], i % 2, "bob") for i in range(first, last)]
+            await put_all(store, jobs)
             await ask(store)
 
     run(tmp_path, test)
@@ -592,11 +633,42 @@ def test_a_database_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     assert version_of(tmp_path / "jobs.db") == store_module.SCHEMA_VERSION
 
 
+def test_a_database_of_version_2_is_brought_up_to_date(tmp_path: Path) -> None:
+    """Its jobs are nobody's, and all else is as it was."""
+    make_database(tmp_path / "jobs.db", (FIXTURES / "jobs-2.sql").read_text())
+
+    async def test(store: Store) -> None:
+        jobs = await store.page()
+        assert [(job.id, job.status, job.owner) for job in jobs] == [
+            (4, "INITIALIZING", ""), (3, "RUNNING", ""), (2, "FAILED", ""), (1, "STOPPED", "")
+        ]  # fmt: skip
+        first = jobs[-1]
+        assert (first.created_by, first.stopped_by) == (None, None)
+        assert first.spec == JobSpec(
+            *("/bin/echo", ("a", "ü\n"), Limits(50, 64, 1000, 32), {"K": "v"}, "/tmp", "nightly"),
+            *(True, 5000, "nobody", "default", 1 << 20, LogPolicy.HEAD),
+        )
+        assert (first.lost_bytes, first.log_bytes) == (4, 60)
+        assert await store.get_output(1) == (b"segment\0", b"index")
+        assert await store.owner_of(1) == ""
+        assert await store.owner_of(5) is None
+        assert await store.page(owner="") == []
+        await store.put(new_job(5, "nightly", "alice"))
+        assert await store.page(owner="alice") == [new_job(5, "nightly", "alice")]
+        assert [job.id for job in await store.page(name="nightly")] == [5, 3, 1]
+        assert await store.ended_totals() == EndedTotals(2, 60)
+
+    run(tmp_path, test)
+    assert version_of(tmp_path / "jobs.db") == store_module.SCHEMA_VERSION
+
+
 def test_an_older_database_has_the_schema_of_a_new_one(tmp_path: Path) -> None:
     """Every one of them: all the migrations from its version on."""
     schemas = []
-    for name, script in (("new", ""), ("older", (FIXTURES / "jobs-1.sql").read_text())):
-        folder = tmp_path / name
+    older = [path.read_text() for path in sorted(FIXTURES.glob("jobs-*.sql"))]
+    assert len(older) == store_module.SCHEMA_VERSION - 1
+    for name, script in enumerate(["", *older]):
+        folder = tmp_path / str(name)
         folder.mkdir()
         make_database(folder / "jobs.db", script)
         run(folder, nothing)
@@ -604,7 +676,7 @@ def test_an_older_database_has_the_schema_of_a_new_one(tmp_path: Path) -> None:
         rows = connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name")
         schemas.append([(row[0], " ".join((row[1] or "").split())) for row in rows])
         connection.close()
-    assert schemas[0] == schemas[1]
+    assert all(schema == schemas[0] for schema in schemas)
 
 
 def test_a_migration_that_fails_changes_nothing(

@@ -124,10 +124,11 @@ class Server:
 
 
 def channel(address: str, certs: Path, name: str) -> grpc.Channel:
+    """With a client's certificate; with none, where its files are empty."""
     credentials = grpc.ssl_channel_credentials(
         (certs / "ca-cert.pem").read_bytes(),
-        (certs / f"{name}-key.pem").read_bytes(),
-        (certs / f"{name}-cert.pem").read_bytes(),
+        (certs / f"{name}-key.pem").read_bytes() or None,
+        (certs / f"{name}-cert.pem").read_bytes() or None,
     )
     options = [
         ("grpc.ssl_target_name_override", "job-worker"),

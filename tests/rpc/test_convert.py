@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from jobworker import errors
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Status
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Principal, Status
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
 
@@ -36,6 +36,7 @@ JOB = Job(
     accounting=Accounting(1, 2, 3, 4, 5, 0),
     stdout_bytes=10,
     stderr_bytes=20,
+    created_by=Principal("alice", "user", "0A"),
 )
 
 
@@ -67,6 +68,22 @@ def test_a_job() -> None:
     assert message.endTime == "1970-01-01T00:00:03.123456Z"
     assert message.accounting.oom_kills == 0
     assert message.accounting.HasField("oom_kills")
+
+
+def test_who_did_what_to_it() -> None:
+    message = convert.job_to(JOB)
+    assert message.created_by == pb.Principal(name="alice", role="user", serial="0A")
+    assert not message.HasField("stopped_by")
+
+
+def test_values_of_the_environment_can_be_withheld() -> None:
+    message = convert.job_to(JOB)
+    assert (dict(message.environment), message.environment_withheld) == ({"K": "v"}, False)
+    message = convert.job_to(JOB, shows_environment=False)
+    assert (dict(message.environment), message.environment_withheld) == ({"K": ""}, True)
+    assert JOB.spec.environment == {"K": "v"}
+    plain = dataclasses.replace(JOB, spec=JobSpec("/bin/true"))
+    assert not convert.job_to(plain, shows_environment=False).environment_withheld
 
 
 def test_what_has_not_come_is_empty() -> None:

@@ -1,0 +1,181 @@
+"""The file of clients at work: roles, quotas, and what a client may choose. Totals of limits are
+counted where there are limits: kernel/inside/test_server_quotas.py."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from cryptography import x509
+
+from functional.server import Client, Server
+from functional.test_authorization import make_client
+from jobworker.pb import job_worker_pb2 as pb
+
+CN, OU = x509.NameOID.COMMON_NAME, x509.NameOID.ORGANIZATIONAL_UNIT_NAME
+CODE = grpc.StatusCode
+WAIT_SECONDS = 20
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "clients.toml"
+
+
+@pytest.fixture
+def start(
+    file: Path, certificates: Path, start_server: Callable[..., Server]
+) -> Callable[..., Server]:
+    """A server with a file of clients. alice and bob are of the OU `build`."""
+    for name in ("alice", "bob"):
+        make_client(certificates, f"{name}-build", [(CN, name), (OU, "Build")])
+
+    def start(text: str, **settings: Any) -> Server:
+        file.write_text(text)
+        return start_server(CLIENTS=str(file), **settings)
+
+    return start
+
+
+def refused(code: grpc.StatusCode, call: Callable[[], object]) -> str:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    assert caught.value.code() is code
+    return str(caught.value.details())
+
+
+def sleep(client: Client) -> str:
+    return client.create("sleep", "60").id
+
+
+def test_running_jobs_also_after_a_restart(start: Callable[..., Server]) -> None:
+    text = '[ou.build]\nrole = "user"\nrunning_jobs = 3\n[cn.bob]\nrunning_jobs = 1\n'
+    server = start(text, STOP_JOBS="no")
+    with server.connect("alice-build") as alice, server.connect("bob-build") as bob:
+        first, second = sleep(alice), sleep(alice)
+        sleep(bob)
+        says = refused(CODE.RESOURCE_EXHAUSTED, lambda: sleep(bob))
+        assert "the quota running_jobs of 'bob' is 1: 1 of its jobs" in says
+        # The others are counted for themselves; of a bulk as many are taken as fit.
+        bulk = pb.CreateJobsReq(jobs=[pb.CreateJobReq(command="sleep", args=["60"])] * 3)
+        codes = [result.code for result in alice.call("CreateJobs", bulk).results]
+        assert sorted(codes) == [0, 8, 8]
+    server.stop(signal.SIGKILL)
+    server = start(text)
+    with server.connect("alice-build") as alice, server.connect("bob-build") as bob:
+        assert alice.info().quota_used.running_jobs == alice.info().quota.running_jobs == 3
+        assert "running_jobs" in refused(CODE.RESOURCE_EXHAUSTED, lambda: sleep(alice))
+        assert "running_jobs" in refused(CODE.RESOURCE_EXHAUSTED, lambda: sleep(bob))
+        for job_id in (first, second):
+            alice.stop(job_id, grace_milliseconds=0)
+        sleep(alice)
+        assert alice.info().running_jobs == 2
+    with server.connect() as admin:
+        for _ in range(4):
+            sleep(admin)
+        assert admin.info().running_jobs == 7
+        assert admin.info().quota_used.running_jobs == 4
+
+
+def test_what_never_ran_is_not_counted(start: Callable[..., Server]) -> None:
+    server = start('[ou.build]\nrole = "user"\nrunning_jobs = 1\n')
+    with server.connect("alice-build") as alice:
+        for _ in range(3):
+            refused(CODE.INVALID_ARGUMENT, lambda: alice.create("no-such-program"))
+            assert alice.run("true")[0].status == "COMPLETED"
+        assert alice.info().running_jobs == 0
+
+
+def test_creates_a_second(start: Callable[..., Server]) -> None:
+    server = start('[cn.alice]\nrole = "user"\ncreates_per_second = 0.01\n')
+    with server.connect("alice-build") as alice:
+        alice.create("true")
+        says = refused(CODE.RESOURCE_EXHAUSTED, lambda: alice.create("true"))
+        assert re.search(r"creates_per_second of 'alice' is 0.01: .*; try again in \d+", says)
+        bulk = pb.CreateJobsReq(jobs=[pb.CreateJobReq(command="true")] * 2)
+        assert [result.code for result in alice.call("CreateJobs", bulk).results] == [8, 8]
+
+
+def test_a_total_cannot_be_held_without_limits(start: Callable[..., Server]) -> None:
+    """No defaults here: whichever controllers this machine has."""
+    server = start(
+        '[ou.build]\nrole = "user"\ntotal_cpu = 100\n[cn.bob]\ntotal_cpu = 0\ntotal_memory = 9\n',
+        DEFAULT_CPU="0",
+        DEFAULT_MEMORY="0",
+    )
+    for name, quota in (("alice", "total_cpu"), ("bob", "total_memory")):
+        with server.connect(f"{name}-build") as client:
+            says = refused(CODE.RESOURCE_EXHAUSTED, lambda: sleep(client))
+            assert f"the quota {quota} of '{name}'" in says
+            assert "no limit that could count; give it one" in says
+
+
+def test_what_a_client_may_choose(start: Callable[..., Server]) -> None:
+    server = start(
+        '[cn.alice]\nrole = "user"\nprofiles = ["default"]\n'
+        '[cn.bob]\nrole = "user"\nusers = ["nobody"]\n',
+        PROFILES_ALLOWED="default,none",
+    )
+    with server.connect("alice-build") as alice:
+        says = refused(CODE.PERMISSION_DENIED, lambda: alice.create("true"))
+        assert says == "'alice' may not have the profile 'none'; ask for one of: default"
+        if not alice.info().isolation_problem:
+            assert alice.create("true", profile="default").profile == "default"
+        assert set(alice.info().profiles) <= {"default"}
+    with server.connect("bob-build") as bob:
+        me = bob.create("true").user  # as the server's profile wants it
+        says = refused(CODE.PERMISSION_DENIED, lambda: bob.create("true", user=me))
+        assert says == f"'bob' may not have the user {me!r}; ask for one of: nobody"
+
+
+def test_a_broken_file_keeps_the_server_from_starting(start: Callable[..., Server]) -> None:
+    with pytest.raises(AssertionError, match=r"cn\.alice\.role in \S+, line 2 = 'boss'.*use admin"):
+        start('[cn.alice]\nrole = "boss"\n')
+
+
+def until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_reload(start: Callable[..., Server], file: Path) -> None:
+    server = start('[ou.build]\nrole = "user"\nrunning_jobs = 1\n')
+    with server.connect("alice-build") as alice:
+        sleep(alice)
+        refused(CODE.RESOURCE_EXHAUSTED, lambda: sleep(alice))
+
+        file.write_text('[ou.build]\nrole = "nobody"\n')
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "roles and quotas stay as they were" in server.log)
+        refused(CODE.RESOURCE_EXHAUSTED, lambda: sleep(alice))
+        assert "line 2" in server.log
+
+        file.write_text('[ou.build]\nrole = "user"\nrunning_jobs = 2\n')
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: alice.info().quota.running_jobs == 2)
+        sleep(alice)
+
+        file.write_text('[ou.build]\nrole = "viewer"\n')
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: alice.info().role == "viewer")
+        refused(CODE.PERMISSION_DENIED, lambda: sleep(alice))
+
+        file.write_text("")
+        server.process.send_signal(signal.SIGHUP)
+
+        def has_no_role() -> bool:
+            try:
+                alice.info()
+            except grpc.RpcError as error:
+                return error.code() is CODE.PERMISSION_DENIED
+            return False
+
+        until(has_no_role)
