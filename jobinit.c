@@ -19,7 +19,9 @@
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <limits.h>
 #include <malloc.h>
+#include <net/if.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -31,19 +33,30 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 /* The same on every architecture, and newer than the headers of the systems that wheels are
  * built on. */
-enum { CALL_PIDFD_SEND_SIGNAL = 424, CALL_PIDFD_OPEN = 434, CALL_CLOSE_RANGE = 436 };
+enum {
+	CALL_PIDFD_SEND_SIGNAL = 424, CALL_OPEN_TREE = 428, CALL_MOVE_MOUNT = 429,
+	CALL_PIDFD_OPEN = 434, CALL_CLOSE_RANGE = 436, CALL_MOUNT_SETATTR = 442,
+};
+enum { CLOSE_UNSHARED = 2 };         /* CLOSE_RANGE_UNSHARE */
+enum { CLONED_TREE = 1 };            /* OPEN_TREE_CLONE */
+enum { FROM_EMPTY_PATH = 4 };        /* MOVE_MOUNT_F_EMPTY_PATH */
+enum { WHOLE_TREE = 0x8000 };        /* AT_RECURSIVE */
+enum { READ_ONLY = 1, NO_SUID = 2, NO_DEVICES = 4 }; /* MOUNT_ATTR_... */
 enum { SIGNAL_PROCESS_GROUP = 4 }; /* of pidfd_send_signal, since Linux 6.9 */
 enum { FORKED_NO_EXEC = 0x40 };    /* PF_FORKNOEXEC of include/linux/sched.h */
 
@@ -52,9 +65,9 @@ enum { FORKED_NO_EXEC = 0x40 };    /* PF_FORKNOEXEC of include/linux/sched.h */
  * Messages of a header and a body, in host byte order. A packet from the server holds one, a
  * packet to it as many as fit, with the descriptors of all of them in order.
  *
- * All but ASK_START is frozen: every later version understands it, so that a newer server can
- * take over the jobs of an older jobinit. A later version may lengthen a body; what a reader
- * does not know at its end, it ignores. */
+ * All but ASK_START and ASK_VIEW is frozen: every later version understands it, so that a newer
+ * server can take over the jobs of an older jobinit. A later version may lengthen a body; what a
+ * reader does not know at its end, it ignores. Steps keep their numbers. */
 
 enum { PROTOCOL_MAGIC = 0x54494e4a, PROTOCOL_VERSION = 2 };
 
@@ -63,6 +76,7 @@ enum {
 	ASK_SIGNAL = 2,      /* struct to_signal */
 	ASK_ACKNOWLEDGE = 3, /* the ending is recorded: forget the job */
 	ASK_LIST = 4,        /* tell of all jobs that are held, then TELL_LISTED */
+	ASK_VIEW = 5,        /* struct view_asked and its strings: make it, then TELL_VIEW */
 };
 
 enum {
@@ -73,13 +87,14 @@ enum {
 	TELL_EXITED = 105,   /* struct exited */
 	TELL_LISTED = 106,
 	TELL_REFUSED = 107,  /* struct refused: to a message that makes no sense */
+	TELL_VIEW = 108,     /* struct view_told, and which step of it failed, in words */
 };
 
 struct header { uint16_t type, descriptors; uint32_t size; uint64_t job; };
 struct hello { uint32_t magic, version; int32_t pid, unused; };
 /* Then come the groups, 32 bits each, and then the strings: executable, directory, cgroup, for
  * each limit a file in the cgroup and what is to be written to it, arguments, variables. */
-struct start { uint32_t flags, arguments, variables, groups, uid, gid, limits; };
+struct start { uint32_t flags, arguments, variables, groups, uid, gid, limits, view; };
 struct to_signal { int32_t number, unused; };
 struct started { int32_t pid; uint32_t having; uint64_t started_ns; };
 struct failed {
@@ -93,6 +108,13 @@ struct exited {
 	uint64_t ended_ns, user_us, system_us, max_rss_kib;
 };
 struct refused { uint32_t type; int32_t error; };
+/* Then come the paths that are hidden, and those that are read-only. */
+struct view_asked {
+	uint32_t number, flags;
+	uint64_t tmp_bytes;
+	uint32_t tmp_inodes, hidden, read_only, unused;
+};
+struct view_told { uint32_t number; int32_t error; };
 
 /* start.flags */
 enum {
@@ -101,16 +123,19 @@ enum {
 	SET_USER = 4,  /* uid, gid and groups count; else the job is jobinit's user */
 	CONFINED = 8,  /* nothing that it executes gives it rights that its user has not */
 	MAKE_CGROUP = 16, /* there is none with that path yet; else the job joins it */
-	KNOWN_FLAGS = MERGE_OUTPUT | HAS_INPUT | SET_USER | CONFINED | MAKE_CGROUP,
+	NO_NETWORK = 32,
+	KNOWN_FLAGS = MERGE_OUTPUT | HAS_INPUT | SET_USER | CONFINED | MAKE_CGROUP | NO_NETWORK,
 };
+enum { READ_ONLY_ROOT = 1 }; /* view_asked.flags */
 enum { HAS_PIDFD = 1, HAS_STDOUT = 2, HAS_STDERR = 4 }; /* started.having, in this order */
 
-/* Of becoming a job. In `struct failed` STEP_EXEC without an error says that the child was
- * killed before it came to its exec; the wait status says by what. */
+/* Of becoming a job, by the order in which they were invented. In `struct failed` STEP_EXEC
+ * without an error says that the child was killed before its exec; the wait status says by what. */
 enum step {
 	STEP_FORK = 1, STEP_DESCRIPTORS, STEP_CGROUP, STEP_SESSION, STEP_OPEN_FILES_LIMIT,
 	STEP_OOM_SCORE, STEP_NAMESPACES, STEP_LIMITS, STEP_PRIVILEGES, STEP_USER, STEP_DIRECTORY,
-	STEP_CALL_FILTER, STEP_EXEC,
+	STEP_CALL_FILTER, STEP_EXEC, STEP_PID_NAMESPACE, STEP_NETWORK, STEP_VIEW, STEP_PROC,
+	STEP_TMP, STEP_TERMINALS, STEP_CGROUP_VIEW,
 };
 
 enum {
@@ -126,8 +151,11 @@ enum {
 enum {
 	FIRST_CONNECTION_MS = 10 * 1000,
 	RETRY_MS = 20,
+	FIRST_PROCESS_SECONDS = 10,
 	OWN_DESCRIPTORS = 128, /* kept from jobs: for accept, /proc, and a packet's pidfds */
 	MOST_GROUPS = 65536,   /* NGROUPS_MAX */
+	MOST_VIEWS = 8,
+	LONGEST_PROBLEM = 256,
 	OWN_FAILURE = 125,     /* exit code by hand, as of env(1) and its like */
 };
 
@@ -167,6 +195,20 @@ enum { BUCKETS = 4096 };
 static struct job *jobs_by_id[BUCKETS], *jobs_by_pid[BUCKETS];
 static unsigned job_count;
 
+/* What a confined job sees of the files of this machine: mounts that were made once, of which
+ * each job gets a copy. */
+struct view {
+	int fd;        /* of their namespace; -1: not made */
+	int report_fd; /* of the process that is making them; -1: none is */
+	char tmp_options[96];
+	bool is_owed;  /* the server is to be told how it went */
+	int error;
+	char problem[LONGEST_PROBLEM];
+};
+
+static struct view views[MOST_VIEWS]; /* number 1 is the first */
+static int own_pid_namespace_fd = -1;
+
 static struct job *first_owing, **last_owing = &first_owing;
 static bool owes_hello, owes_listed, owes_refusal;
 static struct refused refusal;
@@ -180,7 +222,7 @@ static struct rlimit original_open_files;
 static int descriptor_ceiling;
 
 /* What an epoll event is about; anything else is the address of a starting job. */
-enum { LISTENER_EVENT = 1, SERVER_EVENT, SIGNAL_EVENT };
+enum { LISTENER_EVENT = 1, SERVER_EVENT, SIGNAL_EVENT, FIRST_VIEW_EVENT };
 
 /* ==== Small things ==== */
 
@@ -366,7 +408,8 @@ struct request {
 	size_t limit_count, group_count;
 	uid_t uid;
 	gid_t gid;
-	bool merge_output, has_input, set_user, is_confined, make_cgroup;
+	bool merge_output, has_input, set_user, is_confined, make_cgroup, no_network;
+	const struct view *view; /* NULL: the machine's files as they are */
 	int input_fd; /* -1: /dev/null */
 	void *memory; /* of these arrays; the strings stay where they came in */
 };
@@ -385,6 +428,8 @@ static int parse_start(char *data, size_t size, struct request *request)
 	memcpy(&start, data, sizeof start);
 	if (start.flags & ~KNOWN_FLAGS)
 		return EOPNOTSUPP;
+	if (start.view > MOST_VIEWS || (start.view && views[start.view - 1].fd < 0))
+		return ENOENT;
 	if (start.groups > MOST_GROUPS || start.groups > (size - sizeof start) / sizeof(gid_t))
 		return EBADMSG;
 	place = data + sizeof start + start.groups * sizeof(gid_t);
@@ -419,6 +464,8 @@ static int parse_start(char *data, size_t size, struct request *request)
 		.set_user = start.flags & SET_USER,
 		.is_confined = start.flags & CONFINED,
 		.make_cgroup = start.flags & MAKE_CGROUP,
+		.no_network = start.flags & NO_NETWORK,
+		.view = start.view ? &views[start.view - 1] : NULL,
 		.merge_output = start.flags & MERGE_OUTPUT,
 		.has_input = start.flags & HAS_INPUT,
 		.input_fd = -1,
@@ -565,7 +612,7 @@ struct ends { int input, output, errors, status; };
 
 struct step_failure { uint32_t step; int32_t error; uint32_t limit; };
 
-enum { REPORT_FD = 3 };
+enum { REPORT_FD = 3, VIEW_FD = 4 };
 
 static _Noreturn void fail_with(int report_fd, struct step_failure failure)
 {
@@ -601,9 +648,9 @@ static bool write_file(const char *path, const char *text)
 	return !error;
 }
 
-/* 0 to 2 become the job's, 3 the pipe to report on, and all else is closed for good: a child
- * that hangs below must not hold other jobs' pipes, or the server's connection. */
-static void take_descriptors(const struct ends *ends)
+/* 0 to 2 become the job's, 3 the pipe to report on, 4 its view; all else is closed for good: a
+ * child that hangs below must not hold other jobs' pipes, or the server's connection. */
+static void take_descriptors(const struct ends *ends, const struct view *view)
 {
 	int input = ends->input < 0 ? open("/dev/null", O_RDONLY | O_CLOEXEC) : ends->input;
 
@@ -613,7 +660,10 @@ static void take_descriptors(const struct ends *ends)
 		fail_step(ends->status, STEP_DESCRIPTORS);
 	if (ends->status != REPORT_FD && dup3(ends->status, REPORT_FD, O_CLOEXEC) < 0)
 		fail_step(ends->status, STEP_DESCRIPTORS);
-	must(syscall(CALL_CLOSE_RANGE, REPORT_FD + 1, ~0u, 0) == 0, STEP_DESCRIPTORS);
+	if (view && view->fd != VIEW_FD && dup3(view->fd, VIEW_FD, O_CLOEXEC) < 0)
+		fail_step(REPORT_FD, STEP_DESCRIPTORS);
+	must(syscall(CALL_CLOSE_RANGE, view ? VIEW_FD + 1 : VIEW_FD, ~0u, 0) == 0,
+	     STEP_DESCRIPTORS);
 }
 
 static bool write_cgroup(const char *directory, const char *file, const char *text)
@@ -686,10 +736,112 @@ static bool reset_oom_score(void)
 
 /* Of what goes by number or by name among processes that have nothing to do with each other:
  * System V's and POSIX' message queues, shared memory and semaphores, which also end with the
- * job; the machine's name; and where in the tree of cgroups it is. */
-static bool enter_namespaces(void)
+ * job; the machine's name; and where in the tree of cgroups it is. With a view also a copy of
+ * its mounts; all at once, as that is cheaper. */
+static void enter_namespaces(const struct request *request)
 {
-	return unshare(CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP) == 0;
+	int kinds = CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP;
+
+	if (request->view) {
+		kinds |= CLONE_NEWNS;
+		if (*request->cgroup && chmod(request->cgroup, 0755) < 0)
+			errno = 0; /* then it cannot look up its limits */
+		must(setns(VIEW_FD, CLONE_NEWNS) == 0, STEP_VIEW);
+		close(VIEW_FD);
+	}
+	must(unshare(kinds) == 0, STEP_NAMESPACES);
+}
+
+/* One of its own, in which nothing but the loopback interface is. */
+static bool leave_network(void)
+{
+	struct ifreq loopback = {.ifr_name = "lo", .ifr_flags = IFF_UP};
+	bool done;
+	int fd;
+
+	if (unshare(CLONE_NEWNET) < 0)
+		return false;
+	fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+	done = fd >= 0 && ioctl(fd, SIOCSIFFLAGS, &loopback) == 0;
+	close(fd);
+	return done;
+}
+
+/* What view makes, and what is bound over it for one job. */
+#define HIDDEN_FOLDER "/dev/.hidden/folder"
+#define HIDDEN_FILE "/dev/.hidden/file"
+
+/* A part of this machine's that is not there does no harm. */
+static bool is_absent(void)
+{
+	return errno == ENOENT || errno == ENOTDIR;
+}
+
+static bool bind_mount(const char *from, const char *to)
+{
+	return mount(from, to, NULL, MS_BIND, NULL) == 0;
+}
+
+/* Shows the job's own processes only. Its files of the whole machine are of no use to a job that
+ * is not root; should it ever become that, they are no way out. */
+static bool mount_proc(void)
+{
+	static const unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
+	static const char *const fixed[] = {
+		"/proc/sys", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/sysrq-trigger", NULL,
+	};
+	static const char *const hidden_files[] = {
+		"/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/timer_list",
+		"/proc/sched_debug", "/proc/latency_stats", "/proc/kmsg", NULL,
+	};
+	static const char *const hidden_folders[] = {"/proc/acpi", "/proc/scsi", NULL};
+	const char *const *path;
+
+	if (mount("proc", "/proc", "proc", flags, NULL) < 0)
+		return false;
+	for (path = fixed; *path; path++)
+		if (bind_mount(*path, *path)) {
+			if (mount(NULL, *path, NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | flags, NULL) < 0)
+				return false;
+		} else if (!is_absent()) {
+			return false;
+		}
+	for (path = hidden_files; *path; path++)
+		if (!bind_mount(HIDDEN_FILE, *path) && !is_absent())
+			return false;
+	for (path = hidden_folders; *path; path++)
+		if (!bind_mount(HIDDEN_FOLDER, *path) && !is_absent())
+			return false;
+	return true;
+}
+
+/* One file system under three names: it is the mounting of each that costs. What is in it is
+ * charged to the job, and gone with it. */
+static bool mount_tmp(const char *options)
+{
+	return mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options) == 0
+	       && (bind_mount("/tmp", "/var/tmp") || is_absent()) && bind_mount("/tmp", "/dev/shm");
+}
+
+/* Its own: who opens a terminal of another job's user could read what is typed there. */
+static bool mount_terminals(void)
+{
+	return mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC,
+		     "newinstance,ptmxmode=0666,mode=0620") == 0;
+}
+
+/* All that it may know of cgroups, read-only as what it is a part of. */
+static bool show_cgroup(const char *cgroup)
+{
+	return !*cgroup || bind_mount(cgroup, "/sys/fs/cgroup") || is_absent();
+}
+
+static void complete_view(const struct request *request)
+{
+	must(mount_proc(), STEP_PROC);
+	must(mount_tmp(request->view->tmp_options), STEP_TMP);
+	must(mount_terminals(), STEP_TERMINALS);
+	must(show_cgroup(request->cgroup), STEP_CGROUP_VIEW);
 }
 
 /* Nothing of a job's that crashes is written anywhere, and it cannot come before others by a
@@ -742,7 +894,7 @@ static bool install_filter(void)
 static _Noreturn void become_job(const struct request *request, const struct ends *ends)
 {
 	/* Before anything that may hang. */
-	take_descriptors(ends);
+	take_descriptors(ends, request->view);
 	/* Early, so that what follows is charged to the job, and killed with it. */
 	if (request->make_cgroup)
 		make_cgroup(request);
@@ -757,7 +909,12 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	must(reset_oom_score(), STEP_OOM_SCORE);
 	/* After the cgroup, which becomes the root of what the job sees. */
 	if (request->is_confined)
-		must(enter_namespaces(), STEP_NAMESPACES);
+		enter_namespaces(request);
+	if (request->no_network)
+		must(leave_network(), STEP_NETWORK);
+	/* After the namespaces, whose own is mounted; as long as there is the right to. */
+	if (request->view)
+		complete_view(request);
 	if (request->is_confined)
 		must(lower_limits(), STEP_LIMITS);
 	/* Before the uid changes: afterwards nothing can be dropped. */
@@ -821,6 +978,405 @@ static enum proof prove_exec(int status_fd, pid_t pid, struct step_failure *fail
 	if (answer < 0)
 		kill(pid, SIGKILL); /* what cannot be proved to run must not run */
 	return DISPROVED;
+}
+
+/* ==== Views: what confined jobs see of the machine's files ====
+ *
+ * All that is the same for every job is mounted once, by a process that then ends; a descriptor
+ * keeps its namespace. Each job gets a copy, and mounts there what is its own alone.
+ *
+ *   /proc, /tmp, /var/tmp, /dev/shm, /dev/pts   each job's own: `complete_view`
+ *   /dev       nothing but the harmless devices
+ *   /run       empty, so that no daemon's socket is in reach, but for the resolv.conf
+ *   /sys       read-only, and nothing mounted in it but cgroup v2
+ *   the rest   is the machine's, less what is hidden; set-user-ID and devices have no effect
+ */
+
+struct view_request {
+	struct view_asked asked;
+	const char *hidden, *read_only; /* strings, one behind the other */
+};
+
+struct view_report { int32_t error; char problem[LONGEST_PROBLEM]; };
+
+/* All that exists for a moment only, in the process that makes one. */
+struct mount_line { char *point, *filesystem; };
+
+static struct mount_line *mount_lines;
+static size_t mount_line_count;
+
+static const char *after(const char *string)
+{
+	return string + strlen(string) + 1;
+}
+
+/* Returns 0 or an errno. */
+static int parse_view(const char *data, size_t size, struct view_request *request)
+{
+	struct view_asked *asked = &request->asked;
+	const char *place, *end = data + size;
+	uint64_t count = 0;
+
+	memcpy(asked, data, sizeof *asked);
+	if (asked->flags & ~READ_ONLY_ROOT)
+		return EOPNOTSUPP;
+	if (asked->number < 1 || asked->number > MOST_VIEWS)
+		return EINVAL;
+	request->hidden = request->read_only = data + sizeof *asked;
+	for (place = request->hidden; place < end; place = after(place)) {
+		if (!memchr(place, '\0', end - place))
+			return EBADMSG;
+		if (++count == asked->hidden)
+			request->read_only = after(place);
+	}
+	return count == (uint64_t)asked->hidden + asked->read_only ? 0 : EBADMSG;
+}
+
+static _Noreturn void report_view(int error, const char *what, const char *path, int fd)
+{
+	struct view_report report = {.error = error};
+	union {
+		char room[CMSG_SPACE(sizeof fd)];
+		struct cmsghdr align;
+	} control;
+	struct iovec part = {&report, sizeof report};
+	struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+	ssize_t sent;
+
+	snprintf(report.problem, sizeof report.problem, "%s %s", what, path);
+	if (fd >= 0) {
+		control.align.cmsg_level = SOL_SOCKET;
+		control.align.cmsg_type = SCM_RIGHTS;
+		control.align.cmsg_len = CMSG_LEN(sizeof fd);
+		memcpy(CMSG_DATA(&control.align), &fd, sizeof fd);
+		message.msg_control = control.room;
+		message.msg_controllen = sizeof control.room;
+	}
+	sent = sendmsg(REPORT_FD, &message, MSG_NOSIGNAL);
+	_exit(sent < 0 ? OWN_FAILURE : 0);
+}
+
+static void need(bool done, const char *what, const char *path)
+{
+	if (!done)
+		report_view(errno, what, path, -1);
+}
+
+static bool set_attributes(int fd, const char *path, unsigned flags, uint64_t attributes)
+{
+	struct { uint64_t set, clear, propagation, user_namespace; } change = {.set = attributes};
+
+	return syscall(CALL_MOUNT_SETATTR, fd, path, flags, &change, sizeof change) == 0;
+}
+
+static void make_read_only(const char *path)
+{
+	need(set_attributes(AT_FDCWD, path, WHOLE_TREE, READ_ONLY), "make read-only:", path);
+}
+
+/* A mount of what is there now, that belongs nowhere yet. -1 where there is nothing. */
+static int keep_mount(const char *path)
+{
+	return syscall(CALL_OPEN_TREE, AT_FDCWD, path, CLONED_TREE | O_CLOEXEC);
+}
+
+static void put_mount(int fd, const char *path)
+{
+	need(syscall(CALL_MOVE_MOUNT, fd, "", AT_FDCWD, path, FROM_EMPTY_PATH) == 0, "mount", path);
+	close(fd);
+}
+
+static void make_file(const char *path, mode_t mode)
+{
+	int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+
+	need(fd >= 0, "make", path);
+	close(fd);
+}
+
+static bool is_in(const char *path, const char *folder)
+{
+	size_t length = strlen(folder);
+
+	return !strncmp(path, folder, length) && (!path[length] || path[length] == '/');
+}
+
+/* As in proc_pid_mountinfo(5): \040 is a space. */
+static void unescape(char *text)
+{
+	char *to = text;
+
+	for (; *text; text++, to++) {
+		*to = *text;
+		if (*text == '\\' && strlen(text) > 3) {
+			*to = (text[1] - '0') << 6 | (text[2] - '0') << 3 | (text[3] - '0');
+			text += 3;
+		}
+	}
+	*to = '\0';
+}
+
+static void read_mounts(void)
+{
+	FILE *file = fopen("/proc/self/mountinfo", "re");
+	char *line = NULL, *point, *filesystem;
+	size_t size = 0;
+
+	need(file, "read", "/proc/self/mountinfo");
+	while (getline(&line, &size, file) > 0) {
+		if (sscanf(line, "%*s %*s %*s %*s %ms", &point) != 1)
+			continue;
+		filesystem = strstr(line, " - ");
+		if (!filesystem || sscanf(filesystem + 3, "%ms", &filesystem) != 1)
+			continue;
+		unescape(point);
+		mount_lines = reallocarray(mount_lines, mount_line_count + 1, sizeof *mount_lines);
+		need(mount_lines, "read", "/proc/self/mountinfo");
+		mount_lines[mount_line_count++] = (struct mount_line){point, filesystem};
+	}
+	fclose(file);
+}
+
+static bool has_cgroup2(const char *folder)
+{
+	size_t i;
+
+	for (i = 0; i < mount_line_count; i++)
+		if (!strcmp(mount_lines[i].filesystem, "cgroup2")
+		    && is_in(mount_lines[i].point, folder))
+			return true;
+	return false;
+}
+
+static bool is_replaced(const struct view_request *request, const char *point)
+{
+	static const char *const replaced[] = {
+		"/proc", "/dev", "/run", "/tmp", "/var/tmp", NULL,
+	};
+	const char *const *folder, *hidden = request->hidden;
+	uint32_t i;
+
+	for (folder = replaced; *folder; folder++)
+		if (is_in(point, *folder))
+			return true;
+	for (i = 0; i < request->asked.hidden; i++, hidden = after(hidden))
+		if (is_in(point, hidden))
+			return true;
+	return is_in(point, "/sys") && strcmp(point, "/sys") && !has_cgroup2(point);
+}
+
+/* What no job sees: each mount that is not there need not be copied. Where the kernel lets one
+ * not go, it is covered by what comes. */
+static void drop_mounts(const struct view_request *request)
+{
+	size_t i;
+
+	for (i = mount_line_count; i-- > 0;)
+		if (is_replaced(request, mount_lines[i].point))
+			umount2(mount_lines[i].point, MNT_DETACH | UMOUNT_NOFOLLOW);
+}
+
+static void make_dev(void)
+{
+	static const struct { const char *path; unsigned major, minor; } nodes[] = {
+		{"/dev/null", 1, 3}, {"/dev/zero", 1, 5}, {"/dev/full", 1, 7},
+		{"/dev/random", 1, 8}, {"/dev/urandom", 1, 9}, {"/dev/tty", 5, 0},
+	};
+	static const char *const links[][2] = {
+		{"/proc/self/fd", "/dev/fd"}, {"/proc/self/fd/0", "/dev/stdin"},
+		{"/proc/self/fd/1", "/dev/stdout"}, {"/proc/self/fd/2", "/dev/stderr"},
+		{"pts/ptmx", "/dev/ptmx"},
+	};
+	static const char *const folders[] = {"/dev/pts", "/dev/shm", "/dev/.hidden"};
+	size_t i;
+
+	need(mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755,size=1m") == 0,
+	     "mount a tmpfs on", "/dev");
+	for (i = 0; i < sizeof nodes / sizeof *nodes; i++)
+		need(mknod(nodes[i].path, S_IFCHR | 0666, makedev(nodes[i].major, nodes[i].minor)) == 0,
+		     "make", nodes[i].path);
+	for (i = 0; i < sizeof links / sizeof *links; i++)
+		need(symlink(links[i][0], links[i][1]) == 0, "make", links[i][1]);
+	for (i = 0; i < sizeof folders / sizeof *folders; i++)
+		need(mkdir(folders[i], 0755) == 0, "make", folders[i]);
+	need(mkdir(HIDDEN_FOLDER, 0) == 0, "make", HIDDEN_FOLDER);
+	make_file(HIDDEN_FILE, 0);
+	make_read_only("/dev");
+}
+
+/* The folders above a file. */
+static void make_folders(const char *path)
+{
+	char folder[PATH_MAX];
+	const char *slash = path;
+
+	while ((slash = strchr(slash + 1, '/'))) {
+		snprintf(folder, sizeof folder, "%.*s", (int)(slash - path), path);
+		need(mkdir(folder, 0755) == 0 || errno == EEXIST, "make", folder);
+	}
+}
+
+/* resolver: where the machine's resolv.conf really is, and a mount of it; -1: not in /run. */
+static void make_run(const char *resolver, int resolver_fd)
+{
+	struct stat info;
+
+	need(mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=755,size=1m") == 0
+	     || is_absent(), "mount a tmpfs on", "/run");
+	if (resolver_fd >= 0) {
+		make_folders(resolver);
+		make_file(resolver, 0444);
+		put_mount(resolver_fd, resolver);
+	}
+	if (lstat("/var/run", &info) == 0 && S_ISDIR(info.st_mode))
+		need(bind_mount("/run", "/var/run"), "mount", "/var/run");
+	set_attributes(AT_FDCWD, "/run", WHOLE_TREE, READ_ONLY);
+}
+
+static void protect_paths(const struct view_request *request)
+{
+	const char *path = request->read_only;
+	uint32_t i;
+
+	for (i = 0; i < request->asked.read_only; i++, path = after(path)) {
+		if (mount(path, path, NULL, MS_BIND | MS_REC, NULL) == 0)
+			make_read_only(path);
+		else
+			need(is_absent(), "mount", path);
+	}
+}
+
+static void hide_paths(const struct view_request *request)
+{
+	const char *path = request->hidden;
+	struct stat info;
+	uint32_t i;
+
+	for (i = 0; i < request->asked.hidden; i++, path = after(path)) {
+		if (stat(path, &info) == 0)
+			need(bind_mount(S_ISDIR(info.st_mode) ? HIDDEN_FOLDER : HIDDEN_FILE, path),
+			     "hide", path);
+		else
+			need(is_absent(), "look at", path);
+	}
+}
+
+static void protect_kernel_files(void)
+{
+	size_t i;
+
+	need(set_attributes(AT_FDCWD, "/sys", WHOLE_TREE, READ_ONLY) || is_absent()
+	     || errno == EINVAL /* nothing is mounted there */, "make read-only:", "/sys");
+	for (i = 0; i < mount_line_count; i++)
+		if (!strncmp(mount_lines[i].filesystem, "cgroup", strlen("cgroup")))
+			need(set_attributes(AT_FDCWD, mount_lines[i].point, 0, READ_ONLY)
+			     || is_absent() || errno == EINVAL, "make read-only:",
+			     mount_lines[i].point);
+}
+
+/* The steps, in an order that matters. */
+static _Noreturn void build_view(const struct view_request *request)
+{
+	char resolver[PATH_MAX];
+	int namespace_fd, resolver_fd = -1;
+
+	umask(0);
+	/* Before anything is mounted, nothing of it may reach the machine: not as this process is
+	 * in its namespace, and not as mounts propagate. */
+	need(unshare(CLONE_NEWNS) == 0, "unshare", "the mounts");
+	need(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0, "make private:", "/");
+	namespace_fd = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+	need(namespace_fd >= 0, "open", "/proc/self/ns/mnt");
+	/* While all is there. */
+	read_mounts();
+	if (realpath("/etc/resolv.conf", resolver) && is_in(resolver, "/run"))
+		resolver_fd = keep_mount(resolver);
+	/* Before the devices are made. */
+	need(set_attributes(AT_FDCWD, "/", WHOLE_TREE, NO_SUID | NO_DEVICES),
+	     "no set-user-ID and devices (Linux 5.12 and later):", "/");
+	drop_mounts(request);
+	make_dev();
+	make_run(resolver, resolver_fd);
+	/* What is hidden may be in what is read-only. */
+	protect_paths(request);
+	hide_paths(request);
+	protect_kernel_files();
+	if (request->asked.flags & READ_ONLY_ROOT)
+		make_read_only("/");
+	report_view(0, "made", "", namespace_fd);
+}
+
+static void fail_view(struct view *view, int error, const char *problem)
+{
+	close_fd(&view->fd); /* what an older one shows may not be what is wanted now */
+	view->error = error;
+	snprintf(view->problem, sizeof view->problem, "%s", problem);
+	view->is_owed = server_fd >= 0;
+}
+
+static void make_view(const struct view_request *request)
+{
+	const struct view_asked *asked = &request->asked;
+	struct view *view = &views[asked->number - 1];
+	int ends[2];
+	pid_t pid = -1;
+
+	if (view->report_fd >= 0)
+		unwatch_and_close(&view->report_fd); /* of a server that has gone */
+	snprintf(view->tmp_options, sizeof view->tmp_options, "mode=1777,size=%llu,nr_inodes=%u",
+		 (unsigned long long)asked->tmp_bytes, asked->tmp_inodes);
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0) {
+		fail_view(view, errno, "make a socket");
+		return;
+	}
+	if (watch(EPOLL_CTL_ADD, ends[0], EPOLLIN, FIRST_VIEW_EVENT + asked->number - 1))
+		pid = fork();
+	if (pid == 0) {
+		if (dup2(ends[1], REPORT_FD) < 0
+		    || syscall(CALL_CLOSE_RANGE, REPORT_FD + 1, ~0u, 0) < 0)
+			_exit(OWN_FAILURE);
+		build_view(request);
+	}
+	close(ends[1]);
+	view->report_fd = ends[0];
+	if (pid < 0) {
+		fail_view(view, errno, "fork");
+		unwatch_and_close(&view->report_fd);
+	}
+}
+
+static void take_view(struct view *view)
+{
+	struct view_report report = {.error = 0};
+	union {
+		char room[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control;
+	struct iovec part = {&report, sizeof report};
+	struct msghdr message = {
+		.msg_iov = &part,
+		.msg_iovlen = 1,
+		.msg_control = control.room,
+		.msg_controllen = sizeof control.room,
+	};
+	struct cmsghdr *header;
+	ssize_t size;
+
+	if (view->report_fd < 0)
+		return;
+	size = recvmsg(view->report_fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	if (size < 0 && (errno == EAGAIN || errno == EINTR))
+		return;
+	unwatch_and_close(&view->report_fd);
+	header = CMSG_FIRSTHDR(&message);
+	if (size != sizeof report) {
+		fail_view(view, EPIPE, "killed while it was made");
+	} else if (report.error || !header) {
+		fail_view(view, report.error ? report.error : EMFILE, report.problem);
+	} else {
+		fail_view(view, 0, "");
+		memcpy(&view->fd, CMSG_DATA(header), sizeof view->fd);
+	}
 }
 
 /* ==== What the server is owed ====
@@ -898,20 +1454,79 @@ static void fail_start(struct job *job, enum step step, int error)
 	end_unstarted(job);
 }
 
+/* The first process of a confined job's namespace of process ids. The job is the second: to a
+ * first one the kernel delivers no signal that it has no handler for, not even its own abort().
+ * What the job leaves behind becomes a child of this one; with the last of these it ends, and
+ * were it to end before, all of them would.
+ *
+ * It is not in the job's cgroup, which is empty once the job is gone. Root's, not dumpable, with
+ * no descriptor open, it gives nothing away to a job that finds it in /proc. */
+static _Noreturn void be_first_in_namespace(void)
+{
+	static const struct timespec patience = {FIRST_PROCESS_SECONDS, 0};
+	struct pollfd job = {.events = POLLIN};
+	sigset_t all, told;
+
+	/* The table is jobinit's own until then: nothing has to be copied to be closed. */
+	syscall(CALL_CLOSE_RANGE, 0, ~0u, CLOSE_UNSHARED);
+	prctl(PR_SET_NAME, "jobinit: pid 1");
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, NULL);
+	/* jobinit tells that the job is there, or it has died meanwhile. */
+	sigemptyset(&told);
+	sigaddset(&told, SIGCHLD);
+	sigtimedwait(&told, NULL, &patience);
+	/* The kernel reaps. What ended before this is reaped below. */
+	signal(SIGCHLD, SIG_IGN);
+	job.fd = open_pidfd(2);
+	if (job.fd >= 0)
+		poll(&job, 1, -1);
+	while (wait(NULL) >= 0 || errno == EINTR)
+		;
+	_exit(0);
+}
+
+/* As fork, for the second process of a namespace of process ids. It is our child as any other. */
+static pid_t fork_into_namespace(enum step *step)
+{
+	pid_t first, pid = -1;
+	int error;
+
+	*step = STEP_PID_NAMESPACE;
+	if (unshare(CLONE_NEWPID) < 0)
+		return -1;
+	first = syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
+	if (first == 0)
+		be_first_in_namespace();
+	*step = STEP_FORK;
+	if (first > 0)
+		pid = fork();
+	if (pid == 0)
+		return 0;
+	error = errno;
+	if (setns(own_pid_namespace_fd, CLONE_NEWPID) < 0)
+		die("back to the own namespace of process ids");
+	if (first > 0)
+		kill(first, pid > 0 ? SIGCHLD : SIGKILL);
+	errno = error;
+	return pid;
+}
+
 static void start_job(struct job *job, const struct request *request)
 {
+	enum step step = STEP_FORK;
 	struct pipes pipes;
 	struct ends theirs;
 	pid_t pid = -1;
 
 	if (make_pipes(&pipes, request->merge_output)
 	    && watch(EPOLL_CTL_ADD, pipes.status[0], EPOLLIN, (uintptr_t)job))
-		pid = fork();
+		pid = request->is_confined ? fork_into_namespace(&step) : fork();
 	if (pid < 0) {
 		int error = errno;
 
 		close_pipes(&pipes);
-		fail_start(job, STEP_FORK, error);
+		fail_start(job, step, error);
 		return;
 	}
 	theirs = (struct ends){
@@ -1115,6 +1730,20 @@ static bool append_job(struct packet *packet, const struct job *job)
 	return true;
 }
 
+static void append_views(struct packet *packet)
+{
+	struct { struct view_told told; char problem[LONGEST_PROBLEM]; } body;
+	unsigned i;
+
+	for (i = 0; i < MOST_VIEWS; i++) {
+		if (!views[i].is_owed)
+			continue;
+		body.told = (struct view_told){i + 1, views[i].error};
+		strcpy(body.problem, views[i].problem);
+		append(packet, TELL_VIEW, 0, 0, &body, sizeof body.told + strlen(body.problem));
+	}
+}
+
 static void fill(struct packet *packet)
 {
 	struct hello hello = {PROTOCOL_MAGIC, PROTOCOL_VERSION, getpid(), 0};
@@ -1125,6 +1754,7 @@ static void fill(struct packet *packet)
 		append(packet, TELL_HELLO, 0, 0, &hello, sizeof hello);
 	if (owes_refusal)
 		append(packet, TELL_REFUSED, 0, refused_job, &refusal, sizeof refusal);
+	append_views(packet);
 	for (job = first_owing; job && has_room(packet); job = job->next_owing) {
 		if (!append_job(packet, job))
 			return;
@@ -1164,9 +1794,28 @@ static void close_pidfds(struct packet *packet)
 		close_fd(&packet->pidfds[--packet->pidfd_count]);
 }
 
+static void owe_no_views(void)
+{
+	unsigned i;
+
+	for (i = 0; i < MOST_VIEWS; i++)
+		views[i].is_owed = false;
+}
+
+static bool owes_views(void)
+{
+	unsigned i;
+
+	for (i = 0; i < MOST_VIEWS; i++)
+		if (views[i].is_owed)
+			return true;
+	return false;
+}
+
 static void settle(struct packet *packet)
 {
 	owes_hello = owes_refusal = false;
+	owe_no_views();
 	if (packet->has_listed)
 		owes_listed = false;
 	while (packet->job_count--) {
@@ -1183,7 +1832,7 @@ static uint32_t send_all_owed(void)
 	static struct packet packet;
 	int error;
 
-	while (owes_hello || owes_refusal || owes_listed || first_owing) {
+	while (owes_hello || owes_refusal || owes_listed || first_owing || owes_views()) {
 		fill(&packet);
 		error = packet.size ? send_packet(&packet) : EMFILE;
 		close_pidfds(&packet);
@@ -1324,6 +1973,27 @@ static void handle_list(void)
 	owes_listed = true;
 }
 
+static void handle_view(const char *body, size_t size)
+{
+	struct view_request request;
+	char *strings;
+	int error;
+
+	/* With a NUL behind it all. */
+	strings = calloc(1, size + 1);
+	if (!strings) {
+		refuse(ASK_VIEW, 0, ENOMEM);
+		return;
+	}
+	memcpy(strings, body, size);
+	error = parse_view(strings, size, &request);
+	if (error)
+		refuse(ASK_VIEW, 0, error);
+	else
+		make_view(&request);
+	free(strings);
+}
+
 /* Returns 0 or an errno, with as much of the header as there is. */
 static int parse_message(const char *packet, size_t size, struct header *header)
 {
@@ -1338,6 +2008,8 @@ static int parse_message(const char *packet, size_t size, struct header *header)
 		return 0;
 	case ASK_SIGNAL:
 		return header->size < sizeof(struct to_signal) ? EBADMSG : 0;
+	case ASK_VIEW:
+		return header->size < sizeof(struct view_asked) ? EBADMSG : 0;
 	default:
 		return EOPNOTSUPP;
 	}
@@ -1370,6 +2042,9 @@ static void handle_message(const char *packet, size_t size, const struct receive
 		break;
 	case ASK_LIST:
 		handle_list();
+		break;
+	case ASK_VIEW:
+		handle_view(body, header.size);
 		break;
 	}
 }
@@ -1405,6 +2080,7 @@ static void lose_server(void)
 {
 	for_each_job(unfollow);
 	owes_hello = owes_listed = owes_refusal = false;
+	owe_no_views();
 	unwatch_and_close(&server_fd);
 	watch(EPOLL_CTL_ADD, listener_fd, EPOLLIN, LISTENER_EVENT);
 }
@@ -1543,6 +2219,17 @@ static void protect_oneself(void)
 	prctl(PR_SET_DUMPABLE, 0);
 }
 
+static void prepare_namespaces(void)
+{
+	unsigned i;
+
+	for (i = 0; i < MOST_VIEWS; i++)
+		views[i].fd = views[i].report_fd = -1;
+	own_pid_namespace_fd = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
+	if (own_pid_namespace_fd < 0)
+		die("/proc/self/ns/pid");
+}
+
 static void watch_events(void)
 {
 	epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -1562,6 +2249,9 @@ static void handle_event(const struct epoll_event *event)
 		break;
 	case SIGNAL_EVENT:
 		reap_all();
+		break;
+	case FIRST_VIEW_EVENT ... FIRST_VIEW_EVENT + MOST_VIEWS - 1:
+		take_view(&views[event->data.u64 - FIRST_VIEW_EVENT]);
 		break;
 	default:
 		resolve_start((struct job *)(uintptr_t)event->data.u64);
@@ -1604,6 +2294,7 @@ static int serve(void)
 	if (chdir("/") < 0)
 		die("/");
 	protect_oneself();
+	prepare_namespaces();
 	watch_events();
 	handle_events();
 	return 0;

@@ -141,6 +141,27 @@ def _parse_choices(*choices: str) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def _parse_paths(text: str) -> tuple[Path, ...]:
+    """`/root, /srv/secrets`."""
+    names = _parse_names(text)
+    if not all(name.startswith("/") and "\0" not in name for name in names):
+        raise ValueError("use absolute paths, with commas between")
+    return tuple(Path(os.path.normpath(name)) for name in names)
+
+
+LAST_UID = (1 << 32) - 2
+
+
+def _parse_uids(text: str) -> range | None:
+    """`3000000-3065535`."""
+    if not text:
+        return None
+    match = re.fullmatch(r"([0-9]{1,10})-([0-9]{1,10})", text.strip())
+    if not match or not 0 < int(match[1]) <= int(match[2]) <= LAST_UID:
+        raise ValueError("use FIRST-LAST, such as 3000000-3065535")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
 def _parse_bool(text: str) -> bool:
     answers = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
     if text.lower() not in answers:
@@ -171,7 +192,10 @@ def default_state_dir() -> Path:
         raise SettingError(f"{PREFIX}STATE_DIR", "", problem, "give a folder") from error
 
 
-PROFILES = ("default", "none")
+PROFILES = ("default", "strict", "none")
+
+# Where daemons keep their sockets, and people what is theirs, beside /run.
+HIDDEN = ("/root", "/boot", "/var/log", "/var/spool", "/var/lib/docker", "/var/lib/mysql")
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +292,9 @@ class Settings:
         "",
         _parse_choice(*PROFILES),
         "How a job that asks for nothing else is separated from the machine. default: as an "
-        "unprivileged user, and so that it can gain no other rights. none: a cgroup only, as "
-        "the server's user.",
+        "unprivileged user that can gain no other rights, with processes, /tmp and /dev of its "
+        "own. strict: the same as a user of its own, without a network, all other files "
+        "read-only. none: a cgroup only, as the server's user.",
         shown_default="default for root, else none",
     )
     profiles_allowed: tuple[str, ...] = _setting(
@@ -292,6 +317,35 @@ class Settings:
         _parse_names,
         "The other users that a job may ask for.",
         shown_default="none",
+    )
+    strict_uids: range | None = _setting(
+        "strict_uids",
+        None,
+        _parse_uids,
+        "The numbers of users, FIRST-LAST, of which each job with profile strict gets one for "
+        "itself; nothing else on this machine may use them.",
+        shown_default="none, so that there is no profile strict",
+    )
+    hidden: tuple[Path, ...] = _setting(
+        "hidden",
+        tuple(map(Path, HIDDEN)),
+        _parse_paths,
+        "What confined jobs do not see of this machine's files, beside what is the server's own.",
+        shown_default=",".join(HIDDEN),
+    )
+    tmp_size_bytes: int = _setting(
+        "tmp_size",
+        256 << 20,
+        parse_bytes,
+        "How much a confined job can write into its own /tmp, /var/tmp and /dev/shm together, "
+        "which are memory, and count as the job's. 0: no other limit.",
+        shown_default="256MiB",
+    )
+    tmp_files: int = _setting(
+        "tmp_files",
+        65536,
+        _parse_number(0),
+        "How many files these may hold. 0: no limit.",
     )
     log_max_bytes: int = _setting(
         "log_max_bytes",
@@ -353,11 +407,13 @@ class Settings:
         _parse_choice("debug", "info", "warning", "error"),
         "The least important lines of the server's log, on standard error.",
     )
+    file: Path | None = None  # that some of these come from
 
 
 def options() -> Iterator[tuple[Field[Any], Option]]:
     for each in fields(Settings):
-        yield each, each.metadata["option"]
+        if "option" in each.metadata:
+            yield each, each.metadata["option"]
 
 
 def load(
@@ -394,7 +450,7 @@ def load(
             values[each.name] = option.parse(text)
         except ValueError as error:
             raise SettingError(shown, text, "cannot be used", str(error)) from error
-    return Settings(**values)
+    return Settings(**values, file=file.absolute() if file else None)
 
 
 def _read_file(path: Path) -> dict[str, str]:

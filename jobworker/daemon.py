@@ -20,7 +20,7 @@ from jobworker import __version__
 from jobworker.certs import check_server_files
 from jobworker.config import PROFILES, Settings
 from jobworker.engine.cgroup import CgroupTree
-from jobworker.engine.isolation import Isolation
+from jobworker.engine.isolation import Files, Isolation
 from jobworker.engine.jobinits import Jobinits
 from jobworker.engine.manager import Manager, Policy
 from jobworker.engine.output import Output
@@ -42,6 +42,8 @@ SMALLEST_RESERVE = 200
 LEAST_DISK_RESERVE_BYTES = 1 << 30
 DISK_RESERVE_SHARE = 0.02
 
+SHARED_FOLDERS = {"/", "/etc", "/home", "/opt", "/srv", "/usr", "/var"}
+
 # Calls that wait for a job to end are answered before the server goes.
 ANSWER_SECONDS = 2.0
 
@@ -56,7 +58,7 @@ def main(settings: Settings) -> int:
         clients = Clients(settings.clients, PROFILES)
         lock = _lock_state_folder(settings.state_dir)
         check_server_files(settings.cert_path)
-        jobinits = Jobinits(settings.state_dir, JOBINIT)
+        jobinits = Jobinits(settings.state_dir, JOBINIT, isolation.views)
         # Before grpc is imported: from then on this process has threads, and must not fork.
         jobinits.prepare()
         _raise_open_files_limit()
@@ -107,7 +109,9 @@ async def _serve(
         facts = ServerFacts(__version__, started_ns, str(settings.state_dir))
         server = RpcServer(settings, JobService(manager, facts), clients)
         closing.push_async_callback(server.stop, ANSWER_SECONDS)
-        await manager.recover(await jobinits.connect(manager.on_exit))
+        held = await jobinits.connect(manager.on_exit)
+        await _try_isolation(isolation, jobinits)
+        await manager.recover(held)
         await server.start()
         host = settings.address.rpartition(":")[0]
         log.info("ready: listening on %s:%d", host, server.port)
@@ -206,11 +210,42 @@ def _disk_reserve_bytes(setting: str, disk_bytes: int) -> int:
 
 def _isolation(settings: Settings) -> Isolation:
     isolation = Isolation(
-        settings.profile, settings.profiles_allowed, settings.job_user, settings.users_allowed
+        settings.profile,
+        settings.profiles_allowed,
+        settings.job_user,
+        settings.users_allowed,
+        settings.strict_uids,
+        _files(settings),
     )
     if isolation.problem:
         log.warning("jobs are not separated from the machine: %s", isolation.problem)
     return isolation
+
+
+def _files(settings: Settings) -> Files:
+    """What is the server's own is hidden, or can at least not be changed."""
+    hidden = [settings.state_dir, *settings.hidden, *_private_files(settings.cert_path)]
+    if settings.file:
+        hidden.append(settings.file)
+    code = (Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent)
+    return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), code)
+
+
+def _private_files(folder: Path) -> list[Path]:
+    """All of the certificates' folder, unless jobs cannot do without."""
+    return list(folder.glob("*.pem")) if str(folder.resolve()) in SHARED_FOLDERS else [folder]
+
+
+async def _try_isolation(isolation: Isolation, jobinits: Jobinits) -> None:
+    """That jobs can be confined is seen, and not supposed."""
+    problems = {}
+    for profile, trial in isolation.trials().items():
+        problems[profile] = await jobinits.try_out(trial)
+        if problems[profile]:
+            jobinits.drop_view(trial.view)
+    isolation.take_results(problems)
+    for profile, problem in isolation.problems.items():
+        log.warning("jobs cannot have profile %s: %s", profile, problem)
 
 
 def _maximum_jobs() -> int:

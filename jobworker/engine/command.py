@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from jobworker.engine.user import User
 from jobworker.errors import InvalidRequestError
@@ -16,12 +16,19 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOME_OF_THE_HOMELESS = "/tmp"  # noqa: S108 such as nobody, who could write nothing in `/`
 
 
-def base_environment(job_id: int, user: User) -> dict[str, str]:
+Sees = Callable[[str], bool]  # whether what is at a path here is there for the job too
+
+
+def sees_all(_: str) -> bool:
+    return True
+
+
+def base_environment(job_id: int, user: User, sees: Sees = sees_all) -> dict[str, str]:
     """The variables that every job gets; a request's own are stronger. Nothing of the
     server's environment is among them."""
     return {
         "PATH": PATH,
-        "HOME": user.home if os.path.isdir(user.home) else HOME_OF_THE_HOMELESS,
+        "HOME": user.home if sees(user.home) and os.path.isdir(user.home) else HOME_OF_THE_HOMELESS,
         "USER": user.name,
         "LOGNAME": user.name,
         "SHELL": "/bin/sh",
@@ -30,11 +37,13 @@ def base_environment(job_id: int, user: User) -> dict[str, str]:
     }
 
 
-def check_working_directory(path: str) -> None:
+def check_working_directory(path: str, sees: Sees = sees_all) -> None:
     """Raises InvalidRequestError unless it is a directory that the user of this thread may
-    enter."""
+    enter, and that is there for the job."""
     try:
         mode = os.stat(path).st_mode
+        if not sees(path):
+            raise FileNotFoundError(errno.ENOENT, NOT_SEEN)
     except OSError as error:
         problem = f"{path!r}: {error.strerror}; give a directory that exists on the server"
         raise InvalidRequestError("working_directory", problem) from error
@@ -46,7 +55,12 @@ def check_working_directory(path: str) -> None:
         raise InvalidRequestError("working_directory", problem)
 
 
-def resolve(command: str, environment: Mapping[str, str], working_directory: str) -> str:
+def resolve(
+    command: str,
+    environment: Mapping[str, str],
+    working_directory: str,
+    sees: Sees = sees_all,
+) -> str:
     """The absolute path of the executable that a shell in the job's place would find, with
     the rights of this thread's user.
 
@@ -54,7 +68,7 @@ def resolve(command: str, environment: Mapping[str, str], working_directory: str
     """
     if "/" in command:
         path = os.path.normpath(os.path.join(working_directory, command))
-        number, problem = _problem_with(path)
+        number, problem = _problem_with(path, sees)
         if problem:
             raise InvalidRequestError("command", f"{command!r} {problem}", number)
         return path
@@ -63,7 +77,7 @@ def resolve(command: str, environment: Mapping[str, str], working_directory: str
     best_number, best_problem = errno.ENOENT, ""
     for folder in search.split(":"):
         path = os.path.join(working_directory, folder, command)
-        number, problem = _problem_with(path)
+        number, problem = _problem_with(path, sees)
         if not problem:
             return path
         if problem != NOT_FOUND:
@@ -79,9 +93,11 @@ def resolve(command: str, environment: Mapping[str, str], working_directory: str
 
 
 NOT_FOUND = "does not exist on the server"
+NOT_REGULAR = "is not a regular file"
+NOT_SEEN = "this job's profile does not show it"
 
 
-def _problem_with(path: str) -> tuple[int, str]:
+def _problem_with(path: str, sees: Sees) -> tuple[int, str]:
     """Why this file cannot be executed, as errno and in words; 0 and no word where it can."""
     try:
         mode = os.stat(path).st_mode
@@ -89,10 +105,12 @@ def _problem_with(path: str) -> tuple[int, str]:
         return errno.ENOENT, NOT_FOUND
     except OSError as error:
         return error.errno or errno.EIO, f"cannot be looked at: {error.strerror}"
-    if stat.S_ISDIR(mode):
-        return errno.EISDIR, "is a directory; give the program in it"
+    if not sees(path):
+        return errno.ENOENT, f"is not there for the job: {NOT_SEEN}"
     if not stat.S_ISREG(mode):
-        return errno.EACCES, "is not a regular file"
+        is_directory = stat.S_ISDIR(mode)
+        number = errno.EISDIR if is_directory else errno.EACCES
+        return number, "is a directory; give the program in it" if is_directory else NOT_REGULAR
     if not os.access(path, os.X_OK, effective_ids=True):
         remedy = "use chmod +x, or name its interpreter as the command"
         return errno.EACCES, f"is not executable by its user; {remedy}"

@@ -7,20 +7,64 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobworker.engine.jobinit import Identity
+from jobworker.engine.jobinit import Identity, StartRequest, View
 from jobworker.engine.user import User, find_user, own_user
-from jobworker.errors import InvalidRequestError, SettingError
+from jobworker.errors import InvalidRequestError, ResourceExhaustedError, SettingError
+from jobworker.job import NETWORKS, JobSpec
 
 
 class Profile(enum.StrEnum):
     """How much a job is separated from the machine."""
 
-    DEFAULT = "default"  # an unprivileged user, that can gain no other rights
+    DEFAULT = "default"  # an unprivileged user, that can gain no other rights; namespaces
+    STRICT = "strict"  # the same, with a user of its own, no network, and all else read-only
     NONE = "none"  # a cgroup only, as the server's user: for commands that are trusted
+
+
+VIEW_NUMBERS = {Profile.DEFAULT: 1, Profile.STRICT: 2}
+
+# What each confined job has of its own, or anew: nothing in these is the machine's.
+REPLACED = ("/proc", "/dev", "/run", "/tmp", "/var/tmp")  # noqa: S108
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What confined jobs see of this machine's files, and what they can do with them."""
+
+    tmp_bytes: int = 256 << 20  # of their own; 0: no limit
+    tmp_inodes: int = 65536  # 0: no limit
+    hidden: tuple[Path, ...] = ()
+    read_only: tuple[Path, ...] = ()
+
+    def view(self, profile: Profile) -> View:
+        hidden = _outermost(self.hidden)
+        return View(
+            number=VIEW_NUMBERS[profile],
+            tmp_bytes=self.tmp_bytes,
+            tmp_inodes=self.tmp_inodes,
+            hidden=hidden,
+            read_only=tuple(
+                path for path in _outermost(self.read_only) if not _is_in_any(path, hidden)
+            ),
+            is_read_only=profile is Profile.STRICT,
+        )
+
+
+def _outermost(paths: Iterable[Path]) -> tuple[str, ...]:
+    """Without what is not there for a confined job anyhow; symbolic links followed."""
+    found: list[str] = []
+    for path in sorted({os.path.realpath(path) for path in paths}):
+        if not _is_in_any(path, (*REPLACED, *found)):
+            found.append(path)
+    return tuple(found)
+
+
+def _is_in_any(path: str, folders: Iterable[str]) -> bool:
+    return any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +73,8 @@ class Confinement:
 
     profile: Profile
     user: User
+    network: str = "host"
+    view: View | None = None  # None: this machine's files as they are
 
     @property
     def identity(self) -> Identity | None:
@@ -40,6 +86,15 @@ class Confinement:
     def is_confined(self) -> bool:
         return self.profile is not Profile.NONE
 
+    def sees(self, path: str) -> bool:
+        """Whether what this process finds at a path is what the job would find there."""
+        if self.view is None:
+            return True
+        real = os.path.realpath(path)
+        if real in REPLACED:  # another one is there
+            return True
+        return not _is_in_any(real, (*REPLACED, *self.view.hidden)) or real.startswith("/dev/")
+
 
 class Isolation:
     """What the configuration says about it, on this machine."""
@@ -50,6 +105,8 @@ class Isolation:
         profiles_allowed: Iterable[str] = (),
         job_user: str = "nobody",
         users_allowed: Iterable[str] = (),
+        strict_uids: range | None = None,
+        files: Files = Files(),
     ) -> None:
         """profile: of a job that asks for none; empty: the default one, where this process has
         the rights that it takes. The others: what a job may ask for.
@@ -58,11 +115,21 @@ class Isolation:
         this process has not the rights that a profile takes.
         """
         self.problem = _problem()
+        self.problems: dict[Profile, str] = {}  # of those that were to be allowed, and cannot be
         self.profile = Profile(profile) if profile else self._best()
         self.own_user = own_user()
         if self.profile is not Profile.NONE and self.problem:
             raise SettingError("JOB_WORKER_PROFILE", profile, self.problem, NONE_OR_ROOT)
         self.profiles = {self.profile, *self._usable(map(Profile, profiles_allowed))}
+        self._strict_uids = strict_uids
+        if Profile.STRICT in self.profiles and strict_uids is None:
+            problem = "none are set, but profile strict takes them"
+            raise SettingError("JOB_WORKER_STRICT_UIDS", "", problem, "give FIRST-LAST")
+        self._uids_in_use: set[int] = set()
+        self._last_uid = 0
+        self._views = {
+            profile: files.view(profile) for profile in self.profiles if profile in VIEW_NUMBERS
+        }
         self.job_user = self.own_user
         if not self.problem:
             self.job_user = _job_user(job_user)
@@ -73,10 +140,53 @@ class Isolation:
         """Those that a job may ask for."""
         return list(self._users)
 
-    def choose(self, profile_name: str, user_name: str) -> Confinement:
-        """For a job that asks for these; empty: for none. Raises InvalidRequestError where it
-        may not have them."""
+    @property
+    def views(self) -> list[View]:
+        return list(self._views.values())
+
+    def trials(self) -> dict[Profile, StartRequest]:
+        """A job for each profile that confines, which shows whether this machine lets it."""
+        return {
+            profile: StartRequest(
+                job_id=0,
+                executable="/bin/true",
+                argv=("true",),
+                environment={},
+                working_directory="/",
+                cgroup=None,
+                merge_output=True,
+                identity=self._confinement(profile, self._trial_user(profile), "").identity,
+                is_confined=True,
+                view=view.number,
+                has_network=profile is not Profile.STRICT,
+            )
+            for profile, view in self._views.items()
+        }
+
+    def take_results(self, problems: Mapping[Profile, str]) -> None:
+        """Of the trials; empty: none. Raises SettingError where the server's own profile cannot
+        be had: jobs that count on it must not run without."""
+        problem = problems.get(self.profile)
+        if problem:
+            raise SettingError("JOB_WORKER_PROFILE", self.profile, problem, NONE_OR_ROOT)
+        self.problems = {profile: problem for profile, problem in problems.items() if problem}
+        self.profiles -= set(self.problems)
+
+    def _trial_user(self, profile: Profile) -> User:
+        if profile is Profile.STRICT and self._strict_uids:
+            return find_user(str(self._strict_uids[0]))
+        return self.job_user
+
+    def choose(self, profile_name: str, user_name: str, network: str = "") -> Confinement:
+        """For a job that asks for these; empty: for none. Of profile strict the user is only
+        one of its kind, until `assign`. Raises InvalidRequestError where it may not have them."""
         profile = self._choose_profile(profile_name)
+        self._check_network(profile, network)
+        if profile is Profile.STRICT:
+            if user_name:
+                problem = "profile strict gives each job one of its own; leave it out"
+                raise InvalidRequestError("user", problem)
+            return self._confinement(profile, self._trial_user(profile), network)
         default = self.own_user if profile is Profile.NONE else self.job_user
         user = self._choose_user(user_name, default)
         if user.uid == 0 and profile is not Profile.NONE:
@@ -85,7 +195,56 @@ class Isolation:
         if user.uid != os.geteuid() and os.geteuid() != 0:
             problem = "the server is not root, so its jobs run as its own user only; leave it out"
             raise InvalidRequestError("user", problem)
-        return Confinement(profile, user)
+        return self._confinement(profile, user, network)
+
+    def _confinement(self, profile: Profile, user: User, network: str) -> Confinement:
+        default_network = "none" if profile is Profile.STRICT else "host"
+        return Confinement(profile, user, network or default_network, self._views.get(profile))
+
+    def _check_network(self, profile: Profile, network: str) -> None:
+        if network and network not in NETWORKS:
+            problem = f"{network!r} is not known; use {_alternatives(NETWORKS)}"
+            raise InvalidRequestError("network", problem)
+        if network == "none" and profile is Profile.NONE:
+            problem = "profile none separates a job from nothing; choose another, or leave it out"
+            raise InvalidRequestError("network", problem)
+        if network == "host" and profile is Profile.STRICT:
+            raise InvalidRequestError("network", "profile strict has none; leave it out")
+
+    # Users of profile strict
+
+    def assign(self, confinement: Confinement) -> Confinement:
+        """With a user of the job's own, in profile strict: one that no job has that was told to
+        `hold`. Raises ResourceExhaustedError."""
+        if confinement.profile is not Profile.STRICT:
+            return confinement
+        assert self._strict_uids is not None
+        if len(self._uids_in_use) >= len(self._strict_uids):
+            problem = f"all {len(self._strict_uids)} users of JOB_WORKER_STRICT_UIDS are in use"
+            raise ResourceExhaustedError(f"{problem}; wait for a job to end, or give more of them")
+        # Not the one that has just become free: what it owned may still be going.
+        uid = max(self._last_uid + 1, self._strict_uids.start)
+        while uid in self._uids_in_use or uid not in self._strict_uids:
+            uid = uid + 1 if uid in self._strict_uids else self._strict_uids.start
+        self._last_uid = uid
+        return replace(confinement, user=find_user(str(uid)))
+
+    def resume(self, spec: JobSpec) -> Confinement:
+        """That of a job that was given one before. Raises InvalidRequestError."""
+        if spec.profile != Profile.STRICT:
+            return self.choose(spec.profile, spec.user, spec.network)
+        confinement = self.choose(spec.profile, "", spec.network)
+        return replace(confinement, user=find_user(spec.user))
+
+    def hold(self, spec: JobSpec) -> None:
+        """The job lives; its user is given to no other one."""
+        if spec.profile == Profile.STRICT and spec.user.isdigit():
+            self._uids_in_use.add(int(spec.user))
+
+    def release(self, spec: JobSpec) -> None:
+        """All of the job is gone."""
+        if spec.profile == Profile.STRICT and spec.user.isdigit():
+            self._uids_in_use.discard(int(spec.user))
 
     def _choose_profile(self, name: str) -> Profile:
         if not name:
@@ -117,6 +276,7 @@ CAPABILITIES = {
     6: "CAP_SETGID",
     7: "CAP_SETUID",
     8: "CAP_SETPCAP",
+    18: "CAP_SYS_CHROOT",
     21: "CAP_SYS_ADMIN",
 }
 SECCOMP = "/proc/sys/kernel/seccomp/actions_avail"

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 MAGIC = 0x54494E4A
 PROTOCOL_VERSION = 2
 CONNECT_SECONDS = 10.0
+VIEW_SECONDS = 30.0  # to make one: a look at each of its paths
 ASK_AGAIN_SECONDS = 0.1  # where this process had no descriptor left
 LISTENER_FD = 3
 
@@ -43,6 +44,7 @@ class Ask(enum.IntEnum):
     SIGNAL = 2
     ACKNOWLEDGE = 3
     LIST = 4
+    VIEW = 5
 
 
 class Tell(enum.IntEnum):
@@ -55,11 +57,14 @@ class Tell(enum.IntEnum):
     EXITED = 105
     LISTED = 106
     REFUSED = 107
+    VIEW = 108
 
 
 HEADER = struct.Struct("=HHIQ")  # type, number of descriptors, size of the body, job id
-# flags, arguments, variables, groups, uid, gid, limits; then the groups, then the strings
-START_BODY = struct.Struct("=IIIIIII")
+# flags, arguments, variables, groups, uid, gid, limits, view; then the groups, then the strings
+START_BODY = struct.Struct("=IIIIIIII")
+# number, flags, bytes and inodes of /tmp, paths that are hidden, read-only; then the paths
+VIEW_BODY = struct.Struct("=IIQIII4x")
 SIGNAL_BODY = struct.Struct("=ii")  # number, -
 # A later jobinit may append to these: what is behind them is ignored.
 HELLO_BODY = struct.Struct("=IIi4x")  # magic, version, pid
@@ -67,8 +72,10 @@ STARTED_BODY = struct.Struct("=iIQ")  # pid, which descriptors, started_ns
 FAILED_BODY = struct.Struct("=IiiIQ")  # step, errno, wait status, which limit, ended_ns
 EXITED_BODY = struct.Struct("=i4xQQQQ")  # wait status, ended_ns, user µs, system µs, RSS in KiB
 REFUSED_BODY = struct.Struct("=Ii")  # type of the message, errno
+VIEW_TOLD_BODY = struct.Struct("=Ii")  # number, errno; then which step of it failed
 
-MERGE_OUTPUT, HAS_INPUT, SET_USER, CONFINED, MAKE_CGROUP = 1, 2, 4, 8, 16
+MERGE_OUTPUT, HAS_INPUT, SET_USER, CONFINED, MAKE_CGROUP, NO_NETWORK = 1, 2, 4, 8, 16, 32
+READ_ONLY_ROOT = 1
 HAS_PIDFD, HAS_STDOUT, HAS_STDERR = 1, 2, 4
 
 SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -87,6 +94,13 @@ STEPS = {
     11: "working directory",
     12: "system call filter",
     13: "exec",
+    14: "process namespace",
+    15: "network",
+    16: "view of the machine",
+    17: "/proc",
+    18: "/tmp",  # noqa: S108
+    19: "terminals",
+    20: "view of the cgroup",
 }
 
 
@@ -115,6 +129,20 @@ class StartRequest:
     stdin: bytes = b""
     identity: Identity | None = None  # None: as jobinit itself
     is_confined: bool = False  # it can gain no rights that its user has not
+    view: int = 0  # the number of a View that has been made; 0: the machine's files as they are
+    has_network: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What confined jobs see of the machine's files; jobinit.c tells what that is, beside this."""
+
+    number: int  # 1 to 8
+    tmp_bytes: int  # of /tmp, /var/tmp and /dev/shm together, which each job has of its own
+    tmp_inodes: int  # files in these
+    hidden: tuple[str, ...] = ()  # paths; each may be absent
+    read_only: tuple[str, ...] = ()  # the same
+    is_read_only: bool = False  # all but what each job has of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +275,7 @@ class Jobinit:
         self._loop = asyncio.get_running_loop()
         self._greeted = self._loop.create_future()
         self._starting: dict[int, tuple[StartRequest, asyncio.Future[Started]]] = {}
+        self._viewing: dict[int, asyncio.Future[None]] = {}
         self._adopting: asyncio.Future[list[Held]] | None = None
         self._held: dict[int, Held] = {}  # what came so far, while adopting
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()  # packet, and memfds
@@ -297,6 +326,27 @@ class Jobinit:
         self._starting[request.job_id] = (request, future)
         self._send(Ask.START, request.job_id, b"" if is_long else body, memfds)
         return await future
+
+    async def make_view(self, view: View) -> None:
+        """Afterwards jobs can be started with it. One of the same number is replaced; jobs that
+        have a copy of it keep that. Raises JobinitError, which says what could not be done."""
+        self._require_connection()
+        paths = [*view.hidden, *view.read_only]
+        body = VIEW_BODY.pack(
+            view.number,
+            READ_ONLY_ROOT * view.is_read_only,
+            view.tmp_bytes,
+            view.tmp_inodes,
+            len(view.hidden),
+            len(view.read_only),
+        )
+        future = self._viewing[view.number] = self._loop.create_future()
+        self._send(Ask.VIEW, 0, body + b"".join(os.fsencode(path) + b"\0" for path in paths))
+        try:
+            async with asyncio.timeout(VIEW_SECONDS):
+                await future
+        except TimeoutError as error:
+            raise JobinitError("the machine's file systems do not answer") from error
 
     def signal(self, job_id: int, number: int) -> None:
         """To the main process of a job and its process group; to what is left of the group
@@ -368,9 +418,12 @@ class Jobinit:
     def _receive(self) -> None:
         try:
             packet, descriptors, flags = _receive_packet(self._socket)
-        except (BlockingIOError, ConnectionResetError):
-            # A reset comes once, and before what jobinit has said last (it ended without
-            # reading all from us).
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            # It comes once, and before what jobinit has said last (it ended without reading
+            # all from us). uvloop tells nothing more of a socket that had an error.
+            self._loop.call_soon(self._receive_to_end)
             return
         except OSError as error:
             self._lose(f"cannot receive from jobinit: {error.strerror}")
@@ -382,6 +435,10 @@ class Jobinit:
             self._lose("a message of jobinit was cut off: this process has no descriptor left")
         else:
             self._take_packet(packet, descriptors, is_cut=bool(flags & socket.MSG_CTRUNC))
+
+    def _receive_to_end(self) -> None:
+        while self._socket.fileno() >= 0:
+            self._receive()
 
     def _take_packet(self, packet: bytes, descriptors: list[int], *, is_cut: bool) -> None:
         """is_cut: this process had no room for some of the descriptors, nobody knows which."""
@@ -419,6 +476,8 @@ class Jobinit:
             self._take_listed()
         elif kind == Tell.REFUSED:
             self._take_refused(job_id, body)
+        elif kind == Tell.VIEW:
+            self._take_view(body)
         # Anything else is of a later jobinit, for servers that know it.
 
     def _take_hello(self, body: bytes) -> None:
@@ -476,6 +535,26 @@ class Jobinit:
         if future and not future.done():
             future.set_exception(JobinitError(message))
 
+        if kind == Ask.VIEW:
+            self._fail_views(JobinitError(message))
+
+    def _take_view(self, body: bytes) -> None:
+        view_number, number = VIEW_TOLD_BODY.unpack_from(body)
+        future = self._viewing.pop(view_number, None)
+        if future is None or future.done():
+            return
+        if number == 0:
+            future.set_result(None)
+        else:
+            step = os.fsdecode(body[VIEW_TOLD_BODY.size :])
+            future.set_exception(JobinitError(f"{step}: {os.strerror(number)}"))
+
+    def _fail_views(self, error: JobinitError) -> None:
+        for future in self._viewing.values():
+            if not future.done():
+                future.set_exception(error)
+        self._viewing.clear()
+
     # The end
 
     def _lose(self, problem: str) -> None:
@@ -499,6 +578,7 @@ class Jobinit:
             if future and not future.done():
                 future.set_exception(error)
         self._starting.clear()
+        self._fail_views(error)
         self._drop_held()
 
 
@@ -511,9 +591,9 @@ def _encode_start(request: StartRequest) -> bytes:
     who = request.identity or Identity(0, 0, ())
     flags = MERGE_OUTPUT * request.merge_output | HAS_INPUT * bool(request.stdin)
     flags |= SET_USER * bool(request.identity) | CONFINED * request.is_confined
-    flags |= MAKE_CGROUP * request.makes_cgroup
+    flags |= MAKE_CGROUP * request.makes_cgroup | NO_NETWORK * (not request.has_network)
     counts = (len(request.argv), len(variables), len(who.groups))
-    head = START_BODY.pack(flags, *counts, who.uid, who.gid, len(request.limits))
+    head = START_BODY.pack(flags, *counts, who.uid, who.gid, len(request.limits), request.view)
     head += struct.pack(f"={len(who.groups)}I", *who.groups)
     return head + os.fsencode("\0".join(strings)) + b"\0"
 

@@ -21,8 +21,8 @@ import resource
 import signal
 import struct
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
 
@@ -33,16 +33,20 @@ from jobworker.engine.jobinit import (
     Jobinit,
     Started,
     StartRequest,
+    View,
     dial,
     listen,
     spawn,
 )
-from jobworker.errors import JobinitError, JobWorkerError
+from jobworker.errors import JobinitError, JobWorkerError, StartFailedError
 
 log = logging.getLogger(__name__)
 
 RESPAWN_SECONDS = 1.0  # between two, where each dies at once
 GONE_SECONDS = 1.0  # what one that has closed its connection may take to be gone
+
+TRIAL_ID = 0  # no job has it
+TRIAL_SECONDS = 30.0
 
 PR_SET_CHILD_SUBREAPER = 36
 # Of linux/pidfd.h, since Linux 6.15: struct pidfd_info as it first was, 64 bytes.
@@ -78,8 +82,11 @@ class _Hold:
 class Jobinits:
     """From `prepare`, which belongs before the import of grpc, by `connect` to `close`."""
 
-    def __init__(self, folder: Path, binary: Path) -> None:
-        """folder: for the sockets. binary: the program of our version."""
+    def __init__(self, folder: Path, binary: Path, views: Iterable[View] = ()) -> None:
+        """folder: for the sockets. binary: the program of our version. views: that jobs are to
+        be started with."""
+        self._views = tuple(views)
+        self._trial: asyncio.Future[None] | None = None
         self._folder = folder
         self._binary = binary
         self._path = folder / f"jobinit-{PROTOCOL_VERSION}.sock"
@@ -126,8 +133,52 @@ class Jobinits:
             for each in await jobinit.adopt():
                 self._hold(jobinit, each.job_id, each.started)
                 self._holds[each.job_id].is_ended = each.ending is not None
-                held.append(each)
+                if each.job_id == TRIAL_ID:
+                    await self._end_trial(each.started)
+                else:
+                    held.append(each)
         return held
+
+    async def try_out(self, request: StartRequest) -> str:
+        """Why no job can be started so, all but its exec; empty where one can. Needs no command
+        that exists."""
+        self._trial = self._loop.create_future()
+        started = None
+        try:
+            async with asyncio.timeout(TRIAL_SECONDS):
+                await self._make_view(await self._our_jobinit(), request.view)
+                started = await self.start(replace(request, job_id=TRIAL_ID))
+        except StartFailedError as error:
+            self._holds[TRIAL_ID].is_ended = True
+            return "" if error.step == "exec" else str(error)
+        except (JobinitError, OSError) as error:
+            return str(error) or "a job that was to try it did not start in time"
+        finally:
+            await self._end_trial(started)
+        return ""
+
+    def drop_view(self, number: int) -> None:
+        """No job is to be started with it."""
+        self._views = tuple(view for view in self._views if view.number != number)
+
+    async def _end_trial(self, started: Started | None) -> None:
+        """Also one that an earlier server has left."""
+        if started:
+            started.close_pipes()
+        hold = self._holds.get(TRIAL_ID)
+        if hold and not hold.is_ended:
+            self._trial = self._trial or self._loop.create_future()
+            self.signal(TRIAL_ID, signal.SIGKILL)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TRIAL_SECONDS):
+                    await self._trial
+        self.acknowledge(TRIAL_ID)
+        self._trial = None
+
+    async def _make_view(self, jobinit: Jobinit, number: int) -> None:
+        for view in self._views:
+            if view.number == number:
+                await jobinit.make_view(view)
 
     async def _greet_found(self, path: Path) -> Jobinit | None:
         """One that was just about to end when it was dialled, as it held no job, says nothing
@@ -232,14 +283,18 @@ class Jobinits:
 
     def _on_exited(self, exited: Exited | OrphanExited) -> None:
         hold = self._holds.get(exited.job_id)
-        if hold and not hold.is_ended:
-            hold.is_ended = True
+        if hold is None or hold.is_ended:
+            return
+        hold.is_ended = True
+        if exited.job_id != TRIAL_ID:
             self._on_exit(exited)
+        elif self._trial and not self._trial.done():
+            self._trial.set_result(None)
 
     # Where one has died
 
     def _on_lost(self, jobinit: Jobinit) -> None:
-        if self._is_closing:
+        if self._is_closing or jobinit not in self._all:
             return
         self._all.remove(jobinit)
         bereaved = [job_id for job_id, hold in self._holds.items() if hold.jobinit is jobinit]
@@ -286,6 +341,14 @@ class Jobinits:
                 jobinit = await self._greet(self._dialled.pop(self._path))
             except (JobWorkerError, OSError) as error:
                 log.critical("no new jobinit, so no job can be started: %s", error)
+                continue
+            try:
+                for view in self._views:
+                    await jobinit.make_view(view)
+            except JobinitError as error:
+                log.critical("the new jobinit cannot start jobs: %s", error)
+                await jobinit.close()
+                self._all.remove(jobinit)
                 continue
             log.warning("a new jobinit starts jobs")
             self._current.set_result(jobinit)

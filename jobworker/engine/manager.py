@@ -432,7 +432,7 @@ class Manager:
     async def _start_again(self, live: _LiveJob) -> None:
         spec = live.job.spec
         try:
-            confinement = self.isolation.choose(spec.profile, spec.user)
+            confinement = self.isolation.resume(spec)
             request = self._start_request(live, spec.command, confinement)
             started = await self._jobinits.start(request)
             live.cgroup = self.cgroups.find(live.job.id)
@@ -526,17 +526,19 @@ class Manager:
     async def _create(self, request: JobSpec, stdin: bytes, client: Caller) -> Job:
         limits = self._limits_in_force(request.limits)
         self._ledger(client.name).check(client.quota, limits)
-        confinement = self.isolation.choose(request.profile, request.user)
+        confinement = self.isolation.choose(request.profile, request.user, request.network)
         _check_choice(client, request, confinement)
         path, limit_files = await asyncio.to_thread(
             self._check_on_machine, request, limits, confinement
         )
+        confinement = self.isolation.assign(confinement)
         spec = replace(
             request,
             command=path,
             limits=limits,
             user=confinement.user.name,
             profile=confinement.profile,
+            network=confinement.network,
             log_max_bytes=self.policy.log_max_bytes,
             log_policy=self.policy.log_policy,
         )
@@ -572,10 +574,12 @@ class Manager:
         live = _LiveJob(job, self._loop.create_future(), self._loop.create_future())
         self._live[job.id] = live
         self._ledger(job.owner).open(job)
+        self.isolation.hold(job.spec)
         return live
 
     def _drop(self, live: _LiveJob) -> None:
         del self._live[live.job.id]
+        self.isolation.release(live.job.spec)
         ledger = self._ledger(live.job.owner)
         ledger.close(live.job)
         if ledger.is_idle(self._loop.time()):
@@ -613,8 +617,13 @@ class Manager:
         self.cgroups.check(request.limits, request.working_directory)
         limit_files = self.cgroups.limit_files(limits, request.working_directory)
         with file_rights_of(confinement.user):
-            check_working_directory(request.working_directory)
-            path = resolve(request.command, request.environment, request.working_directory)
+            check_working_directory(request.working_directory, confinement.sees)
+            path = resolve(
+                request.command,
+                request.environment,
+                request.working_directory,
+                confinement.sees,
+            )
         return path, limit_files
 
     def _start_request(
@@ -631,7 +640,8 @@ class Manager:
             job_id=job.id,
             executable=spec.command,
             argv=(argv0, *spec.args),
-            environment=base_environment(job.id, confinement.user) | dict(spec.environment),
+            environment=base_environment(job.id, confinement.user, confinement.sees)
+            | dict(spec.environment),
             working_directory=spec.working_directory,
             cgroup=str(cgroup.path) if cgroup else None,
             makes_cgroup=cgroup is not None,
@@ -640,6 +650,8 @@ class Manager:
             stdin=stdin,
             identity=confinement.identity,
             is_confined=confinement.is_confined,
+            view=confinement.view.number if confinement.view else 0,
+            has_network=confinement.network != "none",
         )
 
     def _started(self, live: _LiveJob, started: Started) -> None:

@@ -42,7 +42,7 @@ class EmptyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class CreateJobReq(_message.Message):
-    __slots__ = ("command", "args", "maxCPU", "maxMemory", "maxIOBPS", "environment", "working_directory", "name", "merge_output", "stdin", "timeout_milliseconds", "user", "profile")
+    __slots__ = ("command", "args", "maxCPU", "maxMemory", "maxIOBPS", "environment", "working_directory", "name", "merge_output", "stdin", "timeout_milliseconds", "user", "profile", "network")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,7 @@ class CreateJobReq(_message.Message):
     TIMEOUT_MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_FIELD_NUMBER: _ClassVar[int]
     command: str
     args: _containers.RepeatedScalarFieldContainer[str]
     maxCPU: int
@@ -76,7 +77,8 @@ class CreateJobReq(_message.Message):
     timeout_milliseconds: int
     user: str
     profile: str
-    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., name: _Optional[str] = ..., merge_output: _Optional[bool] = ..., stdin: _Optional[bytes] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ...) -> None: ...
+    network: str
+    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., name: _Optional[str] = ..., merge_output: _Optional[bool] = ..., stdin: _Optional[bytes] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ..., network: _Optional[str] = ...) -> None: ...
 
 class CreateJobsReq(_message.Message):
     __slots__ = ("jobs",)
@@ -140,7 +142,7 @@ class StopJobRes(_message.Message):
     def __init__(self, id: _Optional[str] = ..., status: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain", "max_pids", "timeout_milliseconds", "user", "profile", "lost_bytes", "output_problem", "created_by", "stopped_by", "environment_withheld")
+    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain", "max_pids", "timeout_milliseconds", "user", "profile", "network", "lost_bytes", "output_problem", "created_by", "stopped_by", "environment_withheld")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +180,7 @@ class Job(_message.Message):
     TIMEOUT_MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_FIELD_NUMBER: _ClassVar[int]
     LOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     CREATED_BY_FIELD_NUMBER: _ClassVar[int]
@@ -213,12 +216,13 @@ class Job(_message.Message):
     timeout_milliseconds: int
     user: str
     profile: str
+    network: str
     lost_bytes: int
     output_problem: str
     created_by: Principal
     stopped_by: Principal
     environment_withheld: bool
-    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ..., max_pids: _Optional[int] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ..., lost_bytes: _Optional[int] = ..., output_problem: _Optional[str] = ..., created_by: _Optional[_Union[Principal, _Mapping]] = ..., stopped_by: _Optional[_Union[Principal, _Mapping]] = ..., environment_withheld: _Optional[bool] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ..., max_pids: _Optional[int] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ..., network: _Optional[str] = ..., lost_bytes: _Optional[int] = ..., output_problem: _Optional[str] = ..., created_by: _Optional[_Union[Principal, _Mapping]] = ..., stopped_by: _Optional[_Union[Principal, _Mapping]] = ..., environment_withheld: _Optional[bool] = ...) -> None: ...
 
 class Principal(_message.Message):
     __slots__ = ("name", "role", "serial")

@@ -78,6 +78,7 @@ def spec_from(request: pb.CreateJobReq) -> JobSpec:
         timeout_ms=request.timeout_milliseconds,
         user=request.user,
         profile=request.profile,
+        network=request.network,
     )
 
 
@@ -127,6 +128,7 @@ def job_to(job: Job, *, shows_environment: bool = True) -> pb.Job:
         timeout_milliseconds=spec.timeout_ms,
         user=spec.user,
         profile=spec.profile,
+        network=spec.network,
         lost_bytes=job.lost_bytes,
         output_problem=job.output_problem,
         created_by=_principal_to(job.created_by),

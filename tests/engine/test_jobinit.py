@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -47,8 +48,8 @@ from jobworker.errors import JobinitError, StartFailedError, StartupError, State
 SOURCE = Path(__file__).parents[2] / "jobinit.c"
 DEADLINE_SECONDS = 30
 PIPE_BYTES = 64 << 10
-# Of a jobinit without jobs: stdio, listener, connection, epoll, signals.
-IDLE_DESCRIPTORS = 7
+# Of a jobinit without jobs: stdio, listener, connection, epoll, signals, its namespace.
+IDLE_DESCRIPTORS = 8
 
 sees_descriptors = pytest.mark.skipif(
     os.geteuid() != 0, reason="jobinit shows its descriptors to root only"
@@ -1281,6 +1282,25 @@ def test_nothing_is_lost_when_the_server_reads_late(launcher: Launcher) -> None:
     assert launcher.wait_end(pid) == 0
 
 
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_one_that_dies_before_it_has_read_all_is_missed(run: Callable[..., None]) -> None:
+    """The kernel then tells first that what was sent is lost; uvloop tells that once."""
+
+    async def scenario() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        hello = struct.pack("=IIii", 0x54494E4A, jobinit.PROTOCOL_VERSION, 1, 0)
+        theirs.send(_packet(Tell.HELLO, 0, hello))
+        lost = asyncio.Event()
+        connection = await Jobinit.greet(ours, lambda _: None, lost.set)
+        connection.signal(1, signal.SIGTERM)
+        theirs.close()
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await lost.wait()
+
+    run(scenario())
+
+
 # What makes no sense
 
 
@@ -1305,7 +1325,7 @@ def _start_body(
 ) -> bytes:
     strings = [argv[0], "/", "", *argv]
     counts = (len(argv) if arguments < 0 else arguments, variables, groups)
-    head = struct.pack("=IIIIIII", flags, *counts, 65534, 65534, 0)
+    head = struct.pack("=IIIIIIII", flags, *counts, 65534, 65534, 0, 0)
     return head + "".join(string + "\0" for string in strings).encode()
 
 
@@ -1412,10 +1432,12 @@ def _memfd(data: bytes) -> int:
 
 # Starts whose strings name no program, and no cgroup that could be made: random ones might.
 START_BODIES = st.builds(
-    lambda flags, arguments, variables, groups, limits, strings: (
-        struct.pack("=IIIIIII", flags, arguments, variables, groups, 65534, 65534, limits) + strings
+    lambda flags, arguments, variables, groups, limits, view, strings: (
+        struct.pack("=IIIIIIII", flags, arguments, variables, groups, 65534, 65534, limits, view)
+        + strings
     ),
-    st.integers(0, 31) | st.integers(0, 2**32 - 1),
+    st.integers(0, 63) | st.integers(0, 2**32 - 1),
+    st.integers(0, 1) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
