@@ -407,7 +407,7 @@ class Settings:
         _parse_choice("debug", "info", "warning", "error"),
         "The least important lines of the server's log, on standard error.",
     )
-    file: Path | None = None  # that some of these come from
+    file: Path | None = field(default=None, compare=False)  # that some of these come from
 
 
 def options() -> Iterator[tuple[Field[Any], Option]]:

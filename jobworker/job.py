@@ -78,10 +78,10 @@ class JobSpec:
     timeout_ms: int = 0  # from its start on; 0: none
     user: str = ""  # as asked for in a request, by name in a job
     profile: str = ""  # the same
-    network: str = ""  # the same; one of NETWORKS
     # Of its output; what reading the output takes, whatever the setting says by then.
     log_max_bytes: int = 0  # with the index; 0: no limit
     log_policy: LogPolicy = LogPolicy.RING
+    network: str = ""  # as asked for in a request, one of NETWORKS in a job; empty: host
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,10 @@ VALUES: dict[str, tuple[str, Any]] = {
     "profiles_allowed": ("none, default", ("none", "default")),
     "job_user": ("daemon", "daemon"),
     "users_allowed": ("daemon,www-data", ("daemon", "www-data")),
+    "strict_uids": ("3000000-3065535", range(3000000, 3065536)),
+    "hidden": ("/srv/secret, /opt//own/", (Path("/srv/secret"), Path("/opt/own"))),
+    "tmp_size": ("1GiB", 1 << 30),
+    "tmp_files": ("1000", 1000),
     "log_max_bytes": ("10M", 10 << 20),
     "log_policy": ("head", "head"),
     "keep_jobs": ("1000", 1000),
@@ -296,7 +300,8 @@ def test_the_table_has_every_setting() -> None:
 def test_the_default_that_is_shown_is_the_default() -> None:
     for field, option in options():
         # Those depend on the user, and on this one `none` is no value.
-        if option.name not in {"clients", "state_dir", "profile", "users_allowed"}:
+        names = {"clients", "state_dir", "profile", "users_allowed", "strict_uids"}
+        if option.name not in names:
             assert option.parse(option.shown_default) == getattr(Settings(), field.name)
 
 
