@@ -135,7 +135,7 @@ enum step {
 	STEP_FORK = 1, STEP_DESCRIPTORS, STEP_CGROUP, STEP_SESSION, STEP_OPEN_FILES_LIMIT,
 	STEP_OOM_SCORE, STEP_NAMESPACES, STEP_LIMITS, STEP_PRIVILEGES, STEP_USER, STEP_DIRECTORY,
 	STEP_CALL_FILTER, STEP_EXEC, STEP_PID_NAMESPACE, STEP_NETWORK, STEP_VIEW, STEP_PROC,
-	STEP_TMP, STEP_TERMINALS, STEP_CGROUP_VIEW,
+	STEP_TMP, STEP_TERMINALS,
 };
 
 enum {
@@ -744,8 +744,6 @@ static void enter_namespaces(const struct request *request)
 
 	if (request->view) {
 		kinds |= CLONE_NEWNS;
-		if (*request->cgroup && chmod(request->cgroup, 0755) < 0)
-			errno = 0; /* then it cannot look up its limits */
 		must(setns(VIEW_FD, CLONE_NEWNS) == 0, STEP_VIEW);
 		close(VIEW_FD);
 	}
@@ -782,8 +780,8 @@ static bool bind_mount(const char *from, const char *to)
 	return mount(from, to, NULL, MS_BIND, NULL) == 0;
 }
 
-/* Shows the job's own processes only. Its files of the whole machine are of no use to a job that
- * is not root; should it ever become that, they are no way out. */
+/* Shows the job's own processes only. Of the files in it that are the machine's, some tell what
+ * is no job's business; the rest would be a way out, should a job ever become root. */
 static bool mount_proc(void)
 {
 	static const unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
@@ -791,8 +789,7 @@ static bool mount_proc(void)
 		"/proc/sys", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/sysrq-trigger", NULL,
 	};
 	static const char *const hidden_files[] = {
-		"/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/timer_list",
-		"/proc/sched_debug", "/proc/latency_stats", "/proc/kmsg", NULL,
+		"/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/timer_list", NULL,
 	};
 	static const char *const hidden_folders[] = {"/proc/acpi", "/proc/scsi", NULL};
 	const char *const *path;
@@ -830,18 +827,11 @@ static bool mount_terminals(void)
 		     "newinstance,ptmxmode=0666,mode=0620") == 0;
 }
 
-/* All that it may know of cgroups, read-only as what it is a part of. */
-static bool show_cgroup(const char *cgroup)
-{
-	return !*cgroup || bind_mount(cgroup, "/sys/fs/cgroup") || is_absent();
-}
-
 static void complete_view(const struct request *request)
 {
 	must(mount_proc(), STEP_PROC);
 	must(mount_tmp(request->view->tmp_options), STEP_TMP);
 	must(mount_terminals(), STEP_TERMINALS);
-	must(show_cgroup(request->cgroup), STEP_CGROUP_VIEW);
 }
 
 /* Nothing of a job's that crashes is written anywhere, and it cannot come before others by a

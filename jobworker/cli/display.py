@@ -215,6 +215,7 @@ def job_as_json(job: Job) -> dict[str, Any]:
         "stopped_by": asdict(job.stopped_by) if job.stopped_by else None,
         "user": spec.user or None,
         "profile": spec.profile or None,
+        "network": spec.network or None,
         "limits": asdict(spec.limits),
         "created": json_time(job.created_ns),
         "started": json_time(job.started_ns),

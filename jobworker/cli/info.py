@@ -39,6 +39,10 @@ def info_command(connect: Connect, as_json: bool) -> None:
         display.write_json(_as_json(info))
         return
     display.write_fields(_fields(info))
+    for profile in info.profile_details:
+        measures = profile.problem and f"not possible: {profile.problem}"
+        measures = measures or "; ".join(profile.measures)
+        display.write_paragraph(f"Profile {printable(profile.name)}: {printable(measures)}")
     for problem in dict.fromkeys(each.problem for each in info.controllers if each.problem):
         names = ", ".join(each.name for each in info.controllers if each.problem == problem)
         display.write_paragraph(f"Missing:   {names}: {printable(problem)}")
@@ -169,6 +173,7 @@ def _as_json(info: ServerInfo) -> dict[str, Any]:
             "default_user": info.default_user or None,
             "users": list(info.users),
             "problem": info.isolation_problem or None,
+            "in_force": [asdict(profile) for profile in info.profile_details],
         },
         "ended_jobs": info.ended_jobs,
         "ended_log_bytes": info.ended_log_bytes,

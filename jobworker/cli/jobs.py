@@ -14,7 +14,7 @@ from jobworker.cli import display
 from jobworker.cli.connection import Connect, Function, speaks_to_server
 from jobworker.cli.display import duration, json_option, printable, size
 from jobworker.cli.job_id import JobId
-from jobworker.job import LONGEST_STDIN_BYTES, Accounting, Job, Principal, Status
+from jobworker.job import LONGEST_STDIN_BYTES, NETWORKS, Accounting, Job, Principal, Status
 
 INT32_MAX = (1 << 31) - 1
 NEWEST_JOBS = 100
@@ -157,6 +157,13 @@ def job_options(function: Function) -> Function:
             click.option(
                 "--profile", default="", help="How it is separated from the machine; see the same."
             ),
+            click.option(
+                "--network",
+                type=click.Choice(["", *NETWORKS]),
+                default="",
+                metavar="NETWORK",
+                help="host, or none: a loopback interface of its own.  [default: its profile's]",
+            ),
         ]
     ):
         function = decorate(function)
@@ -193,7 +200,7 @@ def create_command(
     Each line of --from is a JSON object. It must have a "command", and may have "args" (a list),
     "name", "environment" (an object), "working_directory", "merge_output", "limits" (with
     "cpu_percent", "memory_mib", "io_bytes_per_second"), "timeout_seconds", "user", "profile",
-    and "stdin" or, for what is no text, "stdin_base64": the names of `get -o json`. A line that
+    "network", and "stdin" or, for what is no text, "stdin_base64": the names of `get -o json`. A line that
     cannot be read is an error before any job is made. In a pipe the ids are printed, one a line;
     with -o json an object for each job. Exit code: 1 if a job was refused.
     """
@@ -247,6 +254,7 @@ def _fields(job: Job) -> list[tuple[str, str]]:
         ("Time limit", duration(spec.timeout_ms / 1000) if spec.timeout_ms else ""),
         ("User", printable(spec.user)),
         ("Profile", printable(spec.profile)),
+        ("Network", printable(spec.network)),
         ("Created by", _principal(job.created_by)),
         ("Started", _moment(job.started_ns)),
         ("Ended", _moment(job.ended_ns)),

@@ -222,6 +222,7 @@ KEYS: dict[str, Reader] = {
     "timeout_seconds": _of_type("time_limit", (int, float), "a number"),
     "user": _of_type("user", str, "a text"),
     "profile": _of_type("profile", str, "a text"),
+    "network": _of_type("network", str, "a text"),
     "stdin": _stdin,
     "stdin_base64": _stdin_base64,
 }

@@ -2,7 +2,7 @@
 
 from jobworker.client.aio import AsyncClient
 from jobworker.client.bulk import Created, Spec
-from jobworker.client.calls import Controller, CreateOptions, ServerInfo
+from jobworker.client.calls import Controller, CreateOptions, ProfileInfo, ServerInfo
 from jobworker.client.output import Chunk, Result, Run, Stream
 from jobworker.client.sync import Client
 from jobworker.job import Principal, Quota
@@ -15,6 +15,7 @@ __all__ = [
     "CreateOptions",
     "Created",
     "Principal",
+    "ProfileInfo",
     "Quota",
     "Result",
     "Run",

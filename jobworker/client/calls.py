@@ -63,6 +63,15 @@ class Controller:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileInfo:
+    """What a profile does to separate a job from the machine, and why jobs cannot have it, if so."""
+
+    name: str
+    problem: str
+    measures: tuple[str, ...]  # for people
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What a server is, and for whom it takes its caller."""
 
@@ -82,6 +91,7 @@ class ServerInfo:
     default_user: str
     users: tuple[str, ...]
     isolation_problem: str  # why no profile but "none" is there; empty: others are
+    profile_details: tuple[ProfileInfo, ...]
     ended_jobs: int  # that are kept
     ended_log_bytes: int  # what their output takes
     disk_room_bytes: int  # what is left on the state folder's disk
@@ -115,6 +125,7 @@ class CreateOptions(TypedDict, total=False):
     time_limit: float  # seconds from its start on, after which it is ended; 0: none
     user: str  # whom it runs as; empty: the server's choice
     profile: str  # how it is separated from the machine; empty: the server's choice
+    network: str  # host, or none but a loopback interface; empty: the profile's
 
 
 def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Job]:
@@ -183,6 +194,7 @@ def _spec_of(command: str, args: Iterable[str], options: CreateOptions) -> JobSp
         timeout_ms=_timeout_ms(options.get("time_limit", 0)),
         user=options.get("user", ""),
         profile=options.get("profile", ""),
+        network=options.get("network", ""),
     )
 
 
@@ -209,6 +221,7 @@ def _create_request(spec: JobSpec, stdin: bytes) -> pb.CreateJobReq:
         timeout_milliseconds=spec.timeout_ms,
         user=spec.user,
         profile=spec.profile,
+        network=spec.network,
     )
 
 
@@ -310,6 +323,10 @@ def _read_info(answer: bytes) -> ServerInfo:
         default_user=message.default_user,
         users=tuple(message.users),
         isolation_problem=message.isolation_problem,
+        profile_details=tuple(
+            ProfileInfo(each.name, each.problem, tuple(each.measures))
+            for each in message.profile_details
+        ),
         ended_jobs=message.ended_jobs,
         ended_log_bytes=message.ended_log_bytes,
         disk_room_bytes=message.disk_room_bytes,
@@ -377,6 +394,7 @@ def _spec_from(message: pb.Job) -> JobSpec:
         timeout_ms=message.timeout_milliseconds,
         user=message.user,
         profile=message.profile,
+        network=message.network,
     )
 
 

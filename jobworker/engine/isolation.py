@@ -211,6 +211,27 @@ class Isolation:
         if network == "host" and profile is Profile.STRICT:
             raise InvalidRequestError("network", "profile strict has none; leave it out")
 
+    def measures(self, profile: Profile) -> list[str]:
+        """What is in force for a job with this profile, for people."""
+        view = self._views.get(profile)
+        if view is None:
+            return ["its own cgroup and nothing else", f"as {self.own_user.name}"]
+        is_strict = profile is Profile.STRICT
+        limit = f" of {view.tmp_bytes >> 20} MiB" if view.tmp_bytes else ""
+        uids = self._strict_uids
+        return [
+            f"as a user of its own, {uids[0]} to {uids[-1]}"
+            if is_strict and uids
+            else f"as {self.job_user.name}",
+            "no privileges, and no way to gain any",
+            "a filter of system calls",
+            "its own process ids, mounts, IPC, host name and cgroup root",
+            "no network" if is_strict else "network of the host, or none",
+            f"its own /tmp{limit}, /dev and /proc",
+            "all else read-only" if is_strict else "the server's code read-only",
+            f"{len(view.hidden)} paths hidden, the server's own files among them",
+        ]
+
     # Users of profile strict
 
     def assign(self, confinement: Confinement) -> Confinement:

@@ -100,7 +100,6 @@ STEPS = {
     17: "/proc",
     18: "/tmp",  # noqa: S108
     19: "terminals",
-    20: "view of the cgroup",
 }
 
 

@@ -316,7 +316,7 @@ class ListJobsRes(_message.Message):
     def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids", "default_profile", "profiles", "default_user", "users", "ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes", "log_max_bytes", "log_policy", "blocked_jobs", "isolation_problem", "quota", "quota_used")
+    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids", "default_profile", "profiles", "default_user", "users", "ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes", "log_max_bytes", "log_policy", "blocked_jobs", "profile_details", "isolation_problem", "quota", "quota_used")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     START_TIME_NS_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
@@ -341,6 +341,7 @@ class ServerInfo(_message.Message):
     LOG_MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOG_POLICY_FIELD_NUMBER: _ClassVar[int]
     BLOCKED_JOBS_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_DETAILS_FIELD_NUMBER: _ClassVar[int]
     ISOLATION_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     QUOTA_FIELD_NUMBER: _ClassVar[int]
     QUOTA_USED_FIELD_NUMBER: _ClassVar[int]
@@ -368,10 +369,11 @@ class ServerInfo(_message.Message):
     log_max_bytes: int
     log_policy: str
     blocked_jobs: int
+    profile_details: _containers.RepeatedCompositeFieldContainer[ProfileInfo]
     isolation_problem: str
     quota: Quota
     quota_used: Quota
-    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ..., default_profile: _Optional[str] = ..., profiles: _Optional[_Iterable[str]] = ..., default_user: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ..., ended_jobs: _Optional[int] = ..., ended_log_bytes: _Optional[int] = ..., disk_room_bytes: _Optional[int] = ..., disk_reserve_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., log_policy: _Optional[str] = ..., blocked_jobs: _Optional[int] = ..., isolation_problem: _Optional[str] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., quota_used: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ..., default_profile: _Optional[str] = ..., profiles: _Optional[_Iterable[str]] = ..., default_user: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ..., ended_jobs: _Optional[int] = ..., ended_log_bytes: _Optional[int] = ..., disk_room_bytes: _Optional[int] = ..., disk_reserve_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., log_policy: _Optional[str] = ..., blocked_jobs: _Optional[int] = ..., profile_details: _Optional[_Iterable[_Union[ProfileInfo, _Mapping]]] = ..., isolation_problem: _Optional[str] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., quota_used: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
 
 class Quota(_message.Message):
     __slots__ = ("running_jobs", "total_cpu", "total_memory", "creates_per_second")
@@ -384,6 +386,16 @@ class Quota(_message.Message):
     total_memory: int
     creates_per_second: float
     def __init__(self, running_jobs: _Optional[int] = ..., total_cpu: _Optional[int] = ..., total_memory: _Optional[int] = ..., creates_per_second: _Optional[float] = ...) -> None: ...
+
+class ProfileInfo(_message.Message):
+    __slots__ = ("name", "problem", "measures")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    MEASURES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    problem: str
+    measures: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., problem: _Optional[str] = ..., measures: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Controller(_message.Message):
     __slots__ = ("name", "available", "problem")

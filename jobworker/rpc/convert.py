@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import grpc
 
 from jobworker import errors
+from jobworker.engine.isolation import Isolation
 from jobworker.errors import InvalidRequestError, JobNotFoundError
 from jobworker.job import Accounting, Job, JobSpec, Limits, Principal, Quota, Status
 from jobworker.pb import job_worker_pb2 as pb
@@ -140,6 +141,17 @@ def _principal_to(principal: Principal | None) -> pb.Principal | None:
     if principal is None:
         return None
     return pb.Principal(name=principal.name, role=principal.role, serial=principal.serial)
+
+
+def profiles_to(isolation: Isolation) -> list[pb.ProfileInfo]:
+    possible = [
+        pb.ProfileInfo(name=profile, measures=isolation.measures(profile))
+        for profile in sorted(isolation.profiles)
+    ]
+    return possible + [
+        pb.ProfileInfo(name=profile, problem=problem)
+        for profile, problem in isolation.problems.items()
+    ]
 
 
 def quota_to(quota: Quota) -> pb.Quota:

@@ -143,6 +143,7 @@ class JobService:
             default_user=manager.isolation.job_user.name,
             users=_choices(manager.isolation.user_names, caller.users),
             isolation_problem=manager.isolation.problem,
+            profile_details=convert.profiles_to(manager.isolation),
             ended_jobs=usage.ended_jobs,
             ended_log_bytes=usage.ended_log_bytes,
             disk_room_bytes=usage.disk_room_bytes,

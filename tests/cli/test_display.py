@@ -176,6 +176,7 @@ def test_the_keys_of_a_job_are_a_promise() -> None:
         "timeout_seconds": None,
         "user": None,
         "profile": None,
+        "network": None,
         "limits": {"cpu_percent": 50, "memory_mib": 64, "io_bytes_per_second": 0, "pids": 0},
         "created": "2026-01-01T12:00:00.000000Z",
         "started": "2026-01-01T12:00:00.000000Z",

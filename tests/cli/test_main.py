@@ -326,6 +326,7 @@ def test_run_at_an_old_server(old: Program) -> None:
         ["create", "--timeout", "5m", "/bin/true"],
         ["create", "--user", "nobody", "/bin/true"],
         ["create", "--profile", "none", "/bin/true"],
+        ["create", "--network", "none", "/bin/true"],
         ["stop", "1", "--signal", "INT"],
         ["stop", "1", "--grace", "1"],
         ["stream", "1", "--stderr"],

@@ -40,6 +40,7 @@ def test_all_that_a_line_may_say() -> None:
         "timeout_seconds": 1.5,
         "user": "u",
         "profile": "p",
+        "network": "none",
         "stdin": "ä",
     }
     options = {
@@ -53,6 +54,7 @@ def test_all_that_a_line_may_say() -> None:
         "time_limit": 1.5,
         "user": "u",
         "profile": "p",
+        "network": "none",
         "stdin": "ä".encode(),
     }
     assert read_lines(json.dumps(job).encode()) == [Line(1, "cat", ["-", "ä"], options)]

@@ -9,7 +9,7 @@ import pytest
 
 from jobworker import job as transition
 from jobworker.client import calls
-from jobworker.client.calls import nanoseconds
+from jobworker.client.calls import ProfileInfo, nanoseconds
 from jobworker.errors import RejectedError, UnsupportedError
 from jobworker.job import (
     Accounting,
@@ -41,6 +41,7 @@ def an_ended_job() -> Job:
         timeout_ms=5000,
         user="nobody",
         profile="none",
+        network="host",
     )
     running = transition.started(transition.created(7, spec, NOON_NS + 1), NOON_NS + 2)
     ended = transition.ended(running, 9, OomKills(by_limit=1, killed=1), NOON_NS + 3)
@@ -160,6 +161,7 @@ def test_needs_are_what_was_added_to_the_contract() -> None:
         "time_limit": 0.5,
         "user": "nobody",
         "profile": "none",
+        "network": "none",
     }
     assert set(calls.create("true", [], all_new).needs) == all_new.keys()
     assert calls.stop(1, 0, None).needs == ()
@@ -185,6 +187,7 @@ def test_all_that_a_server_tells_of_itself_arrives() -> None:
             text = f"{number}" if field.type == field.TYPE_STRING else number
             setattr(message, field.name, text)
     message.controllers.add(name="cpu", available=True, problem="none")
+    message.profile_details.add(name="strict", problem="p", measures=["a", "b"])
     message.quota.CopyFrom(pb.Quota(running_jobs=1, total_cpu=2, creates_per_second=0.5))
     message.quota_used.CopyFrom(pb.Quota(total_memory=3))
     info = calls.info().read(message.SerializeToString())
@@ -194,6 +197,7 @@ def test_all_that_a_server_tells_of_itself_arrives() -> None:
     numbers |= set(dataclasses.astuple(info.default_limits))
     assert len(numbers) == 12
     assert (info.profiles, info.users) == (("default", "none"), ("daemon",))
+    assert info.profile_details == (ProfileInfo("strict", "p", ("a", "b")),)
     assert (info.quota, info.quota_used) == (Quota(1, 2, 0, 0.5), Quota(total_memory=3))
 
 

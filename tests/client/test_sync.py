@@ -522,6 +522,7 @@ def test_what_an_old_server_would_ignore_is_an_error(connect: Connect, certifica
             ("time_limit", lambda: client.create("true", time_limit=1)),
             ("user", lambda: client.create("true", user="nobody")),
             ("profile", lambda: client.run("true", profile="none")),
+            ("network", lambda: client.run("true", network="none")),
             ("DeleteJob", lambda: client.delete(job.id)),
             ("merge_output", lambda: client.run("true", merge_output=True)),
             ("signal", lambda: client.stop(job.id, signal=2)),
