@@ -200,9 +200,9 @@ def create_command(
     Each line of --from is a JSON object. It must have a "command", and may have "args" (a list),
     "name", "environment" (an object), "working_directory", "merge_output", "limits" (with
     "cpu_percent", "memory_mib", "io_bytes_per_second"), "timeout_seconds", "user", "profile",
-    "network", and "stdin" or, for what is no text, "stdin_base64": the names of `get -o json`. A line that
-    cannot be read is an error before any job is made. In a pipe the ids are printed, one a line;
-    with -o json an object for each job. Exit code: 1 if a job was refused.
+    "network", and "stdin" or, for what is no text, "stdin_base64": the names of `get -o json`. A
+    line that cannot be read is an error before any job is made. In a pipe the ids are printed, one
+    a line; with -o json an object for each job. Exit code: 1 if a job was refused.
     """
     if file is not None:
         if command or any(options.values()):

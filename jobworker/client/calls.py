@@ -64,7 +64,7 @@ class Controller:
 
 @dataclass(frozen=True, slots=True)
 class ProfileInfo:
-    """What a profile does to separate a job from the machine, and why jobs cannot have it, if so."""
+    """What a profile does to separate a job from the machine, or why jobs cannot have it."""
 
     name: str
     problem: str

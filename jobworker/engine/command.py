@@ -40,10 +40,10 @@ def base_environment(job_id: int, user: User, sees: Sees = sees_all) -> dict[str
 def check_working_directory(path: str, sees: Sees = sees_all) -> None:
     """Raises InvalidRequestError unless it is a directory that the user of this thread may
     enter, and that is there for the job."""
+    if not sees(path):
+        raise InvalidRequestError("working_directory", f"{path!r} is not there: {NOT_SEEN}")
     try:
         mode = os.stat(path).st_mode
-        if not sees(path):
-            raise FileNotFoundError(errno.ENOENT, NOT_SEEN)
     except OSError as error:
         problem = f"{path!r}: {error.strerror}; give a directory that exists on the server"
         raise InvalidRequestError("working_directory", problem) from error
@@ -99,14 +99,14 @@ NOT_SEEN = "this job's profile does not show it"
 
 def _problem_with(path: str, sees: Sees) -> tuple[int, str]:
     """Why this file cannot be executed, as errno and in words; 0 and no word where it can."""
+    if not sees(path):
+        return errno.ENOENT, f"is not there: {NOT_SEEN}"
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return errno.ENOENT, NOT_FOUND
     except OSError as error:
         return error.errno or errno.EIO, f"cannot be looked at: {error.strerror}"
-    if not sees(path):
-        return errno.ENOENT, f"is not there for the job: {NOT_SEEN}"
     if not stat.S_ISREG(mode):
         is_directory = stat.S_ISDIR(mode)
         number = errno.EISDIR if is_directory else errno.EACCES

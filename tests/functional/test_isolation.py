@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+import jobworker
 from functional.server import Client, Server
 from jobworker.pb import job_worker_pb2 as pb
+
+# Anybody may read it; it is in no folder that jobs have of their own.
+HIDDEN = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only a root server confines its jobs")
 
@@ -23,8 +31,12 @@ def confining(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> I
         tmp_path_factory.mktemp("confining"),
         certificates,
         PROFILE="default",
-        PROFILES_ALLOWED="none",
+        PROFILES_ALLOWED="none,strict",
         USERS_ALLOWED="daemon,root,4711",
+        STRICT_UIDS="3000000-3000002",
+        HIDDEN=str(HIDDEN),
+        TMP_SIZE="4MiB",
+        TMP_FILES="100",
     )
     yield server
     assert server.stop() == 0
@@ -118,7 +130,11 @@ def test_profile_none_is_the_servers_user(client: Client) -> None:
 def test_the_server_tells_what_is_in_force(client: Client) -> None:
     info = client.info()
     assert info.default_profile == "default"
-    assert list(info.profiles) == ["default", "none"]
+    assert list(info.profiles) == ["default", "none", "strict"]
+    in_force = {each.name: "; ".join(each.measures) for each in info.profile_details}
+    assert in_force.keys() == set(info.profiles)
+    assert "3000000 to 3000002" in in_force["strict"]
+    assert "nobody" in in_force["default"] and "4 MiB" in in_force["default"]
     assert info.default_user == "nobody"
     assert list(info.users) == ["daemon", "root", "4711"]
     assert info.isolation_problem == ""
@@ -150,6 +166,305 @@ def test_it_cannot_rename_the_machine(client: Client) -> None:
     job, _ = client.run("hostname taken 2>&1")
     assert job.exitCode != 0
     assert os.uname().nodename != "taken"
+
+
+# Its processes
+
+
+@pytest.mark.parametrize("name", ["TERM", "ABRT", "SEGV", "KILL", "INT"])
+def test_a_signal_to_itself_ends_it_as_anywhere(client: Client, name: str) -> None:
+    """The first process of a namespace would not get it."""
+    job, _ = client.run(f"kill -{name} $$; sleep 60")
+    assert (job.cause, job.signal) == (pb.SIGNALLED, getattr(signal, f"SIG{name}"))
+
+
+def test_abort_ends_it(client: Client) -> None:
+    job = client.create("python3", "-c", "import os; os.abort()")
+    assert client.wait(job.id).signal == signal.SIGABRT
+
+
+def test_it_sees_its_own_processes_only(client: Client) -> None:
+    _, output = client.run("echo $$ $PPID; cd /proc; for p in [0-9]*; do echo $p; done")
+    assert output.split() == [b"2", b"0", b"1", b"2"]
+    _, output = client.run("cat /proc/1/environ /proc/1/maps; ls /proc/1/fd /proc/1/root/ 2>&1")
+    assert b"jobinit" not in output
+    assert b"etc" not in output
+
+
+def test_what_it_leaves_behind_is_reaped(client: Client) -> None:
+    script = """
+for i in 1 2 3 4 5; do (sleep 0.01 &) ; done
+while pgrep -x sleep >/dev/null; do :; done
+grep -l '^State:.Z' /proc/[0-9]*/status
+"""
+    assert client.run(script)[1] == b""
+
+
+def processes_with(word: str) -> list[int]:
+    """Of this machine, whose command line has it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if word.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+
+
+def test_its_daemons_end_with_it(start_server: Callable[..., Server]) -> None:
+    """Whatever they do to get away: the last of them ends the first process, too."""
+    word = uuid.uuid4().hex
+    server = start_server(PROFILE="default", LINGER="100ms")
+    with server.connect() as client:
+        script = f"setsid sh -c 'sleep 1000; : {word}' </dev/null >/dev/null 2>&1 & sleep 0.1"
+        job = client.shell(script)
+        assert client.wait(job.id).exitCode == 0
+        wait_until(lambda: not processes_with(word))
+        wait_until(lambda: not first_processes(server.jobinit_pid()))
+
+
+def first_processes(jobinit: int) -> list[int]:
+    """Of namespaces."""
+    children = Path(f"/proc/{jobinit}/task/{jobinit}/children").read_text().split()
+    return [int(pid) for pid in children if "pid 1" in Path(f"/proc/{pid}/comm").read_text()]
+
+
+def test_a_signal_to_all_reaches_only_its_own(client: Client) -> None:
+    other = client.create("sleep", "60")
+    job, output = client.run("exec 2>/dev/null; sleep 61 & kill -9 -1; wait $!; echo $?")
+    assert (output, job.exitCode) == (b"137\n", 0)
+    assert client.get(other.id).status == "RUNNING"
+    client.stop(other.id)
+
+
+def test_it_goes_on_without_jobinit_and_without_the_server(
+    start_server: Callable[..., Server],
+) -> None:
+    word = uuid.uuid4().hex
+    server = start_server(PROFILE="default", STOP_JOBS="no")
+    script = f"trap 'exit 5' TERM; echo ready; while sleep 0.05; do : {word}; done"
+    with server.connect() as client:
+        job = client.shell(script)
+        next(client.stream(job.id))
+        os.kill(server.jobinit_pid(), signal.SIGKILL)
+        # Another jobinit, with views of its own.
+        assert client.run("echo new")[1] == b"new\n"
+    server.stop(signal.SIGKILL)
+    server = start_server(PROFILE="default", STOP_JOBS="no")
+    with server.connect() as client:
+        assert client.run("echo newer")[1] == b"newer\n"
+        assert client.get(job.id).status in {"RUNNING", "FAILED"}
+        for pid in processes_with(word):
+            os.kill(pid, signal.SIGKILL)
+        client.wait(job.id)
+
+
+# Its files
+
+
+def mounts_of(client: Client, **fields: str) -> dict[str, tuple[str, set[str]]]:
+    """File system and flags of what it sees, by where it is."""
+    job = client.create("cat", "/proc/self/mountinfo", **fields)
+    found = {}
+    for line in client.output(job.id).decode().splitlines():
+        before, _, after = line.partition(" - ")
+        found[before.split()[4]] = (after.split()[0], set(before.split()[5].split(",")))
+    return found
+
+
+def test_it_mounts_nothing_on_the_machine(client: Client) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    job = client.create("sleep", "60")
+    assert Path("/proc/self/mountinfo").read_text() == before
+    client.stop(job.id)
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+def test_set_user_id_and_devices_have_no_effect_anywhere(client: Client) -> None:
+    for point, (filesystem, flags) in mounts_of(client).items():
+        assert "nosuid" in flags, point
+        # Where /dev's own file system is, so that its few can be used.
+        assert "nodev" in flags or filesystem in {"tmpfs", "devpts"}, point
+
+
+def test_its_temporary_folders_are_its_own(client: Client) -> None:
+    name = uuid.uuid4().hex
+    folders = ("/tmp", "/var/tmp", "/dev/shm")
+    files = " ".join(f"{folder}/{name}" for folder in folders)
+    script = f"ls -A {' '.join(folders)} | grep -v :; touch {files}"
+    for _ in range(2):
+        job, output = client.run(script)
+        assert (output.split(), job.exitCode) == ([], 0)
+    assert not any(Path(folder, name).exists() for folder in folders)
+
+
+def test_they_are_small(client: Client) -> None:
+    _, output = client.run("head -c 5000000 /dev/zero > /tmp/a 2>/dev/null; stat -c %s /tmp/a")
+    assert int(output) == 4 << 20
+    _, output = client.run(
+        "for i in $(seq 200); do touch /tmp/$i 2>/dev/null || break; done; ls /tmp | wc -l"
+    )
+    assert int(output.split()[-1]) < 100
+
+
+def test_it_has_harmless_devices_only(client: Client) -> None:
+    script = "ls /dev; for d in null zero full random urandom; do head -c 1 /dev/$d | wc -c; done"
+    _, output = client.run(script + "; echo x > /dev/null; mknod /tmp/m b 1 1; touch /dev/x")
+    names, counts = output.split()[:13], output.split()[13:18]
+    assert (
+        names == (b"fd full null ptmx pts random shm stderr stdin stdout tty urandom zero").split()
+    )
+    assert counts == [b"0", b"1", b"1", b"1", b"1"]
+    assert output.count(b"Operation not permitted") == 1
+    assert output.count(b"Read-only") == 1
+
+
+def test_it_has_terminals_of_its_own(client: Client) -> None:
+    program = "import os, pty; print(os.ttyname(pty.openpty()[1]), os.listdir('/dev/pts'))"
+    _, output = client.run("exec python3 -", stdin=program.encode())
+    assert output == b"/dev/pts/0 ['0', 'ptmx']\n"
+
+
+def test_what_is_the_kernels_is_read_only_or_hidden(client: Client) -> None:
+    mounts = mounts_of(client)
+    for point in ("/sys", "/dev", "/run", "/proc/sys", "/proc/bus", "/proc/irq", "/proc/fs"):
+        if Path(point).exists():
+            assert "ro" in mounts[point][1], point
+    for point, (filesystem, flags) in mounts.items():
+        assert not filesystem.startswith("cgroup") or "ro" in flags, point
+    _, output = client.run("cat /proc/keys /proc/key-users /proc/timer_list")
+    assert output.count(b"Permission denied") == 3
+
+
+def test_no_socket_of_a_daemon_is_in_reach(client: Client) -> None:
+    resolver = os.path.realpath("/etc/resolv.conf")
+    _, output = client.run("find /run/ -type s -o -type f")
+    assert output.decode().split() == ([resolver] if resolver.startswith("/run/") else [])
+
+
+def test_what_is_hidden(client: Client, confining: Server) -> None:
+    script = f"cat {HIDDEN}/server.py || ls {HIDDEN}; ls {confining.state} {confining.certs}"
+    _, output = client.run(script)
+    assert b"import" not in output
+    assert b".pem" not in output and b"jobs.db" not in output
+    assert b"import" in client.run(f"cat {HIDDEN}/server.py", profile="none")[1]
+
+
+def test_the_servers_code_cannot_be_changed(client: Client) -> None:
+    mounts = mounts_of(client)
+    for path in (Path(sys.prefix), Path(jobworker.__file__).parent):
+        covering = max((point for point in mounts if path.is_relative_to(point)), key=len)
+        assert "ro" in mounts[covering][1], path
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("command", f"{HIDDEN}/server.py"),
+        ("working_directory", str(HIDDEN)),
+        ("command", "PRIVATE/program"),
+        ("working_directory", "PRIVATE"),
+    ],
+)
+def test_what_it_would_not_see_is_not_accepted(
+    client: Client, tmp_path: Path, field: str, value: str
+) -> None:
+    """As what does not exist."""
+    (tmp_path / "program").write_text("#!/bin/sh\n")
+    (tmp_path / "program").chmod(0o755)
+    fields: dict[str, Any] = {"command": "true"} | {field: value.replace("PRIVATE", str(tmp_path))}
+    with pytest.raises(grpc.RpcError, match="does not show") as caught:
+        client.call("CreateJob", pb.CreateJobReq(**fields))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    if value.startswith("PRIVATE"):
+        job = client.call("CreateJob", pb.CreateJobReq(**fields, profile="none"))
+        assert client.wait(job.id).exitCode == 0
+
+
+# Its network
+
+
+def test_without_a_network(client: Client, confining: Server) -> None:
+    program = f"""
+import socket
+print([name for _, name in socket.if_nameindex()])
+listener = socket.create_server(("127.0.0.1", 0))
+print(socket.create_connection(listener.getsockname()).getpeername() == listener.getsockname())
+print(socket.socket().connect_ex(("127.0.0.1", {confining.port})) != 0)
+"""
+    job, output = client.run("exec python3 -", stdin=program.encode(), network="none")
+    assert output == b"['lo']\nTrue\nTrue\n"
+    assert job.network == "none"
+    job, output = client.run("exec python3 -", stdin=program.encode())
+    assert output.endswith(b"True\nFalse\n")
+    assert job.network == "host"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"network": "bridge"},
+        {"network": "none", "profile": "none"},
+        {"network": "host", "profile": "strict"},
+    ],
+    ids=str,
+)
+def test_networks_that_there_are_not(client: Client, fields: dict[str, str]) -> None:
+    with pytest.raises(grpc.RpcError, match="network") as caught:
+        client.create("true", **fields)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+# Profile strict
+
+
+def test_a_strict_job_has_little(client: Client) -> None:
+    job, output = client.run("id -u; id -G; tail -n +3 /proc/net/dev", profile="strict")
+    uid, groups, interface, *_ = output.decode().split()
+    assert uid == groups == job.user
+    assert int(uid) in range(3000000, 3000003)
+    assert interface == "lo:"
+    assert (job.profile, job.network) == ("strict", "none")
+    for point, (_, flags) in mounts_of(client, profile="strict").items():
+        is_own = point.startswith(("/tmp", "/var/tmp", "/dev/shm", "/dev/pts")) or point == "/proc"
+        assert ("rw" in flags) == is_own, point
+    assert client.run("touch /tmp/a /dev/shm/b && ls /var/tmp", profile="strict")[0].exitCode == 0
+
+
+def test_each_strict_job_is_a_user_of_its_own(start_server: Callable[..., Server]) -> None:
+    settings = {"PROFILE": "strict", "STRICT_UIDS": "3000000-3000001", "STOP_JOBS": "no"}
+    server = start_server(**settings)
+    with server.connect() as client:
+        jobs = [client.create("sleep", "60") for _ in range(2)]
+        assert {job.user for job in jobs} == {"3000000", "3000001"}
+        with pytest.raises(grpc.RpcError, match="STRICT_UIDS") as caught:
+            client.create("true")
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        client.stop(jobs[0].id)
+        assert client.wait(client.create("true").id).user == jobs[0].user
+    server.stop(signal.SIGKILL)
+    # The next server knows who has one.
+    server = start_server(**settings)
+    with server.connect() as client:
+        again = client.create("sleep", "60")
+        assert again.user == jobs[0].user
+        with pytest.raises(grpc.RpcError, match="STRICT_UIDS"):
+            client.create("true")
+        for job in (again, jobs[1]):
+            client.stop(job.id)
+
+
+def test_a_strict_job_may_not_choose_its_user(client: Client) -> None:
+    with pytest.raises(grpc.RpcError, match="user"):
+        client.create("true", profile="strict", user="3000000")
 
 
 # What it may not ask the kernel for
