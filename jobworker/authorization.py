@@ -86,6 +86,7 @@ def authorize(caller: Caller, rpc: str) -> Access:
         )
     if reach is Reach.OWN and not caller.name:
         raise PermissionDeniedError(
-            "the certificate has no CN, so that no job can be its own; use one with a CN"
+            "the certificate has no CN, or more than one, so that no job can be its own; "
+            "use one with exactly one CN"
         )
     return Access(caller, caller.role, reach)

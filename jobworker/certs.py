@@ -118,8 +118,8 @@ def make_client(folder: Path, name: str, role: str, *, force: bool = False) -> l
 
 
 def subject_of(pem: bytes) -> tuple[str, tuple[str, ...], str]:
-    """The subject's CN, "" where there is none, all its OUs, and the serial in hexadecimal as
-    openssl shows it, of the first certificate.
+    """The subject's one CN, "" where there is none or more than one, all its OUs, and the serial
+    in hexadecimal as openssl shows it, of the first certificate.
 
     From the parsed certificate and never from a subject in one line of text, in which
     `CN=x\\,OU=admin` looks like a role. Raises CertificateError.
@@ -493,7 +493,8 @@ def _subject_fields(certificate: x509.Certificate) -> tuple[str, tuple[str, ...]
         return tuple(str(a.value) for a in certificate.subject.get_attributes_for_oid(oid))
 
     names = values(NameOID.COMMON_NAME)
-    return names[0] if names else "", values(NameOID.ORGANIZATIONAL_UNIT_NAME)
+    # Two are as good as none: it could be taken for either client.
+    return names[0] if len(names) == 1 else "", values(NameOID.ORGANIZATIONAL_UNIT_NAME)
 
 
 def _serial_of(certificate: x509.Certificate) -> str:

@@ -267,6 +267,7 @@ def test_a_ca_made_by_hand_signs_clients_too(tmp_path: Path, algorithm: str) -> 
         ("/OU=viewer/CN=x/OU=admin", ("x", ("viewer", "admin"))),
         ("/OU=viewer+OU=admin/CN=x", ("x", ("admin", "viewer"))),  # a set, sorted by DER
         ("/O=JobWorker", ("", ())),
+        ("/CN=x/CN=y/OU=user", ("", ("user",))),
     ],
 )
 def test_roles_are_units_and_never_parts_of_a_name(

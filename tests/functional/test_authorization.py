@@ -212,6 +212,7 @@ REFUSED_CALLS: Mapping[str, Subject] = {
     "forged": [(CN, "x,OU=admin")],
     "forged-plus": [(CN, "x+OU=admin")],
     "nameless": [(OU, "user")],
+    "two-names": [(CN, "alice"), (OU, "user"), (CN, "bob")],
 }
 
 
@@ -222,7 +223,7 @@ def test_no_role_no_call(server: Server, stem: str, rpc: str) -> None:
     with server.connect(stem) as client:
         code, details, _ = outcome(client, rpc, "1")
     assert code is CODE.PERMISSION_DENIED
-    assert ("CN" if stem == "nameless" else "OU") in details
+    assert ("CN" if stem in {"nameless", "two-names"} else "OU") in details
 
 
 ADMIN: Subject = [(OU, "admin"), (CN, "admin")]

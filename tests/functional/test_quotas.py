@@ -83,10 +83,14 @@ def test_running_jobs_also_after_a_restart(start: Callable[..., Server]) -> None
         assert admin.info().quota_used.running_jobs == 4
 
 
-def test_what_never_ran_is_not_counted(start: Callable[..., Server]) -> None:
+def test_what_never_ran_is_not_counted(start: Callable[..., Server], tmp_path: Path) -> None:
     server = start('[ou.build]\nrole = "user"\nrunning_jobs = 1\n')
+    broken = tmp_path / "broken"
+    broken.write_text("#!/does/not/exist\n")
+    broken.chmod(0o755)
     with server.connect("alice-build") as alice:
         for _ in range(3):
+            assert alice.create(str(broken)).cause == pb.START_FAILED
             refused(CODE.INVALID_ARGUMENT, lambda: alice.create("no-such-program"))
             assert alice.run("true")[0].status == "COMPLETED"
         assert alice.info().running_jobs == 0
