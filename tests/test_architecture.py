@@ -31,7 +31,6 @@ TESTED_ELSEWHERE = {
     "rpc/identity": "functional/test_server.py",
     "rpc/server": "functional/test_server.py",
     "rpc/service": "functional",  # one module an RPC
-    "rpc/watch": "functional/test_credentials.py",
 }
 # RPCs whose functional tests are those of another one.
 TESTED_TOGETHER = {"GetJobs": "ListJobs"}

@@ -43,21 +43,20 @@ def shut(port: int, addresses: set[str]) -> int:
     return count
 
 
-def make_room(port: int, most: int, busy: set[str], known: set[str]) -> tuple[int, int]:
-    """Where it is crowded, ends connections of those hosts that have most, until it is not: none
-    with a call (busy), those that ever had one (known) last, and old ones first, so that who
-    comes just now gets to its first call.
+def make_room(port: int, most: int, busy: set[str], seen: set[str]) -> tuple[set[str], int]:
+    """Where it is crowded, ends connections of those hosts that have most, until it is not: old
+    ones first, and none with a call (busy), nor any that came since the last time (of those
+    seen then), so that who comes gets to its first call.
 
-    Returns how many there were, and how many of them were ended.
+    Returns the addresses of all, and how many of them were ended.
     """
-    found = [(each.address in known, each.age, each.address) for each in _connections(port)]
+    found = sorted((each.age, each.address) for each in _connections(port))
     surplus = len(found) - int(most * CROWDED_SHARE)
-    if surplus <= 0:
-        return len(found), 0
-    counts = Counter(_host(address) for _, _, address in found)
+    addresses = {address for _, address in found}
+    counts = Counter(_host(address) for _, address in found)
     idle: dict[str, list[str]] = {}
-    for _, _, address in sorted(found, reverse=True):
-        if address not in busy:
+    for _, address in reversed(found):
+        if address in seen and address not in busy:
             idle.setdefault(_host(address), []).append(address)
     ending: set[str] = set()
     while idle and len(ending) < surplus:
@@ -66,7 +65,7 @@ def make_room(port: int, most: int, busy: set[str], known: set[str]) -> tuple[in
         counts[host] -= 1
         if not idle[host]:
             del idle[host]
-    return len(found), shut(port, ending)
+    return addresses, shut(port, ending) if ending else 0
 
 
 def _host(address: str) -> str:

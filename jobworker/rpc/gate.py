@@ -42,7 +42,6 @@ REVOKED_SECONDS = 1.0
 REFUSALS_AT_ONCE = 100
 REFUSALS_PER_SECOND = 10.0
 
-MOST_KNOWN = 20_000  # connections
 # What may be 4 MiB, or nearly so: what of it is not yet sent, or not yet read, is in memory.
 LARGE = frozenset({"GetJobs", "ListJobs", "CreateJobs", "ServerReflectionInfo"})
 MOST_LARGE = 16  # at once, of each client
@@ -132,8 +131,6 @@ class Gate:
         self._clients: dict[str, _Client] = {}
         self._refusals: dict[str, _Refusals] = {}
         self._endings: set[asyncio.Task[None]] = set()
-        # Of connections that had a call, some by now gone.
-        self._known_peers: set[str] = set()
         self.port = 0
 
     def guard(
@@ -207,14 +204,8 @@ class Gate:
         peers = {peer for client in self._clients.values() for peer in client.connections}
         return set(map(connections.address_of, peers))
 
-    def known_addresses(self) -> set[str]:
-        """Of connections that have had a call, lately; some may be gone."""
-        return set(map(connections.address_of, self._known_peers))
-
     def look(self) -> None:
         """To be called every now and then."""
-        if len(self._known_peers) > MOST_KNOWN:
-            self._known_peers.clear()
         now = time.monotonic()
         for name, refusals in list(self._refusals.items()):
             if refusals.unwritten:
@@ -254,7 +245,6 @@ class Gate:
         if not on_this and len(client.connections) >= limits.connections:
             raise _too_many("client_connections", name, limits.connections, "connections in use")
         self._clients[name] = client
-        self._known_peers.add(call.peer)
         client.connections[call.peer] = on_this + 1
         if call.is_stream:
             client.streams += 1

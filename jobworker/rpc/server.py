@@ -58,8 +58,9 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", 300_000),
     ("grpc.http2.max_ping_strikes", 2),
 ]
-# Looking for connections to give way takes a while: not more often.
-CROWD_SECONDS = 0.1
+# Between two looks for connections that give way; so long has a new one for its first call.
+CROWD_SECONDS = 0.25
+LONGEST_CROWD_SECONDS = 4.0
 CROWD_SAID_SECONDS = 10.0
 
 
@@ -165,14 +166,15 @@ class _Crowd:
         self._most = most
         self._loop = asyncio.get_running_loop()
         # At the most so many: those counted last, and those that came since then.
-        self._count = itertools.count(1)
+        self._counted = 0
+        self._arrivals = itertools.count(1)
         self._task: asyncio.Task[None] | None = None
         self._ended = 0
         self._said_at = -CROWD_SAID_SECONDS
 
     def note_handshake(self) -> None:
         """In a thread of gRPC's."""
-        if next(self._count) > self._most * connections.CROWDED_SHARE:
+        if self._may_be_crowded():
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._make_room_soon)
 
@@ -181,20 +183,30 @@ class _Crowd:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    def _may_be_crowded(self) -> bool:
+        return self._counted + next(self._arrivals) > self._most * connections.CROWDED_SHARE
+
     def _make_room_soon(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._make_room())
 
     async def _make_room(self) -> None:
-        gate = self._gate
-        count, ended = await asyncio.to_thread(
-            connections.make_room,
-            gate.port,
-            self._most,
-            gate.busy_addresses(),
-            gate.known_addresses(),
-        )
-        self._count = itertools.count(count - ended + 1)
+        seen: set[str] = set()
+        pause = CROWD_SECONDS
+        # Until it is no longer crowded: where all are taken, no handshake would tell.
+        while self._may_be_crowded():
+            self._arrivals = itertools.count(1)
+            busy = self._gate.busy_addresses()
+            seen, ended = await asyncio.to_thread(
+                connections.make_room, self._gate.port, self._most, busy, seen
+            )
+            self._counted = len(seen) - ended
+            self._say(len(seen), ended)
+            # Where all have a call, there is nothing to do for long.
+            pause = CROWD_SECONDS if ended else min(2 * pause, LONGEST_CROWD_SECONDS)
+            await asyncio.sleep(pause)
+
+    def _say(self, count: int, ended: int) -> None:
         self._ended += ended
         if self._ended and self._loop.time() > self._said_at + CROWD_SAID_SECONDS:
             log.warning(
@@ -205,7 +217,6 @@ class _Crowd:
                 self._ended,
             )
             self._ended, self._said_at = 0, self._loop.time()
-        await asyncio.sleep(CROWD_SECONDS)
 
 
 def _client_limits(settings: Settings, most_connections: int) -> ClientLimits:

@@ -55,6 +55,12 @@ def headers_of(rpc: str) -> bytes:
     )
 
 
+def request_of(rpc: str, stream: int) -> bytes:
+    """A call with an empty message."""
+    headers = frame(HEADERS, END_HEADERS, stream, headers_of(rpc))
+    return headers + frame(DATA, END_STREAM, stream, bytes(5))
+
+
 def connect(server: Server, name: str, settings: bytes = b"") -> ssl.SSLSocket:
     """Speaks HTTP/2 as it likes, over TLS as it must."""
     context = ssl.create_default_context(cafile=server.certs / "ca-cert.pem")
@@ -113,6 +119,7 @@ def test_connections_without_end(start_server: StartServer, mallory: str, kind: 
             else:
                 with contextlib.suppress(OSError):
                     opened = connect(server, mallory)
+                    opened.sendall(request_of("GetServerInfo", 1))
             closing.enter_context(opened)
         wait_until(lambda: server.connections() <= 200)
         wait_until(lambda: is_reachable(server))
@@ -121,6 +128,34 @@ def test_connections_without_end(start_server: StartServer, mallory: str, kind: 
         client.stop(job.id)
         assert [chunk.ending.status for chunk in stream][-1] == "STOPPED"
     assert "ended" in server.log
+
+
+def test_there_are_never_more_connections(start_server: StartServer, mallory: str) -> None:
+    """Also where all have a call; one client has at most half of them."""
+    server = start_server(CONNECTIONS="4")
+    with contextlib.ExitStack() as closing:
+        streams = []
+        for name in ("client", "client", mallory, mallory):
+            client = closing.enter_context(server.connect(name))
+            streams.append(client.stream(client.create("sleep", "60").id))
+            wait_until(lambda: server.connections() == len(streams))
+        with server.connect("viewer") as viewer, pytest.raises(grpc.RpcError) as caught:
+            viewer.info()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        closing.close()
+        wait_until(lambda: is_reachable(server))
+
+
+def test_a_client_gets_half_of_the_connections(start_server: StartServer, mallory: str) -> None:
+    server = start_server(CONNECTIONS="10")
+    with contextlib.ExitStack() as closing:
+        job = closing.enter_context(server.connect(mallory)).create("sleep", "60")
+        clients = [closing.enter_context(server.connect(mallory)) for _ in range(6)]
+        streams: Any = [client.stream(job.id) for client in clients]
+        wait_until(lambda: sum(stream.done() for stream in streams) == 1)
+        (refused,) = (stream for stream in streams if stream.done())
+        assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "client_connections" in refused.details()
 
 
 def test_who_says_nothing_is_not_waited_for(start_server: StartServer) -> None:
@@ -210,6 +245,12 @@ def test_requests_that_never_come(start_server: StartServer, mallory: str) -> No
             )
         others_work(server)
         assert server.rss_bytes() - before < 150 * MEBIBYTE
+        # So few of a client's requests are received at once that another of its own waits.
+        with server.connect(mallory) as client:
+            call: Any = client.stream("1", timeout=1)
+            with pytest.raises(grpc.RpcError) as caught:
+                next(call)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_answers_that_are_not_taken(start_server: StartServer, mallory: str) -> None:
@@ -221,10 +262,7 @@ def test_answers_that_are_not_taken(start_server: StartServer, mallory: str) -> 
     with connect(server, mallory, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)) as hostile:
         before = server.rss_bytes()
         for number in range(1, 1000, 2):
-            hostile.sendall(
-                frame(HEADERS, END_HEADERS, number, headers_of("GetJobs"))
-                + frame(DATA, END_STREAM, number, bytes(5))
-            )
+            hostile.sendall(request_of("GetJobs", number))
         others_work(server)
         assert server.rss_bytes() - before < 400 * MEBIBYTE
 
