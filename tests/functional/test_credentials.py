@@ -248,7 +248,7 @@ def test_a_revoked_client_is_cut_off_and_its_jobs_run_on(
 ) -> None:
     revoked = tmp_path / "revoked"
     revoked.write_text("# none yet\n")
-    certs.make_client(folder, "mallory", "admin")
+    certs.make_client(folder, "mallory", "admin", force=True)
     server = start(REVOKED=str(revoked))
     with server.connect("mallory") as mallory, server.connect() as client:
         job = mallory.shell(TICKS)
@@ -303,7 +303,7 @@ def test_a_revoked_client_that_reads_nothing_is_cut_off_too(
 ) -> None:
     revoked = tmp_path / "revoked"
     revoked.touch()
-    certs.make_client(folder, "mallory", "admin")
+    certs.make_client(folder, "mallory", "admin", force=True)
     server = start(REVOKED=str(revoked))
     with server.connect("mallory") as mallory, server.connect() as client:
         job = mallory.shell("head -c 40000000 /dev/zero; sleep 60")
