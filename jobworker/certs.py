@@ -20,7 +20,7 @@ import re
 import secrets
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -59,6 +59,9 @@ SigningKey = (
     | ed25519.Ed25519PrivateKey
     | ed448.Ed448PrivateKey
     | rsa.RSAPrivateKey
+)
+CrlKey = (
+    ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | ed448.Ed448PublicKey | rsa.RSAPublicKey
 )
 ExtensionT = TypeVar("ExtensionT", bound=x509.ExtensionType)
 
@@ -129,6 +132,25 @@ def subject_of(pem: bytes) -> tuple[str, tuple[str, ...], str]:
 
 
 @dataclass(frozen=True, slots=True)
+class Validity:
+    """Which certificate it is, and until when it holds."""
+
+    serial: int
+    issuer: bytes  # its name, in DER
+    expires: float  # seconds since the epoch
+
+
+def validity_of(pem: bytes) -> Validity:
+    """Of the first certificate. Raises CertificateError."""
+    certificate = _parse_certificates("the client's certificate", pem)[0]
+    return Validity(
+        certificate.serial_number,
+        certificate.issuer.public_bytes(),
+        certificate.not_valid_after_utc.timestamp(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """What people want to know of a certificate."""
 
@@ -190,6 +212,139 @@ def check_client_files(ca_path: Path, cert_path: Path, key_path: Path) -> None:
             f"is not signed by {ca_path}",
             "use a certificate and a CA that belong together",
         )
+
+
+# Revocation
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """The certificates that hold no longer."""
+
+    serials: frozenset[int] = frozenset()  # whoever has issued them
+    by_issuer: frozenset[tuple[bytes, int]] = frozenset()  # the issuer's name, in DER
+    warnings: tuple[str, ...] = ()  # a sentence each
+
+    def has(self, issuer: bytes, serial: int) -> bool:
+        return serial in self.serials or (issuer, serial) in self.by_issuer
+
+
+NOBODY_REVOKED = Revoked()
+
+
+def read_revoked(path: Path, ca_path: Path) -> Revoked:
+    """The revoked certificates that a file names: serial numbers in hexadecimal, one a line, with
+    comments from # on; or lists of CAs (CRL), in PEM or DER.
+
+    Raises CertificateError where it is none of these, and where a list is not signed by a CA
+    in `ca_path`. A list that has expired still counts, with a warning.
+    """
+    content = _read(path)
+    if b"-----BEGIN X509 CRL-----" in content:
+        begin = b"-----BEGIN X509 CRL-----"
+        parts = [begin + part for part in content.split(begin)[1:]]
+        return _revoked_by_lists(path, [_parse_list(path, part) for part in parts], ca_path)
+    if content.startswith(b"\x30"):  # a sequence in DER, or a line that begins with the digit 0
+        lists = []
+        with suppress(ValueError):
+            lists = [x509.load_der_x509_crl(content)]
+        if lists:
+            return _revoked_by_lists(path, lists, ca_path)
+    return Revoked(serials=frozenset(_serials(path, content)))
+
+
+def revoke(path: Path, certificate_path: Path) -> str:
+    """Appends the certificate's serial number to a file of them, with a comment that says whose
+    it is; returns it, in hexadecimal. Raises CertificateError."""
+    certificate = _read_certificates(certificate_path)[0]
+    name, _ = _subject_fields(certificate)
+    before = _read(path) if path.exists() else b""
+    if b"-----BEGIN" in before or b"\0" in before:
+        raise CertificateError(
+            path, "is a CA's own list", "have the CA revoke it there, or use another file"
+        )
+    end = b"" if not before or before.endswith(b"\n") else b"\n"
+    comment = "".join(each if each.isprintable() else "?" for each in name)
+    line = f"{_serial_of(certificate)}  # {comment}, {datetime.now(UTC):%Y-%m-%d}\n"
+    try:
+        with path.open("ab") as file:
+            # One write: a server that looks just now sees all of it or none.
+            file.write(end + line.encode())
+    except OSError as error:
+        raise CertificateError(
+            path, f"cannot be written: {error.strerror}", "give a file that this user can write"
+        ) from error
+    return _serial_of(certificate)
+
+
+def _serials(path: Path, content: bytes) -> Iterable[int]:
+    for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
+        text = line.partition("#")[0].strip().replace(":", "").lower().removeprefix("0x")
+        if not text:
+            continue
+        if not re.fullmatch(r"[0-9a-f]{1,40}", text):
+            raise CertificateError(
+                path,
+                f"has in line {number} {line.strip()[:80]!r}, which is no serial number",
+                "write one in hexadecimal a line, as `openssl x509 -serial` shows it",
+            )
+        yield int(text, 16)
+
+
+def _parse_list(path: Path, pem: bytes) -> x509.CertificateRevocationList:
+    try:
+        return x509.load_pem_x509_crl(pem)
+    except ValueError as error:
+        raise CertificateError(path, "has a broken CRL", "have the CA make it again") from error
+
+
+def _revoked_by_lists(
+    path: Path, lists: Sequence[x509.CertificateRevocationList], ca_path: Path
+) -> Revoked:
+    authorities = _read_certificates(ca_path)
+    revoked: set[tuple[bytes, int]] = set()
+    warnings = []
+    for each in lists:
+        _check_list(path, each, authorities)
+        issuer = each.issuer.public_bytes()
+        revoked.update((issuer, entry.serial_number) for entry in each)
+        if each.next_update_utc and each.next_update_utc < datetime.now(UTC):
+            warnings.append(
+                f"{path} should have been renewed on {each.next_update_utc:%Y-%m-%d %H:%M} UTC: "
+                "certificates that were revoked since then are accepted"
+            )
+    return Revoked(by_issuer=frozenset(revoked), warnings=tuple(warnings))
+
+
+def _check_list(
+    path: Path,
+    crl: x509.CertificateRevocationList,
+    authorities: Iterable[x509.Certificate],
+) -> None:
+    for extension in crl.extensions:
+        if isinstance(extension.value, x509.DeltaCRLIndicator) or (
+            isinstance(extension.value, x509.IssuingDistributionPoint)
+            and extension.value.indirect_crl
+        ):
+            raise CertificateError(
+                path, "is a delta or an indirect CRL", "use a complete one of the CA itself"
+            )
+    if not any(_has_signed(authority, crl) for authority in authorities):
+        raise CertificateError(
+            path,
+            f"has a CRL that no CA in {CA_CERT} has signed",
+            "use one of the CA that signs the clients' certificates",
+        )
+
+
+def _has_signed(authority: x509.Certificate, crl: x509.CertificateRevocationList) -> bool:
+    key = authority.public_key()
+    if authority.subject != crl.issuer or not isinstance(key, CrlKey):
+        return False
+    try:
+        return crl.is_signature_valid(key)
+    except (TypeError, ValueError, UnsupportedAlgorithm):
+        return False
 
 
 # Making

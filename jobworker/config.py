@@ -178,6 +178,15 @@ def _parse_path(text: str) -> Path:
         raise ValueError("give a path without ~, as that user has no home folder") from error
 
 
+def _parse_optional_path(text: str) -> Path | None:
+    return _parse_path(text) if text else None
+
+
+def _parse_count_or_auto(text: str) -> str:
+    """`auto`, or a number from 1, as text."""
+    return "auto" if text.lower() == "auto" else str(_parse_number(1, 1 << 20)(text))
+
+
 def default_state_dir() -> Path:
     """/var/lib/jobworker for root, else the XDG state folder. Raises SettingError."""
     if os.getuid() == 0:
@@ -400,6 +409,44 @@ class Settings:
         "Memory for the newest output of jobs that are being read, of all together. What does "
         "not fit is read from disk.",
         shown_default="64MiB",
+    )
+    revoked: Path | None = _setting(
+        "revoked",
+        None,
+        _parse_optional_path,
+        "File of the clients' certificates that hold no longer: serial numbers in hexadecimal, "
+        "one a line, or CRLs of the CA. Read again when it changes.",
+        shown_default="none",
+    )
+    audit_log: Path | None = _setting(
+        "audit_log",
+        None,
+        _parse_optional_path,
+        "File to which one line of JSON is appended for each call that changes something or is "
+        "refused.",
+        shown_default="none",
+    )
+    client_calls: int = _setting(
+        "client_calls",
+        # Each may hold a request of 4 MiB.
+        512,
+        _parse_number(1),
+        "How many calls one client, by the name in its certificate, may have under way, but for "
+        "streams.",
+    )
+    client_streams: int = _setting(
+        "client_streams",
+        1000,
+        _parse_number(1),
+        "How many outputs one client may follow at once.",
+    )
+    connections: str = _setting(
+        "connections",
+        "auto",
+        _parse_count_or_auto,
+        "How many connections the server has at once. Beyond three quarters of it, who has most "
+        "loses those without a call; one client may use half. auto: half of the descriptors that "
+        "are not for jobs.",
     )
     log_level: str = _setting(
         "log_level",

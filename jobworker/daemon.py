@@ -80,6 +80,7 @@ async def _serve(
     from jobworker.rpc.service import JobService, ServerFacts
 
     end_requested = _watch_signals()
+    # Without it the signal would end a server that only starts.
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, clients.reload)
     started_ns = time.time_ns()
     async with contextlib.AsyncExitStack() as closing:
@@ -107,8 +108,11 @@ async def _serve(
         closing.push_async_callback(jobinits.close)
         closing.push_async_callback(manager.let_go)
         facts = ServerFacts(__version__, started_ns, str(settings.state_dir))
-        server = RpcServer(settings, JobService(manager, facts), clients)
+        most_connections = _maximum_connections(settings.connections)
+        server = RpcServer(settings, JobService(manager, facts), clients, most_connections)
+        closing.push_async_callback(server.close)
         closing.push_async_callback(server.stop, ANSWER_SECONDS)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
         held = await jobinits.connect(manager.on_exit)
         await _try_isolation(isolation, jobinits)
         await manager.recover(held)
@@ -195,7 +199,7 @@ def _policy(settings: Settings, output: Output) -> Policy:
         ),
         linger_seconds=settings.linger_seconds,
         stop_grace_seconds=settings.stop_grace_seconds,
-        maximum_jobs=_maximum_jobs(),
+        maximum_jobs=_maximum_jobs(_maximum_connections(settings.connections)),
         log_max_bytes=settings.log_max_bytes,
         log_policy=LogPolicy(settings.log_policy),
         disk_reserve_bytes=_disk_reserve_bytes(settings.disk_reserve, output.size_bytes()),
@@ -248,10 +252,20 @@ async def _try_isolation(isolation: Isolation, jobinits: Jobinits) -> None:
         log.warning("jobs cannot have profile %s: %s", profile, problem)
 
 
-def _maximum_jobs() -> int:
+def _maximum_connections(setting: str) -> int:
+    return _reserve() // 2 if setting == "auto" else int(setting)
+
+
+def _maximum_jobs(most_connections: int) -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    reserve = max(SMALLEST_RESERVE, int(limit * RESERVED_SHARE))
-    return max(1, (limit - reserve) // DESCRIPTORS_PER_JOB)
+    # The other half of the reserve is for the store, and for files that are open for a moment.
+    room = limit - _reserve() // 2 - max(most_connections, _reserve() // 2)
+    return max(1, room // DESCRIPTORS_PER_JOB)
+
+
+def _reserve() -> int:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(SMALLEST_RESERVE, int(limit * RESERVED_SHARE))
 
 
 def _instance(state_folder: Path) -> str:

@@ -93,6 +93,17 @@ class QuotaError(ResourceExhaustedError):
         self.quota = quota
 
 
+class AuditError(JobWorkerError):
+    """The audit log cannot be written, so nothing is begun that it could not tell of."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"the server's audit log cannot be written ({problem}), so no job is created; "
+            "try again when it can"
+        )
+        self.problem = problem
+
+
 class ShuttingDownError(JobWorkerError):
     """The server is about to end and takes no more work."""
 

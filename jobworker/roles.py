@@ -95,16 +95,18 @@ class Clients:
     def caller(self, identity: Identity) -> Caller:
         return self._remembered(identity)
 
-    def reload(self) -> None:
-        """Reads the file again. With one that cannot be used all stays as it was."""
+    def reload(self) -> str | None:
+        """Reads the file again. With one that cannot be used all stays as it was. Returns the
+        problem, "" for none; None where there is no file."""
         if self._path is None:
-            return
+            return None
         try:
             self._use(_read(self._path, self._profiles))
         except SettingError as error:
             log.error("roles and quotas stay as they were: %s", error)
-        else:
-            log.info("roles and quotas are those of %s", self._path)
+            return str(error)
+        log.info("roles and quotas are those of %s", self._path)
+        return ""
 
     def _use(self, entries: Entries) -> None:
         self._entries = entries

@@ -25,6 +25,9 @@ TESTED_ELSEWHERE = {
     "engine/jobinits": "functional/test_restart.py",  # who dies, and what then
     "engine/manager": "functional",  # one module an RPC
     "errors": "rpc/test_convert.py",  # the tree is tested where all of it is mapped
+    "rpc/connections": "functional/test_abuse.py",
+    "rpc/credentials": "functional/test_credentials.py",
+    "rpc/gate": "functional/test_abuse.py",
     "rpc/identity": "functional/test_server.py",
     "rpc/server": "functional/test_server.py",
     "rpc/service": "functional",  # one module an RPC

@@ -553,3 +553,72 @@ def _handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> str
             # In TLS 1.3 the client learns only here whether it was accepted.
             assert connection.recv(1) == b"x"
         return seen.result(timeout=10)
+
+
+# Revocation
+
+
+def _serial(path: Path) -> int:
+    return certs.validity_of(path.read_bytes()).serial
+
+
+def test_serial_numbers_in_any_usual_form(folder: Path, tmp_path: Path) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.write_text("# whom, when\n\n0A:1B  # alice\n0xFF\n  7\n")
+    found = certs.read_revoked(revoked, folder / "ca-cert.pem")
+    assert found.serials == {0xA1B, 0xFF, 7}
+    assert found.has(b"any issuer", 7)
+    assert not found.has(b"any issuer", 8)
+
+
+@pytest.mark.parametrize(
+    "content", [b"12 34\n", b"xyz\n", b"\x30\x82", b"-----BEGIN X509 CRL-----\nx\n"]
+)
+def test_what_is_no_list_of_serial_numbers(folder: Path, tmp_path: Path, content: bytes) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.write_bytes(content)
+    with pytest.raises(CertificateError) as caught:
+        certs.read_revoked(revoked, folder / "ca-cert.pem")
+    assert caught.value.about == revoked
+
+
+def test_revoking_appends(folder: Path, tmp_path: Path) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.write_text("ff")  # without an end of the line
+    for name in ("viewer", "client"):
+        certs.revoke(revoked, folder / f"{name}-cert.pem")
+    found = certs.read_revoked(revoked, folder / "ca-cert.pem")
+    names = ("viewer-cert.pem", "client-cert.pem")
+    assert found.serials == {0xFF, *(_serial(folder / name) for name in names)}
+    assert "# viewer, 20" in revoked.read_text()
+
+
+def test_nothing_is_appended_to_a_list_of_the_authority(folder: Path, tmp_path: Path) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.write_bytes(b"-----BEGIN X509 CRL-----\n")
+    with pytest.raises(CertificateError):
+        certs.revoke(revoked, folder / "viewer-cert.pem")
+    assert revoked.read_bytes() == b"-----BEGIN X509 CRL-----\n"
+
+
+@needs_openssl
+def test_a_list_that_openssl_makes(by_hand: Path, tmp_path: Path) -> None:
+    (tmp_path / "index").touch()
+    config = tmp_path / "ca.cnf"
+    config.write_text(
+        "[ca]\ndefault_ca=ca\n[ca]\ndefault_md=sha256\ndefault_crl_days=30\n"
+        f"database={tmp_path}/index\n"
+    )
+    key = ("-cert", by_hand / "ca-cert.pem", "-keyfile", by_hand / "ca-key.pem")
+    revoke = ("openssl", "ca", "-config", config, *key)
+    actions: list[list[str | Path]] = [
+        ["-revoke", by_hand / "client-cert.pem"],
+        ["-gencrl", "-out", tmp_path / "crl.pem"],
+    ]
+    for action in actions:
+        subprocess.run([*revoke, *action], check=True, capture_output=True)
+    found = certs.read_revoked(tmp_path / "crl.pem", by_hand / "ca-cert.pem")
+    client = certs.validity_of((by_hand / "client-cert.pem").read_bytes())
+    assert found.has(client.issuer, client.serial)
+    assert not found.has(b"another issuer", client.serial)
+    assert found.warnings == ()

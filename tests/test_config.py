@@ -49,6 +49,11 @@ VALUES: dict[str, tuple[str, Any]] = {
     "disk_reserve": ("64KiB", "65536"),
     "disk_full": ("drop", "drop"),
     "ring_memory": ("1MiB", 1 << 20),
+    "revoked": ("/r", Path("/r")),
+    "audit_log": ("/a", Path("/a")),
+    "client_calls": ("7", 7),
+    "client_streams": ("8", 8),
+    "connections": ("900", "900"),
     "log_level": ("DEBUG", "debug"),
 }
 
@@ -300,8 +305,9 @@ def test_the_table_has_every_setting() -> None:
 def test_the_default_that_is_shown_is_the_default() -> None:
     for field, option in options():
         # Those depend on the user, and on this one `none` is no value.
-        names = {"clients", "state_dir", "profile", "users_allowed", "strict_uids"}
-        if option.name not in names:
+        no_value = {"clients", "state_dir", "profile", "users_allowed", "strict_uids"}
+        no_value |= {"revoked", "audit_log"}
+        if option.name not in no_value:
             assert option.parse(option.shown_default) == getattr(Settings(), field.name)
 
 

@@ -89,6 +89,32 @@ def client(folder: Path, name: str, role: str, force: bool, as_json: bool) -> No
     _show_made(certs.make_client(folder, name, role, force=force), as_json)
 
 
+@certs_command.command("revoke")
+@click.argument("certificate", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--list",
+    "list_path",
+    required=True,
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file that the server's JOB_WORKER_REVOKED names; made if it is not there.",
+)
+@json_option
+def revoke(certificate: Path, list_path: Path, as_json: bool) -> None:
+    """Ends what the certificate in a file allows.
+
+    Adds its serial number to a list. A server that has this list refuses its owner within
+    seconds, and ends what the owner follows; the owner's jobs run on.
+    """
+    from jobworker import certs
+
+    serial = certs.revoke(list_path, certificate)
+    if as_json:
+        display.write_json({"serial": serial, "list": str(list_path)})
+        return
+    click.echo(f"Revoked {serial} in {list_path}")
+
+
 def _show_made(paths: Sequence[Path], as_json: bool) -> None:
     if as_json:
         display.write_json({"made": [str(path) for path in paths]})

@@ -29,6 +29,7 @@ CODES: dict[type[errors.JobWorkerError], grpc.StatusCode] = {
     errors.PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     errors.QuotaError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.AuditError: grpc.StatusCode.UNAVAILABLE,
     errors.ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
     errors.StoreError: grpc.StatusCode.UNAVAILABLE,
 }
@@ -49,7 +50,7 @@ def code_of(error: errors.JobWorkerError | OSError) -> grpc.StatusCode:
     return CODES.get(type(error), grpc.StatusCode.INTERNAL)
 
 
-def metadata_of(error: errors.JobWorkerError) -> tuple[tuple[str, str], ...]:
+def metadata_of(error: errors.JobWorkerError | OSError) -> tuple[tuple[str, str], ...]:
     """What goes with its status: the errno of a command that cannot be executed."""
     if isinstance(error, InvalidRequestError) and error.error_number:
         return ((COMMAND_ERRNO, str(error.error_number)),)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import grpc
@@ -12,16 +11,15 @@ from jobworker.errors import PermissionDeniedError
 from jobworker.roles import Identity
 
 
-def identify(context: grpc.aio.ServicerContext[Any, Any]) -> Identity:
-    """Raises PermissionDeniedError where the connection has no certificate."""
-    pem = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
+def certificate_of(context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+    """As PEM. Raises PermissionDeniedError where the connection has none."""
+    pem: bytes | None = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
     if pem is None:
         raise PermissionDeniedError("the connection has no client certificate")
-    return _identity_of(pem)
+    return pem
 
 
-@functools.lru_cache(maxsize=1024)
-def _identity_of(pem: bytes) -> Identity:
+def identity_of(pem: bytes) -> Identity:
     """From the parsed certificate: in the subject as text, a CN of `x,OU=admin` would pass
     for a role (RFC 2253 escapes it, and a split on commas does not know)."""
     return Identity(*subject_of(pem))

@@ -1,4 +1,4 @@
-"""The gRPC server: mutual TLS, the service, health and reflection.
+"""The gRPC server: mutual TLS, the service, health and reflection, and what bounds its clients.
 
 Two things must be set in the environment before grpc is first imported (`prepare_grpc`);
 the daemon sees to it.
@@ -6,18 +6,30 @@ the daemon sees to it.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import itertools
+import logging
 import socket
 from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from jobworker import certs
 from jobworker.config import Settings
 from jobworker.errors import SettingError
 from jobworker.roles import Clients
-from jobworker.rpc.service import SERVICE, JobService, ServiceHandler
+from jobworker.rpc import connections
+from jobworker.rpc.audit import AuditLog
+from jobworker.rpc.credentials import Credentials
+from jobworker.rpc.gate import ClientLimits, Gate, GuardedServices
+from jobworker.rpc.service import SERVICE, SUBJECTS, JobService, ServiceHandler
+from jobworker.rpc.watch import Watch, WatchedFiles
+
+log = logging.getLogger(__name__)
 
 LARGEST_REQUEST_BYTES = 4 << 20
 
@@ -29,26 +41,77 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.server.max_pending_requests_hard_limit", 40_000),
     ("grpc.max_receive_message_length", LARGEST_REQUEST_BYTES),
     ("grpc.max_concurrent_streams", 2_000),
+    # Of all headers of a request together, as by default: what is over the first is refused at
+    # random, what is over the second always.
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
+    # 120 s by default. It is over when the client has sent its HTTP/2 settings.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    # Connections without a call; also those that send a header for ever. Clients connect again
+    # by themselves.
+    ("grpc.max_connection_idle_ms", 600_000),
+    # Two hours by default: so long would a machine that has gone keep its connections.
+    ("grpc.keepalive_time_ms", 600_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Clients that ping more often than this while nothing is sent are told so, and at the third
+    # time cut off; as by default, and what `client.connection` keeps to.
+    ("grpc.http2.min_ping_interval_without_data_ms", 300_000),
+    ("grpc.http2.max_ping_strikes", 2),
 ]
+# Between two looks for connections that give way; so long has a new one for its first call.
+CROWD_SECONDS = 0.25
+LONGEST_CROWD_SECONDS = 4.0
+CROWD_SAID_SECONDS = 10.0
 
 
 class RpcServer:
     """Listens from `start` to `stop`."""
 
-    def __init__(self, settings: Settings, service: JobService, clients: Clients) -> None:
-        """Raises SettingError where the address cannot be listened on."""
-        self._server = grpc.aio.server(options=OPTIONS)
-        self._server.add_generic_rpc_handlers((ServiceHandler(service, clients),))
+    def __init__(
+        self, settings: Settings, service: JobService, clients: Clients, most_connections: int
+    ) -> None:
+        """Raises StartupError where the address cannot be listened on, or a file not be used."""
+        self._clients = clients
+        self._audit = AuditLog(settings.audit_log)
+        self._gate = Gate(
+            clients, _client_limits(settings, most_connections), self._audit, SUBJECTS
+        )
+        self._watch = Watch()
+        self._crowd = _Crowd(self._gate, most_connections)
+        credentials = Credentials(settings.cert_path, self._crowd.note_handshake, self._tell_reload)
+        self._watch.add(credentials.files)
+        if settings.revoked:
+            self._watch.add(self._revocation(settings.revoked, settings.cert_path / certs.CA_CERT))
+        for function in (self._audit.look, self._gate.look):
+            self._watch.at_each_look(function)
+        options = [*OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections)]
+        self._server = grpc.aio.server(options=options)
+        self._server.add_generic_rpc_handlers((ServiceHandler(service, self._gate),))
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, _GenericOnly(self._server))
+        guarded: Any = GuardedServices(self._server, self._gate)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, _GenericOnly(self._server))
-        self.port = self._bind(settings)
+        # Not `enable_server_reflection`: it does not see that this server is one of asyncio's.
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            reflection.aio.ReflectionServicer(names), guarded
+        )
+        self.port = self._bind(settings.address, credentials)
+        self._gate.port = self.port
 
     async def start(self) -> None:
         await self._server.start()
+        self._watch.start()
+        self._audit.write(event="start", port=self.port)
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    def reload(self) -> None:
+        """Reads the clients' roles again, and what else has changed on disk, without waiting for
+        it to settle; as on SIGHUP."""
+        problem = self._clients.reload()
+        if problem is not None:
+            self._tell_reload("clients' roles", problem)
+        self._watch.look_now()
 
     async def stop(self, grace_seconds: float) -> None:
         """Accepts nothing more at once; calls under way have this long to end. May be
@@ -56,31 +119,110 @@ class RpcServer:
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_seconds)
 
-    def _bind(self, settings: Settings) -> int:
+    async def close(self) -> None:
+        """To be called once, after the last `stop`."""
+        await self._watch.close()
+        await self._crowd.close()
+        self._audit.write(event="end")
+        self._audit.close()
+
+    def _revocation(self, path: Path, ca_path: Path) -> WatchedFiles:
+        def use(revoked: certs.Revoked) -> None:
+            for warning in revoked.warnings:
+                log.warning("%s", warning)
+            self._gate.revoke(revoked)
+
+        # With the CA's, as its signature counts.
+        return WatchedFiles(
+            "revoked certificates",
+            [path, ca_path],
+            lambda: certs.read_revoked(path, ca_path),
+            use,
+            self._tell_reload,
+        )
+
+    def _tell_reload(self, name: str, problem: str) -> None:
+        outcome = {"problem": problem} if problem else {}
+        self._audit.write(event="reload", files=name, **outcome)
+
+    def _bind(self, address: str, credentials: Credentials) -> int:
         try:
-            port = self._server.add_secure_port(settings.address, _credentials(settings.cert_path))
+            port = self._server.add_secure_port(address, credentials.for_grpc())
         except RuntimeError as error:
             raise SettingError(
                 "--addr (JOB_WORKER_ADDR)",
-                settings.address,
-                _why_not_listen(settings.address),
+                address,
+                _why_not_listen(address),
                 "choose another one; `ss -ltnp` shows who has it",
             ) from error
         return port
 
 
-class _GenericOnly:
-    """Registers servicers of other packages by their generic handlers alone, for the reason
-    that `ServiceHandler` gives."""
+class _Crowd:
+    """Has connections give way where there are nearly as many as there may be."""
 
-    def __init__(self, server: grpc.aio.Server) -> None:
-        self._server = server
+    def __init__(self, gate: Gate, most: int) -> None:
+        self._gate = gate
+        self._most = most
+        self._loop = asyncio.get_running_loop()
+        # At the most so many: those counted last, and those that came since then.
+        self._counted = 0
+        self._arrivals = itertools.count(1)
+        self._task: asyncio.Task[None] | None = None
+        self._ended = 0
+        self._said_at = -CROWD_SAID_SECONDS
 
-    def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        self._server.add_generic_rpc_handlers(handlers)
+    def note_handshake(self) -> None:
+        """In a thread of gRPC's."""
+        if self._may_be_crowded():
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._make_room_soon)
 
-    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
-        pass
+    async def close(self) -> None:
+        if self._task:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def _may_be_crowded(self) -> bool:
+        return self._counted + next(self._arrivals) > self._most * connections.CROWDED_SHARE
+
+    def _make_room_soon(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._make_room())
+
+    async def _make_room(self) -> None:
+        seen: set[str] = set()
+        pause = CROWD_SECONDS
+        # Until it is no longer crowded: where all are taken, no handshake would tell.
+        while self._may_be_crowded():
+            self._arrivals = itertools.count(1)
+            busy = self._gate.busy_addresses()
+            seen, ended = await asyncio.to_thread(
+                connections.make_room, self._gate.port, self._most, busy, seen
+            )
+            self._counted = len(seen) - ended
+            self._say(len(seen), ended)
+            # Where all have a call, there is nothing to do for long.
+            pause = CROWD_SECONDS if ended else min(2 * pause, LONGEST_CROWD_SECONDS)
+            await asyncio.sleep(pause)
+
+    def _say(self, count: int, ended: int) -> None:
+        self._ended += ended
+        if self._ended and self._loop.time() > self._said_at + CROWD_SAID_SECONDS:
+            log.warning(
+                "%d connections, and %d are the most: ended %d without a call since this was last "
+                "said, of the hosts that have most",
+                count,
+                self._most,
+                self._ended,
+            )
+            self._ended, self._said_at = 0, self._loop.time()
+
+
+def _client_limits(settings: Settings, most_connections: int) -> ClientLimits:
+    return ClientLimits(
+        settings.client_calls, settings.client_streams, max(1, most_connections // 2)
+    )
 
 
 def _why_not_listen(address: str) -> str:
@@ -95,13 +237,3 @@ def _why_not_listen(address: str) -> str:
     except OSError as error:
         return f"cannot listen there: {error.strerror}"
     return "cannot listen there"
-
-
-def _credentials(folder: Path) -> grpc.ServerCredentials:
-    key, certificate, authority = (
-        (folder / name).read_bytes()
-        for name in ("server-key.pem", "server-cert.pem", "ca-cert.pem")
-    )
-    return grpc.ssl_server_credentials(
-        [(key, certificate)], root_certificates=authority, require_client_auth=True
-    )

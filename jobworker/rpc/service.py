@@ -7,19 +7,19 @@ import signal
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import grpc
 
-from jobworker.authorization import RULES, Access, authorize
+from jobworker.authorization import RULES, Access
 from jobworker.engine.manager import Manager
 from jobworker.engine.output import Reader
 from jobworker.errors import InvalidRequestError, JobWorkerError
 from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
-from jobworker.roles import Clients
 from jobworker.rpc import convert
-from jobworker.rpc.identity import identify
+from jobworker.rpc.gate import Gate, Subject
 
 SERVICE = "job_worker.JobService"
 PAGE_JOBS = 100
@@ -218,7 +218,7 @@ class ServiceHandler(grpc.GenericRpcHandler):
     """All RPCs of the service in one generic handler: the server waits, for each call, on
     every method that was registered by itself (grpc #41796)."""
 
-    def __init__(self, service: JobService, clients: Clients) -> None:
+    def __init__(self, service: JobService, gate: Gate) -> None:
         unary: list[tuple[str, UnaryMethod, Any]] = [
             ("CreateJob", service.create_job, pb.CreateJobReq),
             ("CreateJobs", service.create_jobs, pb.CreateJobsReq),
@@ -232,8 +232,8 @@ class ServiceHandler(grpc.GenericRpcHandler):
         streams: list[tuple[str, StreamMethod, Any]] = [
             ("GetJobsStream", service.get_jobs_stream, pb.GetJobsStreamReq),
         ]
-        methods = {rpc: _unary(clients, rpc, *rest) for rpc, *rest in unary}
-        methods |= {rpc: _stream(clients, rpc, *rest) for rpc, *rest in streams}
+        methods = {rpc: _unary(gate, rpc, *rest) for rpc, *rest in unary}
+        methods |= {rpc: _stream(gate, rpc, *rest) for rpc, *rest in streams}
         if methods.keys() != RULES.keys():
             raise RuntimeError(f"RPCs without a rule: {methods.keys() ^ RULES.keys()}")
         self._methods: Mapping[str, Any] = {
@@ -244,27 +244,79 @@ class ServiceHandler(grpc.GenericRpcHandler):
         return self._methods.get(details.method)
 
 
-def _unary(clients: Clients, rpc: str, method: UnaryMethod, request_type: Any) -> Any:
-    async def handle(request: Any, context: Context) -> Any:
-        try:
-            access = authorize(clients.caller(identify(context)), rpc)
-            return await method(request, access)
-        except JobWorkerError as error:
-            code, metadata = convert.code_of(error), convert.metadata_of(error)
-            await context.abort(code, str(error), metadata)
+def _unary(gate: Gate, rpc: str, method: UnaryMethod, request_type: Any) -> Any:
+    async def answer(request: Any, access: Access, _context: Context) -> Any:
+        return await method(request, access)
 
-    return grpc.unary_unary_rpc_method_handler(
+    handle = gate.guard(rpc, answer, is_stream=False)
+    return grpc.stream_unary_rpc_method_handler(
         handle, request_type.FromString, lambda answer: answer.SerializeToString()
     )
 
 
-def _stream(clients: Clients, rpc: str, method: StreamMethod, request_type: Any) -> Any:
-    async def handle(request: Any, context: Context) -> None:
-        try:
-            access = authorize(clients.caller(identify(context)), rpc)
-            await method(request, access, context)
-        except (JobWorkerError, OSError) as error:
-            await context.abort(convert.code_of(error), str(error))
-
+def _stream(gate: Gate, rpc: str, method: StreamMethod, request_type: Any) -> Any:
+    handle = gate.guard(rpc, method, is_stream=True)
     # No serializer: what is written is finished bytes.
-    return grpc.unary_stream_rpc_method_handler(handle, request_type.FromString, None)
+    return grpc.stream_stream_rpc_method_handler(handle, request_type.FromString, None)
+
+
+# What the audit log says of the calls that change something
+
+
+def _created(request: pb.CreateJobReq | None, answer: pb.Job | None) -> list[dict[str, Any]]:
+    fields = _asked(request) if request else {}
+    return [fields | {"job": answer.id, "status": answer.status} if answer else fields]
+
+
+def _created_many(
+    request: pb.CreateJobsReq | None, answer: pb.CreateJobsRes | None
+) -> list[dict[str, Any]]:
+    if request is None or answer is None:
+        return [_asked(each) for each in request.jobs] if request else [{}]
+    return [
+        _asked(each)
+        | {"job": result.id, "status": result.status}
+        | ({"code": CODE_NAMES[result.code], "problem": result.error} if result.code else {})
+        for each, result in zip(request.jobs, answer.results, strict=True)
+    ]
+
+
+def _named(request: pb.StopJobReq | pb.DeleteJobReq | None, _answer: Any) -> list[dict[str, Any]]:
+    return [{"job": request.id[:LONGEST_TOLD]} if request else {}]
+
+
+def _asked(request: pb.CreateJobReq) -> dict[str, Any]:
+    """Never what the values of the environment are, nor the standard input."""
+    fields: dict[str, Any] = {"command": _told([request.command, *request.args])}
+    if request.environment:
+        fields["environment"] = _told(sorted(request.environment))
+    for name in ("name", "working_directory", "user", "profile"):
+        if value := getattr(request, name):
+            fields[name] = value[:LONGEST_TOLD]
+    return fields
+
+
+def _told(words: list[str]) -> list[str]:
+    """As much as a line may hold of it; what is left out is told by a last word."""
+    told: list[str] = []
+    room = LONGEST_TOLD
+    for word in words:
+        told.append(word[:room])
+        room -= len(word) + 1
+        if room < 0:
+            told.append("\N{HORIZONTAL ELLIPSIS}")
+            break
+    return told
+
+
+CODE_NAMES = {code.value[0]: code.name for code in grpc.StatusCode}
+LONGEST_TOLD = 1024  # characters of a command, and of what else a client says
+
+SUBJECTS: Mapping[str, Subject] = MappingProxyType(
+    {
+        "CreateJob": _created,
+        "CreateJobs": _created_many,
+        "StopJob": _named,
+        "DeleteJob": _named,
+    }
+)

@@ -120,3 +120,14 @@ def test_show_one(unconnected: Program) -> None:
 def test_as_json(unconnected: Program) -> None:
     made = json.loads(unconnected("certs", "init", "-o", "json").stdout)
     assert "certs/ca-key.pem" in made["made"]
+
+
+def test_revoke(jobworker: Program, server: Server) -> None:
+    path = server.certs / "viewer-cert.pem"
+    serial = certs.subject_of(path.read_bytes())[2]
+    answer = jobworker("certs", "revoke", str(path), "--list", "revoked")
+    assert answer.stdout == f"Revoked {serial} in revoked\n"
+    revoked = jobworker.folder / "revoked"
+    assert certs.read_revoked(revoked, server.certs / "ca-cert.pem").serials == {int(serial, 16)}
+    again = jobworker.json("certs", "revoke", str(path), "--list", "revoked")
+    assert again == {"serial": serial, "list": "revoked"}

@@ -104,6 +104,15 @@ class Server:
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
+    def connections(self) -> int:
+        """Established ones, with clients."""
+        tables = (Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
+        lines = [line for table in tables for line in table.splitlines()[1:]]
+        ours = f":{self.port:04X}"
+        return sum(
+            fields[1].endswith(ours) and fields[3] == "01" for fields in map(str.split, lines)
+        )
+
     def rss_bytes(self) -> int:
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")

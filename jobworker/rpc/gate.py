@@ -1,0 +1,423 @@
+"""Who may come in, how much at once, and for how long.
+
+Every call of every service passes `Gate.guard`: before its request is read, as what a client may
+keep the server waiting for, or have it hold in memory, is bounded by how many calls it may have.
+So all RPCs are registered as if their requests were streams; on the wire that is the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from jobworker import certs
+from jobworker.authorization import Access, authorize
+from jobworker.errors import (
+    AuditError,
+    InvalidRequestError,
+    JobWorkerError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+)
+from jobworker.roles import Clients, Identity
+from jobworker.rpc import connections, convert
+from jobworker.rpc.audit import AuditLog
+from jobworker.rpc.identity import certificate_of, identity_of
+
+log = logging.getLogger(__name__)
+
+# What it may take to tell a revoked client so, before its connection is shut: one that reads
+# nothing never comes to the status, as that is behind the message that it does not read.
+REVOKED_SECONDS = 1.0
+# Lines about refused calls: at once, and then a second, for each client. Else who may do nothing
+# could fill the disk.
+REFUSALS_AT_ONCE = 100
+REFUSALS_PER_SECOND = 10.0
+
+# What may be 4 MiB, or nearly so: what of it is not yet sent, or not yet read, is in memory.
+LARGE = frozenset({"GetJobs", "ListJobs", "CreateJobs", "ServerReflectionInfo"})
+MOST_LARGE = 16  # at once, of each client
+MOST_RECEIVED = 32  # requests of one client that come in at once; others wait for these
+
+Context = grpc.aio.ServicerContext[Any, Any]
+# With the request, what the caller may (of an RPC without a rule: nothing is said), and the
+# context; the answer of a stream is None.
+Method = Callable[[Any, Any, Context], Awaitable[Any]]
+Subject = Callable[[Any, Any], Iterable[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """What all calls of one client, by the name in its certificate, may take together."""
+
+    calls: int  # at once, but for streams
+    streams: int  # at once
+    connections: int  # with calls, at once
+
+
+@dataclass(slots=True)
+class _Client:
+    """What a client has under way."""
+
+    calls: int = 0
+    streams: int = 0
+    large: int = 0
+    receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_RECEIVED))
+    connections: dict[str, int] = field(default_factory=dict)  # calls on each, by its peer
+
+
+@dataclass(slots=True)
+class _Refusals:
+    """How many lines about refused calls of one client may still be written."""
+
+    left: float = REFUSALS_AT_ONCE
+    counted_at: float = 0.0
+    unwritten: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Passport:
+    """What a client's certificate says."""
+
+    identity: Identity
+    serial: int
+    issuer: bytes
+    expires: float  # seconds since the epoch
+
+
+@functools.lru_cache(maxsize=1024)
+def _passport_of(pem: bytes) -> Passport:
+    validity = certs.validity_of(pem)
+    return Passport(identity_of(pem), validity.serial, validity.issuer, validity.expires)
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    rpc: str
+    is_stream: bool
+    peer: str
+    task: asyncio.Task[Any]
+    passport: Passport | None = None
+    client: _Client | None = None  # where it is counted
+    ended_by: JobWorkerError | None = None  # why it is ended though the client waits
+
+
+class Gate:
+    """All calls under way."""
+
+    def __init__(
+        self,
+        clients: Clients,
+        limits: ClientLimits,
+        audit: AuditLog,
+        subjects: Mapping[str, Subject],
+    ) -> None:
+        """subjects: for each RPC that changes something, what the audit log says of it: made of
+        the request and the answer, either of which may be None."""
+        self._roles = clients
+        self._limits = limits
+        self._audit = audit
+        self._subjects = subjects
+        self._revoked = certs.NOBODY_REVOKED
+        self._calls: set[_Call] = set()
+        self._clients: dict[str, _Client] = {}
+        self._refusals: dict[str, _Refusals] = {}
+        self._endings: set[asyncio.Task[None]] = set()
+        self.port = 0
+
+    def guard(
+        self,
+        rpc: str,
+        method: Method,
+        *,
+        is_stream: bool,
+        is_ours: bool = True,
+        takes_stream: bool = False,
+    ) -> Any:
+        """A handler for gRPC that lets the right callers in. is_stream: the answer is one.
+        is_ours: an RPC with a rule in `authorization`; others are for all who have a
+        certificate. takes_stream: the method is given not one request, but all that come."""
+
+        async def handle(requests: Any, context: Context) -> Any:
+            call = _Call(rpc, is_stream, context.peer(), _current_task())
+            # Not when this ends, but when the answer has gone out: until then it takes memory.
+            leave: Any = functools.partial(self._leave, call)
+            context.add_done_callback(leave)
+            request = answer = None
+            try:
+                try:
+                    self._admit(call, context)
+                    assert call.passport is not None
+                    assert call.client is not None
+                    access: Access | None = None
+                    if is_ours:
+                        access = authorize(self._roles.caller(call.passport.identity), rpc)
+                    if takes_stream:
+                        request = requests
+                    else:
+                        async with call.client.receiving:
+                            request = await _receive(context)
+                    answer = await method(request, access, context)
+                except asyncio.CancelledError:
+                    if call.ended_by is None:
+                        raise
+                    error: JobWorkerError | OSError = call.ended_by
+                except (JobWorkerError, OSError) as caught:
+                    error = caught
+                else:
+                    self._note(call, request, answer, "OK")
+                    return answer
+                code = convert.code_of(error)
+                self._note(call, request, None, code.name, error)
+                await context.abort(code, str(error), convert.metadata_of(error))
+            except asyncio.CancelledError:
+                # Nobody waits for the answer. What was asked for may happen all the same.
+                self._note(call, request, None, "CANCELLED")
+                raise
+
+        return handle
+
+    def revoke(self, revoked: certs.Revoked) -> None:
+        """From now on these are refused; what they have under way is ended."""
+        self._revoked = revoked
+        calls = [call for call in self._calls if call.passport and self._is_revoked(call.passport)]
+        for call in calls:
+            assert call.passport is not None
+            call.ended_by = _revoked_error(call.passport)
+            call.task.cancel()
+        if calls:
+            log.warning("ended %d calls of clients whose certificate is revoked", len(calls))
+            ending = asyncio.create_task(self._shut_soon({call.peer for call in calls}))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
+
+    def busy_addresses(self) -> set[str]:
+        """Of connections with calls."""
+        peers = {peer for client in self._clients.values() for peer in client.connections}
+        return set(map(connections.address_of, peers))
+
+    def look(self) -> None:
+        """To be called every now and then."""
+        now = time.monotonic()
+        for name, refusals in list(self._refusals.items()):
+            if refusals.unwritten:
+                self._audit.write(
+                    event="refused calls without a line", who=name, count=refusals.unwritten
+                )
+                refusals.unwritten = 0
+            elif now > refusals.counted_at + REFUSALS_AT_ONCE / REFUSALS_PER_SECOND:
+                del self._refusals[name]
+
+    # Coming and going
+
+    def _admit(self, call: _Call, context: Context) -> None:
+        passport = call.passport = _passport_of(certificate_of(context))
+        if self._is_revoked(passport):
+            raise _revoked_error(passport)
+        if time.time() > passport.expires:
+            raise PermissionDeniedError(
+                f"the certificate of {passport.identity.name!r} has expired since it connected; "
+                "connect again with a new one"
+            )
+        self._count(call, passport.identity.name)
+        self._calls.add(call)
+        if call.rpc in CREATES:
+            self._audit.check()
+
+    def _count(self, call: _Call, name: str) -> None:
+        client = self._clients.get(name) or _Client()
+        limits = self._limits
+        if call.is_stream and client.streams >= limits.streams:
+            raise _too_many("client_streams", name, limits.streams, "streams")
+        if not call.is_stream and client.calls >= limits.calls:
+            raise _too_many("client_calls", name, limits.calls, "calls")
+        if call.rpc in LARGE and client.large >= MOST_LARGE:
+            raise _too_many("client_calls", name, MOST_LARGE, "calls with large messages")
+        on_this = client.connections.get(call.peer, 0)
+        if not on_this and len(client.connections) >= limits.connections:
+            raise _too_many("client_connections", name, limits.connections, "connections in use")
+        self._clients[name] = client
+        client.connections[call.peer] = on_this + 1
+        if call.is_stream:
+            client.streams += 1
+        else:
+            client.calls += 1
+        client.large += call.rpc in LARGE
+        call.client = client
+
+    def _leave(self, call: _Call, _context: Any = None) -> None:
+        self._calls.discard(call)
+        client = call.client
+        if client is None:
+            return
+        client.large -= call.rpc in LARGE
+        if call.is_stream:
+            client.streams -= 1
+        else:
+            client.calls -= 1
+        client.connections[call.peer] -= 1
+        if not client.connections[call.peer]:
+            del client.connections[call.peer]
+            if not client.connections:
+                assert call.passport is not None
+                del self._clients[call.passport.identity.name]
+
+    def _is_revoked(self, passport: Passport) -> bool:
+        return self._revoked.has(passport.issuer, passport.serial)
+
+    async def _shut_soon(self, peers: set[str]) -> None:
+        await asyncio.sleep(REVOKED_SECONDS)
+        addresses = set(map(connections.address_of, peers))
+        await asyncio.to_thread(connections.shut, self.port, addresses)
+
+    # The audit log
+
+    def _note(
+        self,
+        call: _Call,
+        request: Any,
+        answer: Any,
+        code: str,
+        error: JobWorkerError | OSError | None = None,
+    ) -> None:
+        if not self._audit.is_on:
+            return
+        subject = self._subjects.get(call.rpc)
+        if isinstance(error, REFUSALS) and (subject is None or request is None):
+            if self._may_note_refusal(call):
+                self._write(call, code, {"problem": str(error)})
+        elif subject is not None:
+            problem = {"problem": str(error)} if error else {}
+            for fields in subject(request, answer):
+                self._write(call, code, {**fields, **problem})
+
+    def _write(self, call: _Call, code: str, fields: Mapping[str, Any]) -> None:
+        passport = call.passport
+        self._audit.write(
+            who=passport.identity.name if passport else "",
+            role=(self._roles.caller(passport.identity).role or "") if passport else "",
+            serial=passport.identity.serial if passport else "",
+            peer=connections.address_of(call.peer),
+            rpc=call.rpc,
+            **{"code": code, **fields},
+        )
+
+    def _may_note_refusal(self, call: _Call) -> bool:
+        name = call.passport.identity.name if call.passport else ""
+        refusals = self._refusals.setdefault(name, _Refusals())
+        now = time.monotonic()
+        earned = (now - refusals.counted_at) * REFUSALS_PER_SECOND
+        refusals.left = min(REFUSALS_AT_ONCE, refusals.left + earned)
+        refusals.counted_at = now
+        if refusals.left < 1:
+            refusals.unwritten += 1
+            return False
+        refusals.left -= 1
+        return True
+
+
+# An audit log that cannot be written refuses these. Not those that end or remove jobs: they are
+# what frees a full disk.
+CREATES = frozenset({"CreateJob", "CreateJobs"})
+
+REFUSALS = (PermissionDeniedError, ResourceExhaustedError, AuditError)
+
+
+class GuardedServices:
+    """Takes the servicers of other packages, and registers their handlers with a guard each;
+    and as generic ones alone, for the reason that `service.ServiceHandler` gives."""
+
+    def __init__(self, server: grpc.aio.Server, gate: Gate) -> None:
+        self._server = server
+        self._gate = gate
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        guarded = [_GuardedHandler(handler, self._gate) for handler in handlers]
+        self._server.add_generic_rpc_handlers(guarded)
+
+    def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
+        pass
+
+
+class _GuardedHandler(grpc.GenericRpcHandler):
+    def __init__(self, handler: grpc.GenericRpcHandler, gate: Gate) -> None:
+        self._handler = handler
+        self._gate = gate
+        self._methods: dict[str, Any] = {}
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        if details.method not in self._methods:
+            found: Any = self._handler.service(details)
+            if found is None:
+                return None  # and not kept: anybody may ask for any name
+            self._methods[details.method] = self._guarded(details.method, found)
+        return self._methods[details.method]
+
+    def _guarded(self, name: str, inner: Any) -> Any:
+        is_stream = inner.response_streaming
+        handler = self._gate.guard(
+            name.rpartition("/")[2],
+            _streaming(inner) if is_stream else _answering(inner),
+            is_stream=is_stream,
+            is_ours=False,
+            takes_stream=inner.request_streaming,
+        )
+        make: Any = grpc.stream_unary_rpc_method_handler
+        if is_stream:
+            make = grpc.stream_stream_rpc_method_handler
+        return make(handler, inner.request_deserializer, inner.response_serializer)
+
+
+def _answering(inner: Any) -> Method:
+    async def method(request: Any, _access: None, context: Context) -> Any:
+        return await inner.unary_unary(request, context)
+
+    return method
+
+
+def _streaming(inner: Any) -> Method:
+    behaviour = inner.stream_stream or inner.unary_stream
+
+    async def method(request: Any, _access: None, context: Context) -> None:
+        if inspect.iscoroutinefunction(behaviour):
+            await behaviour(request, context)
+        else:
+            async for answer in behaviour(request, context):
+                await context.write(answer)
+
+    return method
+
+
+async def _receive(context: Context) -> Any:
+    request = await context.read()
+    if request is grpc.aio.EOF:
+        raise InvalidRequestError("request", "there is none")
+    return request
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+def _too_many(limit: str, name: str, most: int, what: str) -> ResourceExhaustedError:
+    return ResourceExhaustedError(
+        f"{limit}: {name!r} has {most} {what} already, which is the most that the server allows "
+        "one client at once"
+    )
+
+
+def _revoked_error(passport: Passport) -> PermissionDeniedError:
+    return PermissionDeniedError(
+        f"the certificate of {passport.identity.name!r} with the serial number "
+        f"{passport.identity.serial} is revoked"
+    )

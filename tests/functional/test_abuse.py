@@ -1,0 +1,313 @@
+"""Clients that want all of the server for themselves: what they get, and that others do not
+notice. How fast others are meanwhile is a question of the benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from functional.server import Client, Server, channel
+from jobworker import certs
+from jobworker.pb import job_worker_pb2 as pb
+
+DEADLINE_SECONDS = 30
+MEBIBYTE = 1 << 20
+
+StartServer = Callable[..., Server]
+
+# Frames of HTTP/2 (RFC 9113) by their types' numbers, and the flags that are used here.
+DATA, HEADERS, SETTINGS, PING, CONTINUATION = 0, 1, 4, 6, 9
+END_STREAM, END_HEADERS = 1, 4
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+INITIAL_WINDOW_SIZE = 4
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    length = struct.pack(">I", len(payload))[1:]
+    return length + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def field(name: str, value: str) -> bytes:
+    """Of a header, as a literal that is not to be kept (RFC 7541)."""
+    return b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+
+
+def headers_of(rpc: str) -> bytes:
+    return b"".join(
+        [
+            field(":method", "POST"),
+            field(":scheme", "https"),
+            field(":path", f"/job_worker.JobService/{rpc}"),
+            field(":authority", "localhost"),
+            field("content-type", "application/grpc"),
+            field("te", "trailers"),
+        ]
+    )
+
+
+def request_of(rpc: str, stream: int) -> bytes:
+    """A call with an empty message."""
+    headers = frame(HEADERS, END_HEADERS, stream, headers_of(rpc))
+    return headers + frame(DATA, END_STREAM, stream, bytes(5))
+
+
+def connect(server: Server, name: str, settings: bytes = b"") -> ssl.SSLSocket:
+    """Speaks HTTP/2 as it likes, over TLS as it must."""
+    context = ssl.create_default_context(cafile=server.certs / "ca-cert.pem")
+    context.load_cert_chain(server.certs / f"{name}-cert.pem", server.certs / f"{name}-key.pem")
+    context.set_alpn_protocols(["h2"])
+    plain = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    wrapped = context.wrap_socket(plain, server_hostname="localhost")
+    wrapped.sendall(PREFACE + frame(SETTINGS, 0, 0, settings))
+    return wrapped
+
+
+@pytest.fixture
+def mallory(certificates: Path) -> str:
+    """Another client, with all that it may."""
+    if not (certificates / "mallory-cert.pem").exists():
+        certs.make_client(certificates, "mallory", "admin")
+    return "mallory"
+
+
+def others_work(server: Server) -> None:
+    """What others do meanwhile."""
+    with server.connect() as client:
+        _, output = client.run("echo still here")
+        assert output == b"still here\n"
+
+
+def is_reachable(server: Server) -> bool:
+    """In the moment in which many come at once, there is no room for one that comes then."""
+    try:
+        with server.connect() as client:
+            return bool(client.info().version)
+    except grpc.RpcError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# Connections
+
+
+@pytest.mark.parametrize("kind", ["silent", "TLS"])
+def test_connections_without_end(start_server: StartServer, mallory: str, kind: str) -> None:
+    server = start_server(CONNECTIONS="200")
+    with contextlib.ExitStack() as closing, server.connect() as client:
+        job = client.create("sleep", "60")
+        stream = client.stream(job.id)
+        for _ in range(1000):
+            if kind == "silent":
+                address = ("127.0.0.1", server.port)
+                opened: socket.socket = socket.create_connection(address, timeout=10)
+            else:
+                with contextlib.suppress(OSError):
+                    opened = connect(server, mallory)
+                    opened.sendall(request_of("GetServerInfo", 1))
+            closing.enter_context(opened)
+        wait_until(lambda: server.connections() <= 200)
+        wait_until(lambda: is_reachable(server))
+        others_work(server)
+        # A connection with a call never gives way.
+        client.stop(job.id)
+        assert [chunk.ending.status for chunk in stream][-1] == "STOPPED"
+    assert "ended" in server.log
+
+
+def test_there_are_never_more_connections(start_server: StartServer, mallory: str) -> None:
+    """Also where all have a call; one client has at most half of them."""
+    server = start_server(CONNECTIONS="4")
+    with contextlib.ExitStack() as closing:
+        streams = []
+        for name in ("client", "client", mallory, mallory):
+            client = closing.enter_context(server.connect(name))
+            streams.append(client.stream(client.create("sleep", "60").id))
+            wait_until(lambda: server.connections() == len(streams))
+        with server.connect("viewer") as viewer, pytest.raises(grpc.RpcError) as caught:
+            viewer.info()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        closing.close()
+        wait_until(lambda: is_reachable(server))
+
+
+def test_a_client_gets_half_of_the_connections(start_server: StartServer, mallory: str) -> None:
+    server = start_server(CONNECTIONS="10")
+    with contextlib.ExitStack() as closing:
+        job = closing.enter_context(server.connect(mallory)).create("sleep", "60")
+        clients = [closing.enter_context(server.connect(mallory)) for _ in range(6)]
+        streams: Any = [client.stream(job.id) for client in clients]
+        wait_until(lambda: sum(stream.done() for stream in streams) == 1)
+        (refused,) = (stream for stream in streams if stream.done())
+        assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "client_connections" in refused.details()
+
+
+def test_who_says_nothing_is_not_waited_for(start_server: StartServer) -> None:
+    server = start_server()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=DEADLINE_SECONDS) as silent:
+        assert silent.recv(1) == b""
+
+
+def test_connections_leave_the_jobs_their_descriptors(
+    start_server: StartServer, mallory: str
+) -> None:
+    server = start_server(open_files=400)
+    with contextlib.ExitStack() as closing, server.connect() as client:
+        client.info()
+        for _ in range(500):
+            opened = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            closing.enter_context(opened)
+        wait_until(lambda: is_reachable(server))
+        for _ in range(client.info().maximum_jobs):
+            assert client.create("sleep", "60").status == "RUNNING"
+        assert "Too many open files" not in server.log
+
+
+# Calls
+
+
+def test_streams_without_end(start_server: StartServer, mallory: str) -> None:
+    server = start_server(CLIENT_STREAMS="50")
+    with server.connect(mallory) as client:
+        job = client.shell("head -c 8000000 /dev/zero; sleep 60")
+        streams: Any = [client.stream(job.id) for _ in range(400)]
+        wait_until(lambda: sum(stream.done() for stream in streams) == 350)
+        codes = Counter(stream.code() for stream in streams if stream.done())
+        assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED: 350}
+        refused = next(stream for stream in streams if stream.done())
+        assert "client_streams" in refused.details()
+        others_work(server)
+        for stream in streams:
+            stream.cancel()
+        # What is free again may be used again.
+        wait_until(lambda: may_stream(client, job.id))
+
+
+def may_stream(client: Client, job_id: str) -> bool:
+    try:
+        return bool(next(client.stream(job_id)).payload)
+    except grpc.RpcError:
+        return False
+
+
+def test_ten_thousand_streams_that_read_nothing(start_server: StartServer, mallory: str) -> None:
+    server = start_server()
+    with server.connect(mallory) as client:
+        job = client.shell("head -c 8000000 /dev/zero; sleep 60")
+        before = server.rss_bytes()
+        streams: Any = [client.stream(job.id, timeout=300) for _ in range(10_000)]
+        wait_until(lambda: any(stream.done() for stream in streams))  # the limit is reached
+        others_work(server)
+        assert server.rss_bytes() - before < 400 * MEBIBYTE
+        for stream in streams:
+            stream.cancel()
+
+
+def test_calls_without_end(start_server: StartServer, mallory: str) -> None:
+    server = start_server(CLIENT_CALLS="20")
+    with server.connect(mallory) as client:
+        job = client.shell("trap '' TERM; while :; do sleep 1; done")
+        calls = [client.stop_soon(job.id) for _ in range(100)]
+        wait_until(lambda: sum(call.done() for call in calls) == 80)
+        codes = {call.exception().code() for call in calls if call.done()}
+        assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        others_work(server)
+        for call in calls:
+            call.cancel()
+
+
+def test_requests_that_never_come(start_server: StartServer, mallory: str) -> None:
+    """Each of these calls says that 4 MiB follow."""
+    server = start_server()
+    with connect(server, mallory) as hostile:
+        before = server.rss_bytes()
+        for number in range(1, 2000, 2):
+            begin = b"\0" + struct.pack(">I", 4 * MEBIBYTE) + b"x" * 10
+            hostile.sendall(
+                frame(HEADERS, END_HEADERS, number, headers_of("CreateJob"))
+                + frame(DATA, 0, number, begin)
+            )
+        others_work(server)
+        assert server.rss_bytes() - before < 150 * MEBIBYTE
+        # So few of a client's requests are received at once that another of its own waits.
+        with server.connect(mallory) as client:
+            call: Any = client.stream("1", timeout=1)
+            with pytest.raises(grpc.RpcError) as caught:
+                next(call)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_answers_that_are_not_taken(start_server: StartServer, mallory: str) -> None:
+    """The client's window is closed: each answer of some MiB has to wait in the server."""
+    server = start_server()
+    with server.connect() as client:
+        big = pb.CreateJobReq(command="true", args=["x" * 1000] * 100)
+        client.call("CreateJobs", pb.CreateJobsReq(jobs=[big] * 35))
+    with connect(server, mallory, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)) as hostile:
+        before = server.rss_bytes()
+        for number in range(1, 1000, 2):
+            hostile.sendall(request_of("GetJobs", number))
+        others_work(server)
+        assert server.rss_bytes() - before < 400 * MEBIBYTE
+
+
+# Headers, messages, pings
+
+
+def test_a_header_that_never_ends(start_server: StartServer, mallory: str) -> None:
+    server = start_server()
+    with connect(server, mallory) as hostile:
+        before = server.rss_bytes()
+        hostile.sendall(frame(HEADERS, 0, 1, headers_of("GetJob")))
+        with contextlib.suppress(OSError):  # it may be cut off for it
+            for _ in range(20_000):
+                hostile.sendall(frame(CONTINUATION, 0, 1, field("a" * 50, "b" * 100)))
+        others_work(server)
+        assert server.rss_bytes() - before < 50 * MEBIBYTE
+
+
+@pytest.mark.parametrize("size", [20_000, 1 << 16, 1 << 20])
+def test_large_metadata(server: Server, mallory: str, size: int) -> None:
+    with channel(server.address, server.certs, mallory) as opened:
+        call: Any = opened.unary_unary("/job_worker.JobService/GetJobs")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"", metadata=(("x", "y" * size),), timeout=DEADLINE_SECONDS)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert call(b"", metadata=(("x", "y" * 4000),), timeout=DEADLINE_SECONDS) is not None
+
+
+def test_pings_without_end(server: Server, mallory: str) -> None:
+    with connect(server, mallory) as hostile, pytest.raises(OSError):  # noqa: PT012
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while time.monotonic() < deadline:
+            hostile.sendall(frame(PING, 0, 0, b"12345678"))
+            time.sleep(0.01)
+
+
+def test_other_services_have_the_same_limits(start_server: StartServer, mallory: str) -> None:
+    """Anybody with a certificate may call these."""
+    server = start_server(CLIENT_STREAMS="5")
+    with channel(server.address, server.certs, mallory) as opened:
+        watch: Any = opened.unary_stream("/grpc.health.v1.Health/Watch")
+        streams: Any = [watch(b"", timeout=DEADLINE_SECONDS) for _ in range(20)]
+        wait_until(lambda: sum(stream.done() for stream in streams) == 15)
+        codes = {stream.code() for stream in streams if stream.done()}
+        assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        for stream in streams:
+            stream.cancel()

@@ -1,0 +1,170 @@
+"""What the audit log says of real calls, and what happens where it cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from functional.server import Server
+from jobworker import certs
+from jobworker.pb import job_worker_pb2 as pb
+
+DEADLINE_SECONDS = 20
+SECRET = "swordfish"
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "audit.log"
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    # Where a test has made it large: all before the first line is a hole.
+    return [json.loads(line) for line in path.read_bytes().lstrip(b"\0").splitlines()]
+
+
+def calls(path: Path, rpc: str) -> list[dict[str, Any]]:
+    return [line for line in lines(path) if line.get("rpc") == rpc]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_each_change_has_a_line_when_it_is_answered(start_server: StartServer, path: Path) -> None:
+    server = start_server(AUDIT_LOG=str(path))
+    serial = certs.subject_of((server.certs / "client-cert.pem").read_bytes())[2]
+    with server.connect() as client:
+        job = client.create("sleep", "60", environment={"TOKEN": SECRET}, stdin=SECRET.encode())
+        (line,) = calls(path, "CreateJob")
+        assert line["time"].endswith("Z")
+        assert line["peer"].startswith("127.0.0.1:")
+        assert {name: value for name, value in line.items() if name not in {"time", "peer"}} == {
+            "who": "admin",
+            "role": "admin",
+            "serial": serial,
+            "rpc": "CreateJob",
+            "code": "OK",
+            "command": ["sleep", "60"],
+            "environment": ["TOKEN"],
+            "job": job.id,
+            "status": "RUNNING",
+        }
+        client.get(job.id)
+        client.stop(job.id)
+        assert calls(path, "StopJob")[-1]["job"] == job.id
+        client.call("DeleteJob", pb.DeleteJobReq(id=job.id))
+        assert calls(path, "DeleteJob")[-1]["code"] == "OK"
+        assert calls(path, "GetJob") == []
+    server.stop()
+    events = [line["event"] for line in lines(path) if "event" in line]
+    assert events == ["start", "end"]
+    assert SECRET not in path.read_text()
+    assert SECRET not in server.log
+
+
+def test_each_job_of_many_has_a_line(start_server: StartServer, path: Path) -> None:
+    server = start_server(AUDIT_LOG=str(path))
+    environment = {"TOKEN": SECRET}
+    with server.connect() as client:
+        request = pb.CreateJobsReq(
+            jobs=[
+                pb.CreateJobReq(command="true", environment=environment),
+                pb.CreateJobReq(command="/nowhere", environment=environment),
+            ]
+        )
+        made, refused = client.call("CreateJobs", request).results
+    first, second = calls(path, "CreateJobs")
+    assert (first["job"], first["code"]) == (made.id, "OK")
+    assert (second["code"], second["problem"]) == ("INVALID_ARGUMENT", refused.error)
+    assert second["command"] == ["/nowhere"]
+    assert SECRET not in path.read_text()
+
+
+def test_what_fails_and_what_is_refused_has_a_line(start_server: StartServer, path: Path) -> None:
+    server = start_server(AUDIT_LOG=str(path))
+    with server.connect("viewer") as viewer, server.connect() as client:
+        for call in (lambda: viewer.create("true"), lambda: client.stop("77")):
+            with pytest.raises(grpc.RpcError):
+                call()
+    (denied,) = calls(path, "CreateJob")
+    assert (denied["who"], denied["code"]) == ("viewer", "PERMISSION_DENIED")
+    assert "needs the role admin or user" in denied["problem"]
+    (missing,) = calls(path, "StopJob")
+    assert (missing["job"], missing["code"]) == ("77", "NOT_FOUND")
+
+
+def test_a_flood_of_refused_calls_is_counted(start_server: StartServer, path: Path) -> None:
+    """Who may do nothing cannot fill the disk either."""
+    server = start_server(AUDIT_LOG=str(path))
+    with server.connect("viewer") as viewer:
+        for _ in range(400):
+            with pytest.raises(grpc.RpcError):
+                viewer.create("true")
+
+    def told() -> int:
+        counts: list[int] = [line["count"] for line in lines(path) if "count" in line]
+        return len(calls(path, "CreateJob")) + sum(counts)
+
+    wait_until(lambda: told() == 400)
+    assert len(calls(path, "CreateJob")) < 300
+
+
+@pytest.mark.parametrize("how", ["SIGHUP", "by itself"])
+def test_rotation(start_server: StartServer, path: Path, how: str) -> None:
+    server = start_server(AUDIT_LOG=str(path))
+    with server.connect() as client:
+        before = client.create("true").id
+        moved = path.rename(path.with_name("audit.log.1"))
+        if how == "SIGHUP":
+            server.process.send_signal(signal.SIGHUP)
+        wait_until(path.exists)
+        after = client.create("true").id
+    assert [line["job"] for line in calls(moved, "CreateJob")] == [before]
+    assert [line["job"] for line in calls(path, "CreateJob")] == [after]
+
+
+def test_no_job_is_created_that_the_log_could_not_tell_of(
+    start_server: StartServer, path: Path
+) -> None:
+    path.touch()
+    # Nothing else that the server writes is as large: only this file is full.
+    most = 64 << 20
+    os.truncate(path, most)
+    server = start_server(AUDIT_LOG=str(path))
+    with server.connect() as client:
+        job = client.create("sleep", "60")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        with pytest.raises(grpc.RpcError):
+            client.stop("77")  # the first line that does not fit
+        with pytest.raises(grpc.RpcError) as caught:
+            client.create("true")
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "audit log cannot be written" in str(caught.value.details())
+        # What frees a full disk goes on; its lines wait.
+        assert client.stop(job.id).status == "STOPPED"
+        assert client.get(job.id).status == "STOPPED"
+        limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
+        assert client.create("true").id
+    assert [line["job"] for line in calls(path, "StopJob")] == ["77", job.id]
+    assert "ERROR jobworker.rpc.audit" in server.log
+
+
+def test_a_log_that_cannot_be_opened(start_server: StartServer, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="JOB_WORKER_AUDIT_LOG"):
+        start_server(AUDIT_LOG=str(tmp_path / "missing" / "audit.log"))

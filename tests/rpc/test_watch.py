@@ -1,0 +1,106 @@
+"""Files that are read again: when, and what stays where they cannot be used."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from jobworker.errors import StartupError
+from jobworker.rpc.watch import WatchedFiles
+
+
+class Reading:
+    """What was read of two files, and what was told of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = [folder / "one", folder / "two"]
+        self.write("1", "1")
+        self.read: list[str] = []
+        self.outcomes: list[str] = []
+        self.files = WatchedFiles(
+            "test's files",
+            self.paths,
+            self._load,
+            self.read.append,
+            lambda _name, problem: self.outcomes.append(problem),
+        )
+
+    def write(self, *contents: str) -> None:
+        for path, content in zip(self.paths, contents, strict=True):
+            path.write_text(content)
+
+    def look(self, *, at_once: bool = False) -> None:
+        asyncio.run(self.files.look(at_once=at_once))
+
+    def _load(self) -> str:
+        contents = [path.read_text() for path in self.paths]
+        if len(set(contents)) != 1:
+            raise StartupError("they do not fit together")
+        return contents[0]
+
+
+@pytest.fixture
+def reading(tmp_path: Path) -> Reading:
+    return Reading(tmp_path)
+
+
+def test_a_change_is_read_once_it_has_settled(reading: Reading) -> None:
+    reading.look()
+    reading.write("22", "22")
+    reading.look()
+    assert reading.read == ["1"]
+    reading.write("333", "333")
+    reading.look()
+    assert reading.read == ["1"]
+    for _ in range(3):
+        reading.look()
+    assert reading.read == ["1", "333"]
+    assert reading.outcomes == [""]
+
+
+def test_who_asks_does_not_wait(reading: Reading) -> None:
+    reading.write("22", "22")
+    reading.look(at_once=True)
+    assert reading.read == ["1", "22"]
+    reading.look(at_once=True)
+    assert reading.read == ["1", "22"]
+
+
+def test_what_cannot_be_used_is_told_once(reading: Reading) -> None:
+    reading.write("1", "22")
+    for _ in range(4):
+        reading.look()
+    assert reading.read == ["1"]
+    assert reading.outcomes == ["they do not fit together"]
+    reading.write("22", "22")
+    for _ in range(2):
+        reading.look()
+    assert reading.read == ["1", "22"]
+
+
+def test_what_is_written_to_meanwhile_is_left_for_the_next_look(reading: Reading) -> None:
+    load = reading.files._load
+
+    def load_and_change() -> str:
+        found: str = load()
+        reading.write("333", "333")
+        reading.files._load = load
+        return found
+
+    reading.files._load = load_and_change
+    reading.write("22", "22")
+    reading.look(at_once=True)
+    assert reading.read == ["1"]
+    reading.look(at_once=True)
+    assert reading.read == ["1", "333"]
+
+
+def test_a_file_that_is_missing_at_first(tmp_path: Path) -> None:
+    with pytest.raises(StartupError):
+        WatchedFiles("test's files", [tmp_path / "x"], _fail, print)
+
+
+def _fail() -> None:
+    raise StartupError("missing")
