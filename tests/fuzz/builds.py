@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[2]
 # Also of what failed, so that it can be looked at.
 FOLDER = ROOT / "build" / "fuzz"
 
+# How long each fuzzer runs.
+FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS") or 15)
+
 CHECKED = ["-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 ASAN_OPTIONS = "detect_leaks=0:abort_on_error=1:handle_abort=1"
 # jobinit is started with an empty environment. It is not dumpable, so that no search for leaks
