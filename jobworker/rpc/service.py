@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from jobworker.authorization import RULES, Access, authorize
 from jobworker.engine.manager import Manager
@@ -245,26 +246,34 @@ class ServiceHandler(grpc.GenericRpcHandler):
 
 
 def _unary(clients: Clients, rpc: str, method: UnaryMethod, request_type: Any) -> Any:
-    async def handle(request: Any, context: Context) -> Any:
+    async def handle(request: bytes, context: Context) -> Any:
         try:
             access = authorize(clients.caller(identify(context)), rpc)
-            return await method(request, access)
+            return await method(_parse(request, request_type), access)
         except JobWorkerError as error:
             code, metadata = convert.code_of(error), convert.metadata_of(error)
             await context.abort(code, str(error), metadata)
 
     return grpc.unary_unary_rpc_method_handler(
-        handle, request_type.FromString, lambda answer: answer.SerializeToString()
+        handle, None, lambda answer: answer.SerializeToString()
     )
 
 
 def _stream(clients: Clients, rpc: str, method: StreamMethod, request_type: Any) -> Any:
-    async def handle(request: Any, context: Context) -> None:
+    async def handle(request: bytes, context: Context) -> None:
         try:
             access = authorize(clients.caller(identify(context)), rpc)
-            await method(request, access, context)
+            await method(_parse(request, request_type), access, context)
         except (JobWorkerError, OSError) as error:
             await context.abort(convert.code_of(error), str(error))
 
     # No serializer: what is written is finished bytes.
-    return grpc.unary_stream_rpc_method_handler(handle, request_type.FromString, None)
+    return grpc.unary_stream_rpc_method_handler(handle, None, None)
+
+
+def _parse(request: bytes, request_type: Any) -> Any:
+    """Here and not as gRPC's deserializer, whose errors are UNKNOWN and a traceback in the log."""
+    try:
+        return request_type.FromString(request)
+    except DecodeError as error:
+        raise InvalidRequestError("request", str(error)) from error

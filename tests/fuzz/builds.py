@@ -15,16 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jobworker
+from kernel import uml
 
 ROOT = Path(__file__).parents[2]
 # Also of what failed, so that it can be looked at.
 FOLDER = ROOT / "build" / "fuzz"
+TARGET = Path(__file__).with_name("jobinit_messages.c")
 
 # How long each fuzzer runs.
 FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS") or 15)
 
 CHECKED = ["-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-ASAN_OPTIONS = "detect_leaks=0:abort_on_error=1:handle_abort=1"
+# Nothing that a log or a message asks for takes as much memory as that.
+ASAN_OPTIONS = "detect_leaks=0:abort_on_error=1:handle_abort=1:max_allocation_size_mb=256"
+LONGEST_REPORT = 20_000
+
+# What was run, for the end of the run; and what was not.
+FIGURES: list[str] = []
+NOT_TESTED: list[str] = []
 # jobinit is started with an empty environment. It is not dumpable, so that no search for leaks
 # can look at it; valgrind does that.
 OPTIONS_OF_JOBINIT = f'const char *__asan_default_options(void) {{ return "{ASAN_OPTIONS}"; }}\n'
@@ -37,18 +45,48 @@ class CheckedPackage:
     folder: Path
     environment: dict[str, str]
 
-    def run(self, *arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
-        """python ARGUMENT..."""
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=os.environ | self.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=seconds,
-        )
+    def start(self, log: Path, *arguments: str, **more: str) -> Background:
+        """python ARGUMENT..., with more in its environment."""
+        command = [sys.executable, *arguments]
+        return Background(command, log, self.environment | more)
+
+    def start_tests(self, log: Path, *arguments: str) -> Background:
+        """The tests themselves, in a pytest of their own."""
+        options = ("-p", "no:cacheprovider", "--quiet", "--color=no")
+        return self.start(log, "-m", "pytest", *options, *arguments)
+
+
+class Background:
+    """A program that runs while others do. It ends with `wait` or `end`."""
+
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
+        self._log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    def wait(self, seconds: float) -> str:
+        """What it has said. Its exit code has to be 0."""
+        try:
+            code = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = -1
+        finally:
+            self.end()
+        text = self._log.read_text(errors="replace")
+        assert code == 0, f"exit code {code}\n{text[-LONGEST_REPORT:]}"
+        return text
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
 
 
 def build_package(folder: Path, sanitizers: str) -> CheckedPackage:
@@ -58,8 +96,8 @@ def build_package(folder: Path, sanitizers: str) -> CheckedPackage:
     shutil.copytree(Path(jobworker.__path__[0]), package, ignore=unwanted)
     flags = [*CHECKED, f"-fsanitize={sanitizers}"]
     _build_extension(package, flags)
+    (package / "_bin").mkdir()
     if "address" in sanitizers:
-        (package / "_bin").mkdir()
         build_jobinit(package / "_bin" / "jobinit", flags)
     first = sanitizers.partition(",")[0]
     runtime = {"address": "libasan.so", "thread": "libtsan.so"}[first]
@@ -90,6 +128,42 @@ def build_jobinit(path: Path, flags: list[str]) -> None:
     options = path.with_suffix(".c")
     options.write_text(OPTIONS_OF_JOBINIT)
     _run("gcc", *flags, str(ROOT / "jobinit.c"), str(options), "-o", str(path))
+
+
+def build_target() -> tuple[Path, bool]:
+    """jobinit_messages.c; whether it is libFuzzer's."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path, flags = FOLDER / "jobinit_messages", [*CHECKED, "-fsanitize=address,undefined"]
+    problem = why_not("clang", "clang", "libclang-rt-dev")
+    if not problem:
+        _run("clang", *flags, "-fsanitize=fuzzer", str(TARGET), "-o", str(path))
+        return path, True
+    NOT_TESTED.append(f"jobinit under libFuzzer, only with random changes: {problem}")
+    return build_blind_target(), False
+
+
+def build_blind_target() -> Path:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / "jobinit_messages_blind"
+    flags = [*CHECKED, "-fsanitize=address,undefined", "-DBLIND"]
+    _run("gcc", *flags, str(TARGET), "-o", str(path))
+    return path
+
+
+def why_not(program: str, *packages: str) -> str:
+    """Why there is no such program; empty where there is. Installs it where it may."""
+    if program == "clang" and shutil.which(program) and not _has_libfuzzer():
+        program = "libFuzzer"  # a clang without its runtime
+    if shutil.which(program):
+        return ""
+    if os.getuid() != 0 or not shutil.which("apt-get"):
+        return f"no {program} here (Debian: apt-get install {' '.join(packages)})"
+    return uml._install(list(packages))
+
+
+def _has_libfuzzer() -> bool:
+    runtime = Path(_output("clang", "-print-runtime-dir"))
+    return any(runtime.glob("libclang_rt.fuzzer*"))
 
 
 def _run(*command: str) -> None:
