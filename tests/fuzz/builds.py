@@ -89,14 +89,28 @@ class Background:
         self._process.wait()
 
 
+def copy_package(folder: Path) -> CheckedPackage:
+    """As it was built, and yet to be changed."""
+    shutil.copytree(
+        Path(jobworker.__path__[0]),
+        folder / "jobworker",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    return CheckedPackage(folder, environment_for(folder))
+
+
+def environment_for(folder: Path) -> dict[str, str]:
+    # Safe: without the folder that it runs in, where the sources are.
+    return {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+
+
 def build_package(folder: Path, sanitizers: str) -> CheckedPackage:
     """sanitizers: as of gcc's -fsanitize, such as `address,undefined`."""
-    package = folder / "jobworker"
-    unwanted = shutil.ignore_patterns("*.so", "_bin", "__pycache__")
-    shutil.copytree(Path(jobworker.__path__[0]), package, ignore=unwanted)
+    package = copy_package(folder).folder / "jobworker"
+    for built in (*package.glob("*.so"), *package.glob("_bin/*")):
+        built.unlink()
     flags = [*CHECKED, f"-fsanitize={sanitizers}"]
     _build_extension(package, flags)
-    (package / "_bin").mkdir()
     if "address" in sanitizers:
         build_jobinit(package / "_bin" / "jobinit", flags)
     first = sanitizers.partition(",")[0]
@@ -104,7 +118,7 @@ def build_package(folder: Path, sanitizers: str) -> CheckedPackage:
     return CheckedPackage(
         folder,
         {
-            "PYTHONPATH": str(folder),
+            **environment_for(folder),
             # Python is not linked with it, and it has to come first.
             "LD_PRELOAD": _output("gcc", f"-print-file-name={runtime}"),
             "ASAN_OPTIONS": ASAN_OPTIONS,

@@ -18,7 +18,7 @@ import random
 import select
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ SHAPES = [
 def main() -> None:
     seconds, folder = float(sys.argv[1]), Path(sys.argv[2])
     seed = int(sys.argv[3]) if len(sys.argv) > 3 else random.randrange(1 << 32)
-    print(f"seed {seed}", flush=True)
+    print(f"seed {seed}", flush=True)  # noqa: T201 a program
     chance = random.Random(seed)
     if seconds == 0:
         for shape in SHAPES:
@@ -85,7 +85,7 @@ def main() -> None:
         put(folder, damage(chance, original.files))
         counts["logs"] += 1
         counts["errors"] += read_all(chance, folder, original.shape, original.end)
-    print(*(f"{name} {count}" for name, count in counts.items()))
+    print(*(f"{name} {count}" for name, count in counts.items()))  # noqa: T201
 
 
 # Logs, and what happens to them
@@ -171,12 +171,26 @@ def damage(chance: random.Random, files: dict[str, bytes]) -> dict[str, bytes]:
 # What has to hold
 
 
+class Question(NamedTuple):
+    """How a log is read, and what its files hold by now."""
+
+    files: dict[str, bytes]
+    end: int
+    max_bytes: int
+    stream: int
+    segment_bytes: int  # LARGEST_OFFSET: its one segment is read from memory, and has no name
+
+
+Reader = Callable[[int], tuple[bytes | None, int]]
+
+
 def read_all(chance: random.Random, folder: Path, shape: Shape, end: int) -> int:
     """Returns how many errors there were."""
     files = files_in(folder)
+    max_bytes = chance.choice([64, *[1024] * 4, *[1 << 20] * 8])
+    stream = chance.choice([0, 0, 1, 2])
+    asked = Question(files, end, max_bytes, stream, shape.segment_bytes)
     with opened(folder) as directory:
-        max_bytes = chance.choice([64, *[1024] * 4, *[1 << 20] * 8])
-        stream = chance.choice([0, 0, 1, 2])
 
         def from_disk(offset: int) -> tuple[bytes | None, int]:
             return read_message(directory, 1, end, offset, max_bytes, stream, shape.segment_bytes)
@@ -185,13 +199,8 @@ def read_all(chance: random.Random, folder: Path, shape: Shape, end: int) -> int
             segment, index = files.get("1.0.log", b""), files.get("1.0.idx", b"")
             return read_packed(segment, index, end, offset, max_bytes, stream)
 
-        errors = sum(
-            walk(reader, files, end, max_bytes, stream, segment_bytes)
-            for reader, segment_bytes in [
-                (from_disk, shape.segment_bytes),
-                (from_memory, LARGEST_OFFSET),
-            ]
-        )
+        errors = walk(from_disk, asked)
+        errors += walk(from_memory, asked._replace(segment_bytes=LARGEST_OFFSET))
         firsts = [int(name.split(".")[1]) for name in files if name.endswith(".log")]
         try:
             extent = read_extent(directory, 1, firsts)
@@ -205,19 +214,19 @@ def read_all(chance: random.Random, folder: Path, shape: Shape, end: int) -> int
     return errors
 
 
-def walk(reader, files, end, max_bytes, stream, segment_bytes) -> int:  # type: ignore[no-untyped-def]
+def walk(read: Reader, asked: Question) -> int:
     """From the first byte to the last. Returns 1 where an error ended it."""
     offset = 0
-    while offset < end:
+    while offset < asked.end:
         try:
-            message, following = reader(offset)
+            message, following = read(offset)
         except OSError as error:
-            if segment_bytes != LARGEST_OFFSET:
+            if asked.segment_bytes != LARGEST_OFFSET:
                 check_error(error)
             return 1
-        assert offset < following <= end, (offset, following, end)
+        assert offset < following <= asked.end, (offset, following, asked.end)
         if message is not None:
-            check_message(message, offset, following, files, max_bytes, stream, segment_bytes)
+            check_message(message, offset, following, asked)
         offset = following
     return 0
 
@@ -227,8 +236,8 @@ def check_error(error: OSError) -> None:
     assert str(error.filename).startswith("1."), error
 
 
-def check_message(message, offset, following, files, max_bytes, stream, segment_bytes) -> None:  # type: ignore[no-untyped-def]
-    assert len(message) <= max_bytes + LARGEST_OVERHEAD_BYTES
+def check_message(message: bytes, offset: int, following: int, asked: Question) -> None:
+    assert len(message) <= asked.max_bytes + LARGEST_OVERHEAD_BYTES
     chunk = pb.DataChunk.FromString(message)
     assert chunk.next_offset == following
     if chunk.lost_bytes:
@@ -236,12 +245,13 @@ def check_message(message, offset, following, files, max_bytes, stream, segment_
         assert chunk.lost_bytes == following - offset
         return
     assert chunk.offset == offset
-    assert len(chunk.payload) <= max_bytes
+    assert len(chunk.payload) <= asked.max_bytes
     assert sum(run.length for run in chunk.runs) == len(chunk.payload)
-    assert {run.stream for run in chunk.runs} <= ({stream} if stream else {STDOUT, STDERR})
-    if stream == 0:
-        first = offset - offset % segment_bytes
-        segment = files[f"1.{first}.log"]
+    streams = {asked.stream} if asked.stream else {STDOUT, STDERR}
+    assert {run.stream for run in chunk.runs} <= streams
+    if asked.stream == 0:
+        first = offset - offset % asked.segment_bytes
+        segment = asked.files[f"1.{first}.log"]
         assert chunk.payload == segment[offset - first : following - first]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import os
 import socket
 import struct
@@ -43,7 +44,7 @@ def _requests() -> Iterator[dict[str, Any]]:
 
 def write(folder: Path) -> int:
     """One file for each of them. Returns how many of their starts come to an exec."""
-    starts = [_said(lambda jobinit, each=each: _start(jobinit, each)) for each in _requests()]
+    starts = [_said(functools.partial(_start, fields)) for fields in _requests()]
     ends = _event(PROCESS_ENDS, 0) + _said(_acknowledge)
     conversations = [start + ends for start in starts]
     start = starts[0]
@@ -60,7 +61,7 @@ def write(folder: Path) -> int:
     return len(starts) + 3
 
 
-def _start(jobinit: Jobinit, fields: dict[str, Any]) -> None:
+def _start(fields: dict[str, Any], jobinit: Jobinit) -> None:
     _begin(jobinit.start(dataclasses.replace(BASE, **fields)))
 
 
@@ -97,7 +98,7 @@ def _said(speak: Callable[[Jobinit], None]) -> bytes:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         theirs.setblocking(False)
-        jobinit = Jobinit(ours, lambda exited: None, lambda: None)
+        jobinit = Jobinit(ours, lambda _: None, lambda: None)
         try:
             speak(jobinit)
             packet, descriptors, _, _ = socket.recv_fds(theirs, LONGEST_PACKET_BYTES, 8)

@@ -102,7 +102,7 @@ def fields(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 def messages(descriptor: Any) -> st.SearchStrategy[Any]:
     always = [field for field in descriptor.fields if field.name in ALWAYS_THERE]
     others = [field for field in descriptor.fields if field.name not in ALWAYS_THERE]
-    some = st.just([])
+    some: st.SearchStrategy[list[FieldDescriptor]] = st.just([])
     if others:
         some = st.lists(st.sampled_from(others), max_size=MOST_OTHERS, unique_by=id)
     return some.flatmap(
@@ -176,7 +176,7 @@ def caller(
             for result in getattr(answered, "results", []):
                 assert result.code in {code.value[0] for code in PROPER}, result
         except grpc.RpcError as error:
-            return error.code(), error.details() or ""  # type: ignore[attr-defined]
+            return error.code(), error.details() or ""
         return grpc.StatusCode.OK, ""
 
     return call
@@ -277,7 +277,7 @@ def throw(server: Server, chance: random.Random, context: ssl.SSLContext | None)
 def test_no_bytes_harm_it(attacked: Server) -> None:
     seed = random.randrange(1 << 32)
     chance = random.Random(seed)
-    print("seed", seed)
+    FIGURES.append(f"bytes to the port: seed {seed}")
     certified = tls(attacked.certs, certified=True, protocols=["h2"])
     contexts = [
         *[certified] * 5,
