@@ -263,12 +263,18 @@ cdef void *pump_thread(void *argument) noexcept nogil:
     cdef epoll_event event
     cdef uint64_t count = 0
     cdef LogState *log
+    cdef bint stopping, retrying
     cdef int ready
-    while not pump.stopping:
+    while True:
+        pthread_mutex_lock(&pump.lock)
+        stopping = pump.stopping
+        retrying = pump.retrying != NULL
+        pthread_mutex_unlock(&pump.lock)
+        if stopping:
+            break
         # One event at a time: what a slow disk delays is one pipe, not a batch of them.
-        ready = epoll_wait(pump.epoll, &event, 1,
-                           RETRY_MILLISECONDS if pump.retrying != NULL else -1)
-        if pump.retrying != NULL:
+        ready = epoll_wait(pump.epoll, &event, 1, RETRY_MILLISECONDS if retrying else -1)
+        if retrying:
             kick_retrying(pump)
         if ready <= 0:
             continue
@@ -1247,7 +1253,9 @@ cdef class Pump:
         if self.closed:
             return
         self.closed = True
+        pthread_mutex_lock(&self.state.lock)
         self.state.stopping = True
+        pthread_mutex_unlock(&self.state.lock)
         with nogil:
             for _ in range(self.state.thread_count):
                 write(self.state.wake, &one, 8)
@@ -1393,11 +1401,17 @@ cdef class Log:
 
     @property
     def finished(self):
-        return bool(self.state.finished)
+        pthread_mutex_lock(&self.state.lock)
+        finished = bool(self.state.finished)
+        pthread_mutex_unlock(&self.state.lock)
+        return finished
 
     @property
     def error(self):
-        return self.state.error
+        pthread_mutex_lock(&self.state.lock)
+        error = self.state.error
+        pthread_mutex_unlock(&self.state.lock)
+        return error
 
     def drain(self):
         cdef LogState *state = self.state

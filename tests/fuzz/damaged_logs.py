@@ -38,6 +38,7 @@ HANG_SECONDS = 20
 SMALL_SEGMENT_BYTES = 4096
 LARGEST_OVERHEAD_BYTES = 32 << 10  # of a message, beside its payload
 LARGEST_OFFSET = 1 << 56
+MORE_THAN_A_MESSAGE_HOLDS = 2600  # runs, as every second one is of the same stream as the last
 NUMBERS = [0, 1, 47, 48, 2**31, 2**32 - 1, 2**55, 2**56 - 1, 2**63 - 1, 2**63, 2**64 - 1]
 
 
@@ -73,7 +74,9 @@ def main() -> None:
             for end in (0, 1, 500, 30_000):
                 read_all(chance, folder, shape, end)
         return
-    originals = [write(chance, folder, shape) for shape in SHAPES for _ in range(4)]
+    lengths = [3, 60, 200]
+    originals = [write(chance, folder, shape, length) for shape in SHAPES for length in lengths]
+    originals.append(write(chance, folder, Shape(SEGMENT_BYTES), MORE_THAN_A_MESSAGE_HOLDS))
     for original in originals:
         put(folder, original.files)
         assert read_all(chance, folder, original.shape, original.end) == 0
@@ -91,12 +94,12 @@ def main() -> None:
 # Logs, and what happens to them
 
 
-def write(chance: random.Random, folder: Path, shape: Shape) -> Original:
+def write(chance: random.Random, folder: Path, shape: Shape, length: int) -> Original:
     put(folder, {})
     with opened(folder) as directory:
         pump = Pump(directory, 1 << 20)
         log, writers = open_log(pump, shape, None)
-        for _ in range(chance.choice([3, 60, 200])):
+        for _ in range(length):
             fill(chance, log, writers)
         finish(pump, log, writers)
         pump.close()
