@@ -251,6 +251,8 @@ static int play_epoll_wait(int epoll, struct epoll_event *events, int room, int 
 #define epoll_wait play_epoll_wait
 #define setgroups play_setgroups
 #define chdir play_path
+#define mkdir(path, ...) play_path(path)
+#define rmdir play_path
 #define setsid play
 #define setrlimit(...) play()
 #define setresuid(...) play()
