@@ -63,6 +63,8 @@ static int null_fd;
 static int child_fds[CHILD_FDS]; /* what the child has put there; 0: nothing */
 static int calls_until_failure;  /* of the next child; 0: none fails */
 static bool may_not_fork, is_not_in_proc;
+/* The next child is not played: its fork is in a function that returns, as setjmp's may not. */
+static bool is_unplayed;
 static unsigned long execs, touched;
 
 static void touch(const char *text)
@@ -83,6 +85,14 @@ static int play(void)
 		return -1;
 	}
 	return 0;
+}
+
+static bool take_unplayed(void)
+{
+	bool was = is_unplayed;
+
+	is_unplayed = false;
+	return was;
 }
 
 static pid_t new_pid(void)
@@ -179,6 +189,10 @@ static long play_syscall(long number, ...)
 
 	if (level)
 		return play();
+	if (number == SYS_clone) { /* a process that only waits, for a namespace's sake */
+		is_unplayed = true;
+		return NO_SUCH_PID - 1;
+	}
 	if (number == PIDFD_OPEN)
 		return fcntl(null_fd, F_DUPFD_CLOEXEC, 0);
 	errno = ESRCH;
@@ -234,7 +248,7 @@ static pid_t play_wait4(pid_t pid, int *status, int options, struct rusage *usag
 static int play_epoll_wait(int epoll, struct epoll_event *events, int room, int timeout);
 
 /* setjmp here, and not in a function: its caller must not have returned. */
-#define fork() (refuse_fork() ? -1 : setjmp(levels[level++]) == 0 ? 0 : new_pid())
+#define fork() (refuse_fork() ? -1 : take_unplayed() ? new_pid() : setjmp(levels[level++]) == 0 ? 0 : new_pid())
 #define _exit play_exit
 #define execve play_execve
 #define open play_open
@@ -253,6 +267,13 @@ static int play_epoll_wait(int epoll, struct epoll_event *events, int room, int 
 #define chdir play_path
 #define mkdir(path, ...) play_path(path)
 #define rmdir play_path
+#define setns(...) play()
+#define mount(...) play()
+#define umount2(...) play()
+#define symlink(...) play()
+#define mknod(...) play()
+#define pivot_root(...) play()
+#define ioctl(...) play()
 #define setsid play
 #define setrlimit(...) play()
 #define setresuid(...) play()
@@ -550,7 +571,8 @@ static void run(const uint8_t *data, size_t size)
 	clean_up();
 	if (!fds)
 		fds = open_fds();
-	expect(open_fds() == fds, "no descriptor is left");
+	/* A view that is being made outlives its server: a leak is what grows without end. */
+	expect(__builtin_popcountll(open_fds() & ~fds) <= 2 * MOST_VIEWS, "few descriptors are left");
 }
 
 /* ==== Setting up ==== */
