@@ -9,7 +9,7 @@ TURN := flock Makefile
 PIP := $(TURN) $(BIN)/pip --quiet --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernel soak wheel lint bench bench-quick bench-report build proto venv clean
+.PHONY: help demo test test-kernel fuzz sanitize soak wheel lint bench bench-quick bench-report build proto venv clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 19
@@ -22,6 +22,12 @@ test: lint .venv/installed  ## every check and every test, of what would be ship
 
 test-kernel: .venv/built .venv/tools  ## the limits at work, in a Linux with all cgroup controllers
 	$(BIN)/pytest tests/kernel
+
+fuzz: .venv/built .venv/tools  ## each fuzzer for long: FUZZ_SECONDS=600
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(BIN)/pytest tests/fuzz/test_grpc.py tests/fuzz/test_native.py
+
+sanitize: .venv/built .venv/tools  ## all of C and Cython under ASan, UBSan, TSan and valgrind
+	THOROUGH=1 $(BIN)/pytest tests/fuzz/test_sanitizers.py
 
 soak: .venv/built .venv/tools  ## the farm under fire for long: KILLS=1000
 	JOBWORKER_KILLS=$(or $(KILLS),1000) $(BIN)/pytest tests/functional/test_faults.py

@@ -143,9 +143,12 @@ cdef enum:
     RUN_BYTES = 16
     INDEX_ROOM_BYTES = 96         # what moving bytes once may add to the indexes, at the most
     STREAM_SHIFT = 56
+    STREAMS = 2
     NAME_BYTES = 64
 
 cdef uint64_t OFFSET_MASK = (<uint64_t> 1 << STREAM_SHIFT) - 1
+# No log comes to that; a damaged index may say so.
+cdef uint64_t LARGEST_OFFSET = <uint64_t> 1 << (STREAM_SHIFT - 1)
 cdef uint64_t FINE_SLOT_NS = 10_000_000       # runs of one stream coalesce within a slot
 cdef uint64_t COARSE_SLOT_NS = 1_000_000_000  # once the index would outgrow the log
 cdef const char *INDEX_MAGIC = "jwindex\x01"  # the last byte is the version of the format
@@ -260,12 +263,18 @@ cdef void *pump_thread(void *argument) noexcept nogil:
     cdef epoll_event event
     cdef uint64_t count = 0
     cdef LogState *log
+    cdef bint stopping, retrying
     cdef int ready
-    while not pump.stopping:
+    while True:
+        pthread_mutex_lock(&pump.lock)
+        stopping = pump.stopping
+        retrying = pump.retrying != NULL
+        pthread_mutex_unlock(&pump.lock)
+        if stopping:
+            break
         # One event at a time: what a slow disk delays is one pipe, not a batch of them.
-        ready = epoll_wait(pump.epoll, &event, 1,
-                           RETRY_MILLISECONDS if pump.retrying != NULL else -1)
-        if pump.retrying != NULL:
+        ready = epoll_wait(pump.epoll, &event, 1, RETRY_MILLISECONDS if retrying else -1)
+        if retrying:
             kick_retrying(pump)
         if ready <= 0:
             continue
@@ -788,7 +797,29 @@ cdef bint read_header(int directory, uint64_t job, uint64_t first,
 cdef bint load_header(int index, uint64_t first, Header *header) noexcept nogil:
     """False where it has none: it was never written, or is no index of ours."""
     return (pread(index, header, HEADER_BYTES, 0) == HEADER_BYTES
-            and memcmp(header.magic, INDEX_MAGIC, 8) == 0 and header.first == first)
+            and memcmp(header.magic, INDEX_MAGIC, 8) == 0 and header.first == first
+            and is_possible_header(header))
+
+
+cdef bint is_possible_header(const Header *header) noexcept nogil:
+    """There is no checksum; but what counts up to the first record ends in this segment."""
+    cdef uint64_t start = header.stream_bytes[0] + header.stream_bytes[1]
+    return (header.segment_bytes != 0 and header.first % header.segment_bytes == 0
+            and header.segment_bytes < LARGEST_OFFSET and header.first < LARGEST_OFFSET
+            and header.stream_bytes[0] <= start and header.stored_bytes <= start
+            and header.first <= start <= header.first + header.segment_bytes)
+
+
+cdef bint are_possible_runs(uint64_t from_offset, const Run *runs, size_t count) noexcept nogil:
+    """Each of a stream that there is, and none before the one before it."""
+    cdef uint64_t offset
+    cdef size_t i
+    for i in range(count):
+        offset = run_offset(&runs[i])
+        if offset < from_offset or offset >= LARGEST_OFFSET or run_stream(&runs[i]) > STREAMS:
+            return False
+        from_offset = offset
+    return True
 
 
 cdef void close_files(Files *files) noexcept nogil:
@@ -1222,7 +1253,9 @@ cdef class Pump:
         if self.closed:
             return
         self.closed = True
+        pthread_mutex_lock(&self.state.lock)
         self.state.stopping = True
+        pthread_mutex_unlock(&self.state.lock)
         with nogil:
             for _ in range(self.state.thread_count):
                 write(self.state.wake, &one, 8)
@@ -1257,8 +1290,10 @@ cdef class Log:
             raise ValueError("the pump is closed")
         if job in pump.logs:
             raise ValueError(f"job {job} has a log already")
-        if segment_bytes == 0 or resumed and resumed.segment_bytes not in (0, segment_bytes):
-            raise ValueError(f"the segments of job {job} have another size")
+        if segment_bytes == 0:
+            raise ValueError("a segment has bytes")
+        if resumed and resumed.segment_bytes not in (0, segment_bytes):
+            raise_damage(EBADMSG, f"{job}.{resumed.newest}")  # the size is one for life
         self.pump = pump
         self.shared = {}
         self.state = pump.take_state()
@@ -1366,11 +1401,17 @@ cdef class Log:
 
     @property
     def finished(self):
-        return bool(self.state.finished)
+        pthread_mutex_lock(&self.state.lock)
+        finished = bool(self.state.finished)
+        pthread_mutex_unlock(&self.state.lock)
+        return finished
 
     @property
     def error(self):
-        return self.state.error
+        pthread_mutex_lock(&self.state.lock)
+        error = self.state.error
+        pthread_mutex_unlock(&self.state.lock)
+        return error
 
     def drain(self):
         cdef LogState *state = self.state
@@ -1669,6 +1710,8 @@ cdef int load_runs(const Source *index, uint64_t first, Span *span) noexcept nog
     count = min(count - low, MESSAGE_RUNS)
     if read_source(index, span.runs, count * RUN_BYTES, index_position(low)):
         return EBADMSG
+    if not are_possible_runs(first, span.runs, count):
+        return EBADMSG
     limit_to_runs(span, count)
     return 0
 
@@ -1749,6 +1792,8 @@ def read_extent(int directory, uint64_t job, firsts):
             extent.disk_bytes += file_bytes(directory, job, first)
             has_index = read_header(directory, job, first, &header)
         if not has_index:
+            if file_size(open_file(directory, job, first, b"idx", O_RDONLY)) >= HEADER_BYTES:
+                raise_damage(EBADMSG, f"{job}.{first}")
             continue  # begun, and no byte of it was written
         if is_oldest:
             extent.start = header.stream_bytes[0] + header.stream_bytes[1]
@@ -1791,6 +1836,8 @@ cdef int count_runs_from(const Source *segment, const Source *index,
     cdef uint64_t end = header.first + segment.size
     cdef size_t count, i
     run.place = run.time_ns = 0
+    if segment.size > header.segment_bytes:
+        return EBADMSG
     while True:
         count = min(MESSAGE_RUNS, (index.size - position) // RUN_BYTES)
         if count == 0:
@@ -1799,6 +1846,10 @@ cdef int count_runs_from(const Source *segment, const Source *index,
             return EBADMSG
         if position == HEADER_BYTES:
             run = runs[0]
+            if run_offset(&run) != header.stream_bytes[0] + header.stream_bytes[1]:
+                return EBADMSG
+        if not are_possible_runs(run_offset(&run), runs, count):
+            return EBADMSG
         for i in range(count):
             count_run(header, &run, run_offset(&runs[i]), end)
             run = runs[i]

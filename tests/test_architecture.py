@@ -152,6 +152,6 @@ def test_each_test_module_belongs_to_a_module() -> None:
         for path in TESTS.rglob("test_*.py")
         if (name := path.relative_to(TESTS).as_posix()) not in mirrors
         and path.stem not in TESTS_OF_THE_WHOLE
-        and not name.startswith(("functional/", "kernel/"))
+        and not name.startswith(("functional/", "fuzz/", "kernel/"))
     ]
     assert strays == []

@@ -527,6 +527,55 @@ def test_a_damaged_index_is_an_error_and_not_wrong_bytes(pump: Pump, folder: int
     job.close()
 
 
+# What no log has: where in the index, and 8 bytes for there.
+IMPOSSIBLE = {
+    "a run before the one before it": (48 + 2 * 16, STDERR << 56 | 50),
+    "a run behind all logs": (48 + 2 * 16, STDERR << 56 | 1 << 55),
+    "a third stream": (48 + 16, 3 << 56 | 100),
+}
+MISCOUNTED = {
+    "more than there can be": (24, 1 << 63),
+    "more than there was": (24, 100),
+    "stored, and never written": (40, 100),
+    "no segment": (16, 0),
+    "of another": (8, 4096),
+    "another magic": (0, 1),
+}
+
+
+def damaged_job(pump: Pump, folder: int, place: int, number: int) -> Job:
+    """Of three runs, of 100 bytes each."""
+    job = Job(pump, folder)
+    for stream in (STDOUT, STDERR, STDOUT):
+        job.write(stream, b"x" * 100)
+    index = os.open("1.0.idx", os.O_WRONLY, dir_fd=folder)
+    os.pwrite(index, number.to_bytes(8, sys.byteorder), place)
+    os.close(index)
+    return job
+
+
+@pytest.mark.parametrize(("place", "number"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_impossible_runs_are_an_error(pump: Pump, folder: int, place: int, number: int) -> None:
+    """Once they were messages larger than asked for, or the same offset again and again."""
+    job = damaged_job(pump, folder, place, number)
+    with pytest.raises(OSError, match="different from") as caught:
+        job.read_disk(0, 1024, 0)
+    assert (caught.value.errno, caught.value.filename) == (errno.EBADMSG, "1.0")
+    with pytest.raises(OSError, match="different from"):
+        read_extent(folder, 1, [0])
+    job.close()
+
+
+@pytest.mark.parametrize(("place", "number"), MISCOUNTED.values(), ids=MISCOUNTED)
+def test_an_impossible_header_is_an_error(pump: Pump, folder: int, place: int, number: int) -> None:
+    """A log of an impossible length could not be gone on with."""
+    job = damaged_job(pump, folder, place, number)
+    with pytest.raises(OSError, match="different from") as caught:
+        read_extent(folder, 1, [0])
+    assert (caught.value.errno, caught.value.filename) == (errno.EBADMSG, "1.0")
+    job.close()
+
+
 def test_what_a_segment_has_lost_is_told(pump: Pump, folder: int) -> None:
     job = Job(pump, folder)
     job.write(STDOUT, b"x" * 100)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from jobworker import certs
 from jobworker.authorization import Access, authorize
@@ -397,7 +398,10 @@ def _streaming(inner: Any) -> Method:
 
 
 async def _receive(context: Context) -> Any:
-    request = await context.read()
+    try:
+        request = await context.read()
+    except DecodeError as error:  # it would be UNKNOWN, and a traceback in the log
+        raise InvalidRequestError("request", str(error)) from error
     if request is grpc.aio.EOF:
         raise InvalidRequestError("request", "there is none")
     return request

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -175,6 +176,18 @@ def handshake(server: Server, context: ssl.SSLContext) -> str | None:
         if not wrapped.recv(1):
             raise ConnectionResetError("closed by the server")
         return wrapped.version()
+
+
+@pytest.mark.parametrize("rpc", ["GetJob", "GetJobsStream"])
+@pytest.mark.parametrize("data", [b"\xff\xff\x07", b"\x0a\x01\xff"], ids=["tag", "text"])
+def test_what_is_no_message_is_an_invalid_argument(server: Server, rpc: str, data: bytes) -> None:
+    with channel(server.address, server.certs, "client") as open_channel:
+        kind: Any = open_channel.unary_stream if "Stream" in rpc else open_channel.unary_unary
+        call = kind(f"/job_worker.JobService/{rpc}", lambda message: message, None)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call(data, timeout=30))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "Traceback" not in server.log
 
 
 def test_health(server: Server) -> None:
