@@ -2,7 +2,7 @@
 
 floor_grpc.py CERTS    prints its port, and serves until its standard input is closed
 
-/floor/Stream   sends the same pre-encoded message of 1 MiB, as often as asked
+/floor/Stream   sends the same pre-encoded message, as often and as large as asked
 /floor/Ticks    hands on what a command (ticker.c) writes to a pipe, one message for each read
 /floor/Echo     answers what it was asked
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -41,12 +42,18 @@ def encode(payload: bytes) -> bytes:
     return bytes(header) + payload
 
 
-MESSAGE = encode(bytes(MESSAGE_BYTES))
+encoded = functools.cache(lambda payload_bytes: encode(bytes(payload_bytes)))
+
+
+def stream_request(total_bytes: int, message_bytes: int = MESSAGE_BYTES) -> bytes:
+    return b"%d %d" % (total_bytes // message_bytes, message_bytes)
 
 
 async def stream(request: bytes, context: Context) -> None:
-    for _ in range(int(request)):
-        await context.write(MESSAGE)
+    count, message_bytes = map(int, request.split())
+    message = encoded(message_bytes)
+    for _ in range(count):
+        await context.write(message)
 
 
 async def ticks(request: bytes, context: Context) -> None:

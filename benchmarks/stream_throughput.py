@@ -19,7 +19,7 @@ from typing import Any
 
 from client import Client, open_channel, payload_bytes, run
 from figures import QUICK, Findings, Target
-from floor_grpc import ECHO, MESSAGE_BYTES, STREAM, running_floor
+from floor_grpc import ECHO, STREAM, running_floor, stream_request
 from server import Server, make_fifo, running_server, workplace
 
 MIB = 1 << 20
@@ -51,10 +51,10 @@ async def measure_floor(address: str, certs: Path, readers: int, mib: int) -> fl
         ]
         for channel in channels:
             await channel.unary_unary(ECHO)(b"connected")
-        count = str(mib * MIB // MESSAGE_BYTES).encode()
+        request = stream_request(mib * MIB)
         started = time.perf_counter()
         totals = await asyncio.gather(
-            *(drain(aiter(channel.unary_stream(STREAM)(count))) for channel in channels)
+            *(drain(aiter(channel.unary_stream(STREAM)(request))) for channel in channels)
         )
         took = time.perf_counter() - started
     return _rate(totals, mib * MIB, took)

@@ -142,11 +142,13 @@ def read_message(
     max_bytes: int,
     stream: int = 0,
     segment_bytes: int = SEGMENT_BYTES,
-) -> tuple[bytes | None, int]:
+    cached_only: bool = False,
+) -> tuple[bytes | None, int] | None:
     """The same from disk, also for a job that ended long ago. Blocks, without the GIL.
 
     end: of the log, from `Log.told_end` or the job's record.
     segment_bytes: of the log.
+    cached_only: does not block, and returns None where it would have to, or meets any trouble.
     What is in no segment counts as dropped. Raises OSError where an index is damaged.
     """
 

@@ -32,14 +32,17 @@ logger = logging.getLogger(__name__)
 # what gRPC holds for a thousand readers that read nothing stays small.
 FIRST_MESSAGE_BYTES = 32 << 10
 LARGEST_MESSAGE_BYTES = 1 << 20
+GROWTH = 2  # from one size to the next
 FAST_WRITE_SECONDS = 0.05
 SLOW_WRITE_SECONDS = 0.5
-# A client's window, some 4 MiB, takes messages fast though nobody reads them. So none is larger
-# than this share of what its reader has taken before.
+# A client's window, of 4 to 16 MiB, takes messages fast though nobody reads them. So none is
+# larger than this share of what its reader has taken before.
 SHARE_OF_TAKEN = 32
-# Handed to gRPC and not yet written, of all readers, in messages larger than the first:
-# beyond it none gets larger messages.
+# Handed to gRPC and not yet written, of all readers, in messages larger than the first. Each
+# size below the largest has a budget of its own: readers that stop at the end of their window
+# all stop at one size, and leave the others to those who read on.
 UNWRITTEN_BUDGET_BYTES = 32 << 20
+UNWRITTEN_BUDGET_OF_SIZE_BYTES = 4 << 20
 # Read from disk a moment ago: readers of one job who catch up together share them.
 SHARED_BLOCKS = 8
 
@@ -97,6 +100,36 @@ class Block(NamedTuple):
     stream: int
 
 
+class Unwritten:
+    """Bytes handed to gRPC and not yet written, in messages larger than the first."""
+
+    def __init__(self) -> None:
+        self.total_bytes = 0
+        self._by_size: Counter[int] = Counter()  # size: the most that a message may have
+
+    def reserve(self, most_bytes: int) -> int:
+        """For one message; returns how large that may be"""
+        size = most_bytes
+        while size > FIRST_MESSAGE_BYTES and not self._has_room(size):
+            size //= GROWTH
+        self.change(size, size)
+        return size
+
+    def change(self, size: int, by_bytes: int) -> None:
+        if size > FIRST_MESSAGE_BYTES:
+            self.total_bytes += by_bytes
+            self._by_size[size] += by_bytes
+
+    def _has_room(self, size: int) -> bool:
+        budget = UNWRITTEN_BUDGET_OF_SIZE_BYTES
+        if size == LARGEST_MESSAGE_BYTES:
+            budget = UNWRITTEN_BUDGET_BYTES
+        return (
+            self._by_size[size] + size <= budget
+            and self.total_bytes + size <= UNWRITTEN_BUDGET_BYTES
+        )
+
+
 class Output:
     """The logs of all jobs, in one folder."""
 
@@ -106,7 +139,7 @@ class Output:
 
         drops_when_full: what jobs write while the disk is full is dropped; else they wait.
         """
-        self.unwritten_bytes = 0
+        self.unwritten = Unwritten()
         self.is_closing = False
         # Called with the id of a job whose log has used up its quota, unless that is a ring.
         self.on_log_limit: Callable[[int], None] | None = None
@@ -248,21 +281,27 @@ class Output:
         stream: int,
         segment_bytes: int,
     ) -> tuple[bytes | None, int]:
-        """`_fastio.read_message` in a thread: a slow disk delays nobody else."""
+        """`_fastio.read_message`, in a thread unless all is in the page cache: a slow disk
+        delays nobody else."""
         block = Block(job_id, offset, max_bytes, stream)
         is_whole = max_bytes > FIRST_MESSAGE_BYTES and offset + max_bytes <= end
         reading = self._blocks.get(block) if is_whole else None
         if reading is None:
-            reading = self._loop.run_in_executor(
-                self._threads,
-                _fastio.read_message,
-                self._directory,
-                *(job_id, end, offset, max_bytes, stream, segment_bytes),
-            )
+            reading = self._read(job_id, end, offset, max_bytes, stream, segment_bytes)
             if is_whole:
                 self._keep(block, reading)
         # Shielded: others may wait for the same.
         return await asyncio.shield(reading)
+
+    def _read(self, *what: int) -> asyncio.Future[tuple[bytes | None, int]]:
+        cached = _fastio.read_message(self._directory, *what, cached_only=True)
+        if cached is None:
+            return self._loop.run_in_executor(
+                self._threads, _fastio.read_message, self._directory, *what
+            )
+        done = self._loop.create_future()
+        done.set_result(cached)
+        return done
 
     def _keep(self, block: Block, reading: asyncio.Future[tuple[bytes | None, int]]) -> None:
         self._blocks[block] = reading
@@ -335,6 +374,8 @@ class Reader:
         self._is_open = True
         output.count_reader(job_id, 1)
         self._max_bytes = FIRST_MESSAGE_BYTES
+        self._size = FIRST_MESSAGE_BYTES  # the most that the message under way may have
+        self._reserved_bytes = 0
         self._handed_bytes = 0
         self._handed_at = 0.0
         self._taken_bytes = 0
@@ -365,6 +406,7 @@ class Reader:
                 return None
             if self._output.is_closing and not self._log.finished:
                 raise ShuttingDownError
+            self._release()
             if not await self._output.wait_from(self._log, self.offset):
                 return None
 
@@ -381,51 +423,58 @@ class Reader:
     async def _advance(self) -> bytes | None:
         """Steps to the end of the next message; None where that has no byte for us."""
         found = None
+        size = self._reserve()
         if self._log and self._follow:
             self._end = self._log.told_end  # a gap is told when it is over
-            found = self._log.message(self.offset, self._max_bytes, self._stream)
+            found = self._log.message(self.offset, size, self._stream)
         if self._packed:
             found = _fastio.read_packed(
-                *self._packed, self._end, self.offset, self._max_bytes, self._stream
+                *self._packed, self._end, self.offset, size, self._stream
             )
         if found is None:
             found = await self._output.message_from_disk(
                 self._job_id,
                 self._end,
                 self.offset,
-                self._max_bytes,
+                size,
                 self._stream,
                 self._quota.segment_bytes,
             )
         message, self.offset = found
         return message
 
+    def _reserve(self) -> int:
+        """How large the next message may be."""
+        self._release()
+        self._size = self._reserved_bytes = self._output.unwritten.reserve(self._max_bytes)
+        return self._size
+
+    def _release(self) -> None:
+        self._output.unwritten.change(self._size, -self._reserved_bytes)
+        self._reserved_bytes = 0
+
     def _hand_out(self, message: bytes) -> None:
-        self._handed_bytes = len(message)
+        self._output.unwritten.change(self._size, len(message) - self._reserved_bytes)
+        self._reserved_bytes = self._handed_bytes = len(message)
         self._handed_at = time.monotonic()
-        self._output.unwritten_bytes += self._budgeted_bytes()
 
     def _take_back(self) -> None:
+        self._release()
         if not self._handed_bytes:
             return
         took = time.monotonic() - self._handed_at
-        self._output.unwritten_bytes -= self._budgeted_bytes()
         self._taken_bytes += self._handed_bytes
-        was_full = self._handed_bytes >= self._max_bytes
+        was_full = self._handed_bytes >= self._size
         self._handed_bytes = 0
         if took > SLOW_WRITE_SECONDS:
             self._max_bytes = FIRST_MESSAGE_BYTES
         elif was_full and took < FAST_WRITE_SECONDS and self._may_grow():
-            self._max_bytes *= 2
-
-    def _budgeted_bytes(self) -> int:
-        return self._handed_bytes if self._handed_bytes > 2 * FIRST_MESSAGE_BYTES else 0
+            self._max_bytes *= GROWTH
 
     def _may_grow(self) -> bool:
         return (
             self._max_bytes < LARGEST_MESSAGE_BYTES
-            and self._max_bytes * 2 * SHARE_OF_TAKEN <= self._taken_bytes
-            and self._output.unwritten_bytes < UNWRITTEN_BUDGET_BYTES
+            and self._max_bytes * GROWTH * SHARE_OF_TAKEN <= self._taken_bytes
         )
 
 

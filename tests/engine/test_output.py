@@ -157,7 +157,7 @@ def test_messages_grow_for_a_reader_that_takes_them(tmp_path: Path) -> None:
         assert sizes[0] == FIRST_MESSAGE_BYTES
         assert max(sizes) == LARGEST_MESSAGE_BYTES
         reader.close()
-        assert output.unwritten_bytes == 0
+        assert output.unwritten.total_bytes == 0
         pipes.close()
 
     run(tmp_path, test)
