@@ -153,10 +153,8 @@ cdef enum:
     LOUD_PIPE_BYTES = 1 << 20
     LOUD_PIPES = 64               # at most so many pipes of that size: it is kernel memory
     RING_BYTES = 64 << 10
-    LOUD_RING_BYTES = 1 << 20
     RING_RUNS = 256               # a power of two
     MESSAGE_RUNS = 1024           # of a message read from disk, at most 24 KiB of it
-    SHARED_MESSAGES = 4           # a log keeps so many for readers that come to the same place
 
     HEADER_BYTES = 48             # as many as sizeof(Header)
     RUN_BYTES = 16
@@ -254,8 +252,7 @@ cdef struct LogState:
     bint finished
     int error              # errno of a disk that refuses; 0: it takes bytes
 
-    char *ring             # the hot tail: [ring_start, end), the byte at x in ring[x % size]
-    size_t ring_bytes
+    char *ring             # the hot tail: [ring_start, end), byte x in ring[x % RING_BYTES]
     uint64_t ring_start
     Run *runs              # those of the ring's window
     uint64_t run_first     # counted from 0, the index in `runs` is modulo RING_RUNS
@@ -544,14 +541,15 @@ cdef int write_records(LogState *log, int stream, uint64_t time_ns, Files *files
 
 
 cdef void publish(LogState *log, int stream, int64_t length, Files *files) noexcept nogil:
-    """Makes bytes that are on disk visible, and hot where somebody reads."""
+    """Makes bytes that are on disk visible, and hot where somebody reads. Not so many bytes that
+    they would fill the ring: readers find them in the page cache, with one copy less."""
     cdef char *ring
     cdef uint64_t end = log.end + length
     cdef bint copied = False
     pthread_mutex_lock(&log.lock)
-    ring = log.ring
-    if ring != NULL and end - log.ring_start > log.ring_bytes:
-        log.ring_start = end - log.ring_bytes  # what is about to be overwritten
+    ring = log.ring if length < RING_BYTES else NULL
+    if ring != NULL and end - log.ring_start > RING_BYTES:
+        log.ring_start = end - RING_BYTES  # what is about to be overwritten
     pthread_mutex_unlock(&log.lock)
     # Nobody frees or replaces the ring meanwhile: that is the serving thread's, and ours.
     if ring != NULL:
@@ -559,7 +557,7 @@ cdef void publish(LogState *log, int stream, int64_t length, Files *files) noexc
     pthread_mutex_lock(&log.lock)
     if log.ring != NULL:
         if ring == NULL or not copied:
-            restart_ring(log, end)  # it came, or failed, in between
+            restart_ring(log, end)  # it came in between, is passed over, or could not be read
         elif log.run_is_new:
             push_run(log, &log.run)
     log.run_is_new = False
@@ -569,8 +567,6 @@ cdef void publish(LogState *log, int stream, int64_t length, Files *files) noexc
     log.stored_bytes += length
     log.disk_bytes += end - files.first - log.segment_size
     log.segment_size = end - files.first
-    if log.ring != NULL and length * 2 > <int64_t> log.ring_bytes:
-        grow_ring(log)
     if log.waited_for:
         log.waited_for = False
         tell(log, NEWS_ARRIVED)
@@ -578,12 +574,12 @@ cdef void publish(LogState *log, int stream, int64_t length, Files *files) noexc
 
 
 cdef bint fill_ring(LogState *log, uint64_t end, uint64_t length, Files *files) noexcept nogil:
-    """Reads the last bytes before `end` back from the segment into the ring."""
-    cdef uint64_t offset = end - min(length, <uint64_t> log.ring_bytes)
+    """Reads the `length` bytes before `end` back from the segment into the ring."""
+    cdef uint64_t offset = end - length
     cdef uint64_t place, part
     while offset < end:
-        place = offset % log.ring_bytes
-        part = min(end - offset, log.ring_bytes - place)
+        place = offset % RING_BYTES
+        part = min(end - offset, RING_BYTES - place)
         if pread(files.segment, log.ring + place, part, offset - files.first) != <ssize_t> part:
             return False
         offset += part
@@ -936,32 +932,22 @@ cdef int run_stream(const Run *run) noexcept nogil:
 
 # ── the ring: the hot tail of a log that somebody reads. The log's lock is held ─────────
 
-cdef void make_ring(LogState *log, size_t size) noexcept nogil:
+cdef void make_ring(LogState *log) noexcept nogil:
     """Nothing happens where memory or the budget is short: readers then read from disk."""
     cdef char *ring
-    cdef Run *runs = log.runs
-    if not reserve(log.pump, size):
+    cdef Run *runs
+    if not reserve(log.pump):
         return
-    ring = <char *> malloc(size)
-    if runs == NULL:
-        runs = <Run *> malloc(RING_RUNS * sizeof(Run))
+    ring = <char *> malloc(RING_BYTES)
+    runs = <Run *> malloc(RING_RUNS * sizeof(Run))
     if ring == NULL or runs == NULL:
         free(ring)
-        if runs != log.runs:
-            free(runs)
-        release(log.pump, size)
+        free(runs)
+        release(log.pump)
         return
-    free(log.ring)
-    release(log.pump, log.ring_bytes)
     log.ring = ring
-    log.ring_bytes = size
     log.runs = runs
     restart_ring(log, log.end)
-
-
-cdef void grow_ring(LogState *log) noexcept nogil:
-    if log.ring_bytes < LOUD_RING_BYTES:
-        make_ring(log, LOUD_RING_BYTES)
 
 
 cdef void free_ring(LogState *log) noexcept nogil:
@@ -969,10 +955,9 @@ cdef void free_ring(LogState *log) noexcept nogil:
         return
     free(log.ring)
     free(log.runs)
-    release(log.pump, log.ring_bytes)
+    release(log.pump)
     log.ring = NULL
     log.runs = NULL
-    log.ring_bytes = 0
 
 
 cdef void restart_ring(LogState *log, uint64_t offset) noexcept nogil:
@@ -993,19 +978,19 @@ cdef void push_run(LogState *log, const Run *run) noexcept nogil:
     log.run_count += 1
 
 
-cdef bint reserve(PumpState *pump, size_t size) noexcept nogil:
+cdef bint reserve(PumpState *pump) noexcept nogil:
     cdef bint fits
     pthread_mutex_lock(&pump.lock)
-    fits = pump.ring_used + size <= pump.ring_budget
+    fits = pump.ring_used + RING_BYTES <= pump.ring_budget
     if fits:
-        pump.ring_used += size
+        pump.ring_used += RING_BYTES
     pthread_mutex_unlock(&pump.lock)
     return fits
 
 
-cdef void release(PumpState *pump, size_t size) noexcept nogil:
+cdef void release(PumpState *pump) noexcept nogil:
     pthread_mutex_lock(&pump.lock)
-    pump.ring_used -= size
+    pump.ring_used -= RING_BYTES
     pthread_mutex_unlock(&pump.lock)
 
 
@@ -1267,7 +1252,6 @@ cdef class Log:
 
     cdef Pump pump
     cdef LogState *state
-    cdef dict shared  # (offset, largest size) -> (message, next offset), the newest few
 
     def __cinit__(self, Pump pump, uint64_t job, int stdout, int stderr, *,
                   uint64_t segment_bytes=SEGMENT_BYTES, uint64_t max_bytes=0,
@@ -1279,7 +1263,6 @@ cdef class Log:
         if segment_bytes == 0 or resumed and resumed.segment_bytes not in (0, segment_bytes):
             raise ValueError(f"the segments of job {job} have another size")
         self.pump = pump
-        self.shared = {}
         self.state = pump.take_state()
         # In one step: a thread that holds an event for the log that lived here may come now.
         pthread_mutex_lock(&self.state.lock)
@@ -1410,7 +1393,7 @@ cdef class Log:
         pthread_mutex_lock(&state.lock)
         state.readers += 1
         if state.ring == NULL and not state.finished:
-            make_ring(state, RING_BYTES)
+            make_ring(state)
         pthread_mutex_unlock(&state.lock)
 
     def remove_reader(self):
@@ -1420,8 +1403,6 @@ cdef class Log:
         if state.readers == 0 and not state.serving:
             free_ring(state)  # else the serving thread does it
         pthread_mutex_unlock(&state.lock)
-        if state.readers < 2:
-            self.shared.clear()
 
     def wait_from(self, uint64_t offset):
         cdef LogState *state = self.state
@@ -1436,11 +1417,6 @@ cdef class Log:
     def message(self, uint64_t offset, uint64_t max_bytes, int stream=0):
         cdef LogState *state = self.state
         cdef object found
-        cdef bint shares = stream == 0 and state.readers > 1
-        if shares:
-            found = self.shared.get((offset, max_bytes))
-            if found is not None:
-                return found
         pthread_mutex_lock(&state.lock)
         try:
             found = ring_message(state, offset, max_bytes, stream)
@@ -1448,10 +1424,6 @@ cdef class Log:
                 found = lost_message(offset, state.start)
         finally:
             pthread_mutex_unlock(&state.lock)
-        if shares and found is not None and found[0] is not None:
-            if len(self.shared) == SHARED_MESSAGES:
-                del self.shared[next(iter(self.shared))]
-            self.shared[offset, max_bytes] = found
         return found
 
 
@@ -1521,8 +1493,8 @@ cdef uint64_t find_ring_run(LogState *log, uint64_t offset) noexcept nogil:
 
 cdef void copy_from_ring(LogState *log, char *target, uint64_t offset,
                          size_t length) noexcept nogil:
-    cdef size_t place = offset % log.ring_bytes
-    cdef size_t part = min(length, log.ring_bytes - place)
+    cdef size_t place = offset % RING_BYTES
+    cdef size_t part = min(length, RING_BYTES - place)
     memcpy(target, log.ring + place, part)
     memcpy(target + part, log.ring, length - part)
 
@@ -1538,21 +1510,18 @@ cdef struct Source:
 
 
 def read_message(int directory, uint64_t job, uint64_t end, uint64_t offset,
-                 uint64_t max_bytes, int stream=0, uint64_t segment_bytes=SEGMENT_BYTES,
-                 bint cached_only=False):
+                 uint64_t max_bytes, int stream=0, uint64_t segment_bytes=SEGMENT_BYTES):
     cdef uint64_t first = offset - offset % segment_bytes
     cdef uint64_t limit = min(end, first + segment_bytes)
     cdef Source segment, index
     cdef int error
     if offset >= end:
         return None, offset
-    segment.cached_only = index.cached_only = cached_only
+    segment.cached_only = index.cached_only = False
     with nogil:
         error = open_sources(directory, job, first, &segment, &index)
-        if error == ENOENT and not cached_only:
+        if error == ENOENT:
             limit = min(end, find_segment(directory, job, first + segment_bytes))
-    if error and cached_only:
-        return None
     if error == ENOENT:
         return lost_message(offset, limit)  # its segment was dropped
     if error:
@@ -1560,9 +1529,29 @@ def read_message(int directory, uint64_t job, uint64_t end, uint64_t offset,
     try:
         return source_message(&segment, &index, first, limit, end, offset, max_bytes, stream)
     except OSError as damage:
-        if cached_only:
-            return None
         raise_damage(damage.errno, f"{job}.{first}")
+    finally:
+        close(segment.fd)
+        close(index.fd)
+
+
+def read_cached(int directory, uint64_t job, uint64_t end, uint64_t offset,
+                uint64_t max_bytes, int stream=0, uint64_t segment_bytes=SEGMENT_BYTES):
+    cdef uint64_t first = offset - offset % segment_bytes
+    cdef uint64_t limit = min(end, first + segment_bytes)
+    cdef Source segment, index
+    cdef int error
+    if offset >= end:
+        return None, offset
+    segment.cached_only = index.cached_only = True
+    with nogil:
+        error = open_sources(directory, job, first, &segment, &index)
+    if error:
+        return None
+    try:
+        return source_message(&segment, &index, first, limit, end, offset, max_bytes, stream)
+    except OSError:
+        return None
     finally:
         close(segment.fd)
         close(index.fd)

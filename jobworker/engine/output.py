@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from jobworker import _fastio
 from jobworker._fastio import Extent, Log
@@ -43,8 +43,9 @@ SHARE_OF_TAKEN = 32
 # all stop at one size, and leave the others to those who read on.
 UNWRITTEN_BUDGET_BYTES = 32 << 20
 UNWRITTEN_BUDGET_OF_SIZE_BYTES = 4 << 20
-# Read from disk a moment ago: readers of one job who catch up together share them.
-SHARED_BLOCKS = 8
+# Made a moment ago: readers of one job who come to the same place share them.
+SHARED_BYTES = 16 << 20
+SHARED_OVERHEAD_BYTES = 1 << 10  # of each, about
 
 HISTORY_THREADS = 2
 
@@ -60,6 +61,9 @@ MOST_GUESSED_SEGMENTS = 4096
 # What a log may have at the most to be kept in some other way than in two files.
 LARGEST_PACKED_BYTES = 16 << 10
 
+
+# A message, or None, and where the next one starts.
+Found: TypeAlias = tuple[bytes | None, int]
 
 # With these errors a disk says that it has no room.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -91,13 +95,44 @@ class Packed(NamedTuple):
     index_data: bytes
 
 
-class Block(NamedTuple):
-    """A part of a log that is complete: who reads it now or later reads the same."""
+class Place(NamedTuple):
+    """In a log, and how much is wanted from there on."""
 
     job_id: int
     offset: int
     max_bytes: int
     stream: int
+
+
+class Shared:
+    """The newest messages of logs with several readers."""
+
+    def __init__(self) -> None:
+        self._messages: OrderedDict[Place, Found] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, place: Place, end: int) -> Found | None:
+        """end: beyond it the reader wants nothing."""
+        found = self._messages.get(place)
+        return found if found and found[1] <= end else None
+
+    def keep(self, place: Place, found: Found) -> None:
+        self._drop(self._messages.pop(place, None))
+        self._messages[place] = found
+        self._bytes += _shared_bytes(found)
+        while self._bytes > SHARED_BYTES:
+            self._drop(self._messages.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        self._messages.clear()
+        self._bytes = 0
+
+    def _drop(self, found: Found | None) -> None:
+        self._bytes -= _shared_bytes(found) if found else 0
+
+
+def _shared_bytes(found: Found) -> int:
+    return len(found[0] or b"") + SHARED_OVERHEAD_BYTES
 
 
 class Unwritten:
@@ -148,7 +183,8 @@ class Output:
         self._waiting: dict[int, set[asyncio.Future[None]]] = {}
         self._readers: Counter[int] = Counter()  # by job
         self._unread: dict[int, list[asyncio.Future[None]]] = {}
-        self._blocks: OrderedDict[Block, asyncio.Future[tuple[bytes | None, int]]] = OrderedDict()
+        self._shared = Shared()
+        self._reading: dict[Place, asyncio.Future[Found]] = {}
         self._directory = _open_folder(folder)
         self._threads = ThreadPoolExecutor(HISTORY_THREADS, thread_name_prefix="history")
         self._pump = _fastio.Pump(self._directory, ring_budget_bytes, drops_when_full)
@@ -239,6 +275,8 @@ class Output:
         if not self._readers[job_id]:
             del self._readers[job_id]
             _resolve(self._unread.pop(job_id, ()))
+        if not self._readers:
+            self._shared.clear()
 
     async def wait_unread(self, job_id: int) -> None:
         """Until nobody reads the output of this job."""
@@ -272,42 +310,40 @@ class Output:
         for futures in self._waiting.values():
             _resolve(futures)
 
-    async def message_from_disk(
-        self,
-        job_id: int,
-        end: int,
-        offset: int,
-        max_bytes: int,
-        stream: int,
-        segment_bytes: int,
-    ) -> tuple[bytes | None, int]:
-        """`_fastio.read_message`, in a thread unless all is in the page cache: a slow disk
-        delays nobody else."""
-        block = Block(job_id, offset, max_bytes, stream)
-        is_whole = max_bytes > FIRST_MESSAGE_BYTES and offset + max_bytes <= end
-        reading = self._blocks.get(block) if is_whole else None
-        if reading is None:
-            reading = self._read(job_id, end, offset, max_bytes, stream, segment_bytes)
-            if is_whole:
-                self._keep(block, reading)
-        # Shielded: others may wait for the same.
-        return await asyncio.shield(reading)
+    async def message(self, place: Place, log: Log | None, end: int, segment_bytes: int) -> Found:
+        """The finished DataChunk at this place, and where the next one starts; see `Log.message`.
 
-    def _read(self, *what: int) -> asyncio.Future[tuple[bytes | None, int]]:
-        cached = _fastio.read_message(self._directory, *what, cached_only=True)
-        if cached is None:
-            return self._loop.run_in_executor(
+        log: None where only what is on disk counts. end: as far as there is something to read.
+        """
+        found = self._shared.get(place, end)
+        if found:
+            return found
+        if log:
+            found = log.message(place.offset, place.max_bytes, place.stream)
+        if found is None:
+            found = await self._message_from_disk(place, end, segment_bytes)
+        if found[0] and self._readers[place.job_id] > 1:
+            self._shared.keep(place, found)
+        return found
+
+    async def _message_from_disk(self, place: Place, end: int, segment_bytes: int) -> Found:
+        """In a thread, unless all is in the page cache: a slow disk delays nobody else."""
+        what = (place.job_id, end, *place[1:], segment_bytes)
+        found = _fastio.read_cached(self._directory, *what)
+        if found:
+            return found
+        # Of a part that is complete, who reads now or later reads the same.
+        is_complete = place.offset + place.max_bytes <= end
+        reading = self._reading.get(place) if is_complete else None
+        if reading is None:
+            reading = self._loop.run_in_executor(
                 self._threads, _fastio.read_message, self._directory, *what
             )
-        done = self._loop.create_future()
-        done.set_result(cached)
-        return done
-
-    def _keep(self, block: Block, reading: asyncio.Future[tuple[bytes | None, int]]) -> None:
-        self._blocks[block] = reading
-        reading.add_done_callback(lambda done: done.exception() and self._blocks.pop(block, None))
-        if len(self._blocks) > SHARED_BLOCKS:
-            self._blocks.popitem(last=False)
+            if is_complete:
+                self._reading[place] = reading
+                reading.add_done_callback(lambda _: self._reading.pop(place))
+        # Shielded: others may wait for the same.
+        return await asyncio.shield(reading)
 
     async def wait_from(self, log: Log, offset: int) -> bool:
         """False once there will never be a byte at `offset`; True when it is worth a look."""
@@ -422,25 +458,16 @@ class Reader:
 
     async def _advance(self) -> bytes | None:
         """Steps to the end of the next message; None where that has no byte for us."""
-        found = None
-        size = self._reserve()
-        if self._log and self._follow:
-            self._end = self._log.told_end  # a gap is told when it is over
-            found = self._log.message(self.offset, size, self._stream)
+        place = Place(self._job_id, self.offset, self._reserve(), self._stream)
+        log = self._log if self._follow else None
+        if log:
+            self._end = log.told_end  # a gap is told when it is over
         if self._packed:
-            found = _fastio.read_packed(
-                *self._packed, self._end, self.offset, size, self._stream
+            message, self.offset = _fastio.read_packed(*self._packed, self._end, *place[1:])
+        else:
+            message, self.offset = await self._output.message(
+                place, log, self._end, self._quota.segment_bytes
             )
-        if found is None:
-            found = await self._output.message_from_disk(
-                self._job_id,
-                self._end,
-                self.offset,
-                size,
-                self._stream,
-                self._quota.segment_bytes,
-            )
-        message, self.offset = found
         return message
 
     def _reserve(self) -> int:
