@@ -15,7 +15,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
 
 import grpc
 import uvloop
+
+from server import Process
 
 MESSAGE_BYTES = 1 << 20
 STREAM, TICKS, ECHO = "/floor/Stream", "/floor/Ticks", "/floor/Echo"
@@ -47,6 +49,11 @@ encoded = functools.cache(lambda payload_bytes: encode(bytes(payload_bytes)))
 
 def stream_request(total_bytes: int, message_bytes: int = MESSAGE_BYTES) -> bytes:
     return b"%d %d" % (total_bytes // message_bytes, message_bytes)
+
+
+def floor_stream(channel: Any, total_bytes: int) -> AsyncIterator[bytes]:
+    """For clients."""
+    return aiter(channel.unary_stream(STREAM)(stream_request(total_bytes)))
 
 
 async def stream(request: bytes, context: Context) -> None:
@@ -112,14 +119,14 @@ async def serve(certs: Path) -> None:
 
 
 @contextlib.contextmanager
-def running_floor(certs: Path) -> Iterator[str]:
-    """Its address."""
+def running_floor(certs: Path) -> Iterator[tuple[str, Process]]:
+    """Its address, and what it uses."""
     process = subprocess.Popen(
         [sys.executable, __file__, str(certs)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None and process.stdout is not None
     try:
-        yield f"127.0.0.1:{int(process.stdout.readline())}"
+        yield f"127.0.0.1:{int(process.stdout.readline())}", Process(process.pid)
     finally:
         process.stdin.close()
         process.wait(30)
