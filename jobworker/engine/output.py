@@ -44,7 +44,7 @@ SHARE_OF_TAKEN = 32
 UNWRITTEN_BUDGET_BYTES = 32 << 20
 UNWRITTEN_BUDGET_OF_SIZE_BYTES = 4 << 20
 # Made a moment ago: readers of one job who come to the same place share them.
-SHARED_BYTES = 16 << 20
+SHARED_BYTES = 32 << 20
 SHARED_OVERHEAD_BYTES = 1 << 10  # of each, about
 
 HISTORY_THREADS = 2
@@ -105,30 +105,39 @@ class Place(NamedTuple):
 
 
 class Shared:
-    """The newest messages of logs with several readers."""
+    """The newest messages of logs with several readers, each until all of them have had it."""
 
     def __init__(self) -> None:
         self._messages: OrderedDict[Place, Found] = OrderedDict()
+        self._uses_left: dict[Place, int] = {}
         self._bytes = 0
 
     def get(self, place: Place, end: int) -> Found | None:
         """end: beyond it the reader wants nothing."""
         found = self._messages.get(place)
-        return found if found and found[1] <= end else None
+        if not found or found[1] > end:
+            return None
+        self._uses_left[place] -= 1
+        if not self._uses_left[place]:
+            self._drop(place)
+        return found
 
-    def keep(self, place: Place, found: Found) -> None:
-        self._drop(self._messages.pop(place, None))
+    def keep(self, place: Place, found: Found, uses: int) -> None:
+        if place in self._messages:
+            self._drop(place)
         self._messages[place] = found
+        self._uses_left[place] = uses
         self._bytes += _shared_bytes(found)
         while self._bytes > SHARED_BYTES:
-            self._drop(self._messages.popitem(last=False)[1])
+            self._drop(next(iter(self._messages)))
 
     def clear(self) -> None:
-        self._messages.clear()
-        self._bytes = 0
+        for place in list(self._messages):
+            self._drop(place)
 
-    def _drop(self, found: Found | None) -> None:
-        self._bytes -= _shared_bytes(found) if found else 0
+    def _drop(self, place: Place) -> None:
+        self._bytes -= _shared_bytes(self._messages.pop(place))
+        del self._uses_left[place]
 
 
 def _shared_bytes(found: Found) -> int:
@@ -322,8 +331,9 @@ class Output:
             found = log.message(place.offset, place.max_bytes, place.stream)
         if found is None:
             found = await self._message_from_disk(place, end, segment_bytes)
-        if found[0] and self._readers[place.job_id] > 1:
-            self._shared.keep(place, found)
+        others = self._readers[place.job_id] - 1
+        if found[0] and others > 0:
+            self._shared.keep(place, found, others)
         return found
 
     async def _message_from_disk(self, place: Place, end: int, segment_bytes: int) -> Found:

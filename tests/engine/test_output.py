@@ -228,16 +228,19 @@ def test_a_reader_of_what_is_there_gets_no_shared_message_with_more(tmp_path: Pa
     run(tmp_path, test)
 
 
-def test_what_is_shared_is_bounded_and_gone_with_the_readers(tmp_path: Path) -> None:
+def test_what_is_shared_is_bounded_and_gone_with_the_readers() -> None:
     shared = Shared()
     messages = [(Place(1, offset, 1 << 20, 0), offset + (1 << 20)) for offset in range(100)]
     for place, following in messages:
-        shared.keep(place, (bytes(1 << 20), following))
+        shared.keep(place, (bytes(1 << 20), following), 2)
     kept = [shared.get(place, following) for place, following in messages]
     assert None not in kept[-8:]
     assert kept.count(None) >= 100 - (SHARED_BYTES >> 20)
-    shared.clear()
+    # The second time was the last.
+    assert shared.get(*messages[-1]) is not None
     assert shared.get(*messages[-1]) is None
+    shared.clear()
+    assert shared.get(*messages[-2]) is None
 
 
 def test_a_failed_read_is_tried_again(tmp_path: Path) -> None:
