@@ -20,7 +20,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from jobworker import _fastio
 from jobworker._fastio import (
@@ -746,6 +752,7 @@ class LogMachine(RuleBasedStateMachine):
     def settle(self) -> None:
         wait_until(lambda: self.log.end == len(self.data))
 
+    @precondition(lambda self: not self.max_bytes)
     @rule(stream=STREAMS, size=st.integers(1, 100_000))
     def write_a_burst(self, stream: int, size: int) -> None:
         self.write(stream, bytes(size))
