@@ -273,6 +273,7 @@ def test_a_burst_is_not_copied_into_memory(pump: Pump, folder: int) -> None:
     wait_until(lambda: job.log.end == job.size)
     job.write(STDERR, b"after")
     assert payload(job.read()) == job.expected()
+    assert job.log.message(job.size // 2, 1024) is None
     assert job.log.message(job.size - 5, 1024) == job.read_disk(job.size - 5, 1024, 0)
     job.close()
 
