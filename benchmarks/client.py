@@ -12,6 +12,8 @@ from typing import Any, Self, TypeVar
 
 # Before grpc is imported: its fork handlers would stop all its threads at each fork.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+# It would tell of each connection that a server ends.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import grpc
 import uvloop
@@ -36,7 +38,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     uvloop.run(main)
 
 
-def open_channel(address: str, certs: Path) -> Any:
+def open_channel(address: str, certs: Path, *more_options: tuple[str, Any]) -> Any:
     """A grpc.aio.Channel with a connection of its own, however many there are. (Any: the
     stubs have no type for calls without serializers.)"""
     credentials = grpc.ssl_channel_credentials(
@@ -47,6 +49,7 @@ def open_channel(address: str, certs: Path) -> Any:
     options = [
         ("grpc.ssl_target_name_override", "job-worker"),
         ("grpc.use_local_subchannel_pool", 1),
+        *more_options,
     ]
     return grpc.aio.secure_channel(address, credentials, options)
 

@@ -2,7 +2,7 @@
 
 floor_grpc.py CERTS    prints its port, and serves until its standard input is closed
 
-/floor/Stream   sends the same pre-encoded message of 1 MiB, as often as asked
+/floor/Stream   sends the same pre-encoded message, as often and as large as asked
 /floor/Ticks    hands on what a command (ticker.c) writes to a pipe, one message for each read
 /floor/Echo     answers what it was asked
 """
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-PSK-CHACHA20-POLY1305"
 
 import grpc
 import uvloop
+
+from server import Process
 
 MESSAGE_BYTES = 1 << 20
 STREAM, TICKS, ECHO = "/floor/Stream", "/floor/Ticks", "/floor/Echo"
@@ -41,12 +44,23 @@ def encode(payload: bytes) -> bytes:
     return bytes(header) + payload
 
 
-MESSAGE = encode(bytes(MESSAGE_BYTES))
+encoded = functools.cache(lambda payload_bytes: encode(bytes(payload_bytes)))
+
+
+def stream_request(total_bytes: int, message_bytes: int = MESSAGE_BYTES) -> bytes:
+    return b"%d %d" % (total_bytes // message_bytes, message_bytes)
+
+
+def floor_stream(channel: Any, total_bytes: int) -> AsyncIterator[bytes]:
+    """For clients."""
+    return aiter(channel.unary_stream(STREAM)(stream_request(total_bytes)))
 
 
 async def stream(request: bytes, context: Context) -> None:
-    for _ in range(int(request)):
-        await context.write(MESSAGE)
+    count, message_bytes = map(int, request.split())
+    message = encoded(message_bytes)
+    for _ in range(count):
+        await context.write(message)
 
 
 async def ticks(request: bytes, context: Context) -> None:
@@ -105,14 +119,14 @@ async def serve(certs: Path) -> None:
 
 
 @contextlib.contextmanager
-def running_floor(certs: Path) -> Iterator[str]:
-    """Its address."""
+def running_floor(certs: Path) -> Iterator[tuple[str, Process]]:
+    """Its address, and what it uses."""
     process = subprocess.Popen(
         [sys.executable, __file__, str(certs)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None and process.stdout is not None
     try:
-        yield f"127.0.0.1:{int(process.stdout.readline())}"
+        yield f"127.0.0.1:{int(process.stdout.readline())}", Process(process.pid)
     finally:
         process.stdin.close()
         process.wait(30)

@@ -117,7 +117,7 @@ async def main() -> None:
     }
     with (
         workplace() as folder,
-        running_floor(folder / "certs") as floor,
+        running_floor(folder / "certs") as (floor, _),
         running_server(folder) as server,
     ):
         compile_program(folder, "ticker")

@@ -3,7 +3,8 @@
 Sleeping jobs, as many as the server takes: how fast they start, what each costs in memory, what
 all of them cost in CPU while nothing happens, and how long get, list and stop take then.
 1,000 readers of one job that writes a line; 1,000 jobs with a line a second and a reader each;
-1,000 streams that nobody reads, and what that does to one that is read.
+1,000 streams that nobody reads, and what that does to one that is read; beside it, what as many
+do to a grpc.aio server that sends from memory.
 """
 
 from __future__ import annotations
@@ -11,26 +12,26 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from client import Client, create_many, for_each, payload_bytes, payload_of, run
 from figures import QUICK, Findings, Target, percentile
+from floor_grpc import floor_stream, running_floor
 from jobworker.pb import job_worker_pb2 as pb
-from server import Process, Server, make_fifo, running_server, workplace
+from server import Server, make_fifo, running_server, workplace
+from unread import PER_CONNECTION, WINDOW_BYTES, holding_unread, unread_floor, unread_output
 
 MOST_SLEEPERS = 500 if QUICK else 1_000_000  # the server's own limit is lower
 STREAMS = 200 if QUICK else 1000
-PER_CONNECTION = 20
 IDLE_SECONDS = 2 if QUICK else 20
 CALLS = 50 if QUICK else 300
 LINES = 30 if QUICK else 200
 LINE_SECONDS = 5 if QUICK else 20
 HISTORY_MIB = 16 if QUICK else 64
-# What a client takes from a stream that it does not read, with room for as much again.
-UNREAD_BYTES = 16 << 20
+HISTORY_READS = 3 if QUICK else 7
 IN_FLIGHT = 16
 
 SLEEP = ("sleep", "100000")
@@ -202,59 +203,59 @@ async def measure_jobs_with_readers(findings: Findings, server: Server) -> None:
 
 
 async def measure_unread(findings: Findings, server: Server) -> None:
-    count = min(STREAMS, _available_bytes() // UNREAD_BYTES)
+    # Of two servers, with room for as much again.
+    count = min(STREAMS, _available_bytes() // (4 * WINDOW_BYTES))
     script = f"dd if=/dev/zero bs=1M count={HISTORY_MIB} status=none; exec sleep 100000"
-    async with (
-        Client(server.address, server.certs) as reader,
-        connections(server, count) as clients,
-    ):
-        job_id = await reader.create("sh", "-c", script)
-        alone = [await _read_history(reader, job_id) for _ in range(3)]
-        before_kib = server.rss_kib()
-        unread = [clients[place // PER_CONNECTION].stream(job_id) for place in range(count)]
-        client_kib = await _until_steady(server)
-        growth_mib = (server.rss_kib() - before_kib) / 1024
-        findings.note(
-            f"{count:,} streams that nobody reads; the client holds {client_kib / 1024:,.0f} MiB"
-        )
-        findings.add(
-            f"server RSS for {count:,} unread streams",
-            "MiB",
-            [growth_mib],
-            *([] if QUICK else [Target("value", "most", 96)]),
-        )
-        beside = [await _read_history(reader, job_id) for _ in range(3)]
-        findings.add(
-            f"a reader beside {count:,} unread streams",
-            "MiB/s",
-            beside,
-            Target("ratio", "least", 0.9),
-            floor=alone,
-            floor_name="alone",
-        )
-        del unread
-        await reader.stop(job_id)
+    address, certs = server.address, server.certs
+    with running_floor(certs) as (floor, floor_process):
+        async with Client(address, certs) as client, Client(floor, certs) as floor_client:
+            job_id = await client.create("sh", "-c", script)
+            readers = (
+                lambda: client.stream(job_id),
+                lambda: floor_stream(floor_client.channel, HISTORY_MIB << 20),
+            )
+            await _read_history(readers[0]())  # from then on all of it is there
+            alone, floor_alone = await _read_in_turn(*readers)
+            before_kib = server.rss_kib()
+            with (
+                holding_unread(server, address, certs, count, unread_output(job_id)) as holder,
+                holding_unread(floor_process, floor, certs, count, unread_floor()),
+            ):
+                growth_mib = (server.rss_kib() - before_kib) / 1024
+                held_mib = holder.rss_kib() / 1024
+                beside, floor_beside = await _read_in_turn(*readers)
+            await client.stop(job_id)
+    findings.note(f"{count:,} streams that nobody reads; their client holds {held_mib:,.0f} MiB")
+    findings.add(
+        f"server RSS for {count:,} unread streams",
+        "MiB",
+        [growth_mib],
+        *([] if QUICK else [Target("value", "most", 96)]),
+    )
+    reader = f"a reader beside {count:,} unread streams"
+    least = Target("ratio", "least", 0.9)
+    findings.add(reader, "MiB/s", beside, least, floor=alone, floor_name="alone")
+    findings.add(
+        f"{reader}, grpc.aio", "MiB/s", floor_beside, floor=floor_alone, floor_name="alone"
+    )
 
 
-async def _read_history(client: Client, job_id: str) -> float:
-    """MiB/s of what a job has written before."""
+async def _read_in_turn(*sources: Callable[[], AsyncIterator[bytes]]) -> list[list[float]]:
+    """MiB/s of each, several times."""
+    runs: list[list[float]] = [[] for _ in sources]
+    for _ in range(HISTORY_READS):
+        for source, found in zip(sources, runs, strict=True):
+            found.append(await _read_history(source()))
+    return runs
+
+
+async def _read_history(stream: AsyncIterator[bytes]) -> float:
+    """MiB/s."""
     wanted = HISTORY_MIB << 20
     total, started = 0, time.perf_counter()
-    stream: Any = client.stream(job_id)
     while total < wanted:
         total += payload_bytes(await anext(stream))
     return HISTORY_MIB / (time.perf_counter() - started)
-
-
-async def _until_steady(server: Server) -> int:
-    """Once the server's memory grows no more. Returns the client's, in KiB."""
-    last_kib = -1
-    for _ in range(60):
-        await asyncio.sleep(0.5)
-        if abs(server.rss_kib() - last_kib) < 64:
-            break
-        last_kib = server.rss_kib()
-    return Process("self").rss_kib()
 
 
 def _available_bytes() -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from client import Client, open_channel, payload_bytes, run
 from figures import QUICK, Findings, Target
-from floor_grpc import ECHO, MESSAGE_BYTES, STREAM, running_floor
+from floor_grpc import ECHO, floor_stream, running_floor
 from server import Server, make_fifo, running_server, workplace
 
 MIB = 1 << 20
@@ -51,10 +51,9 @@ async def measure_floor(address: str, certs: Path, readers: int, mib: int) -> fl
         ]
         for channel in channels:
             await channel.unary_unary(ECHO)(b"connected")
-        count = str(mib * MIB // MESSAGE_BYTES).encode()
         started = time.perf_counter()
         totals = await asyncio.gather(
-            *(drain(aiter(channel.unary_stream(STREAM)(count))) for channel in channels)
+            *(drain(floor_stream(channel, mib * MIB)) for channel in channels)
         )
         took = time.perf_counter() - started
     return _rate(totals, mib * MIB, took)
@@ -91,7 +90,7 @@ def _rate(totals: Sequence[int], expected: int, seconds: float) -> float:
 
 async def main() -> None:
     findings = Findings("How fast does a job's output reach its readers?")
-    with workplace() as folder, running_floor(folder / "certs") as floor:
+    with workplace() as folder, running_floor(folder / "certs") as (floor, _):
         for readers, mib in SIZES_MIB.items():
             floor_runs, one, both = [], [], []
             for _ in range(REPETITIONS):

@@ -28,6 +28,8 @@ from jobworker.rpc import convert
 
 READY_SECONDS = 20
 CHUNK_BYTES = (1 << 10, 64 << 10, 1 << 20)
+RING_CHUNK_BYTES = (1 << 10, 32 << 10)
+WRITE_BYTES = 16 << 10  # at once; larger bursts are not copied into the ring
 LOG_BYTES = 8 << 20
 COMMIT_JOBS = (1, 64)
 
@@ -52,11 +54,14 @@ class FilledLog:
         os.set_blocking(ours, False)
         self.log = Log(self.pump, 1, ours, -1)
         self.log.add_reader()
-        data = memoryview(os.urandom(LOG_BYTES))
-        while data:
-            data = data[os.write(self._theirs, data) :]
-        wait_until(lambda: self.log.end == LOG_BYTES)
+        data = os.urandom(LOG_BYTES)
+        for end in range(WRITE_BYTES, LOG_BYTES + 1, WRITE_BYTES):
+            os.write(self._theirs, data[end - WRITE_BYTES : end])
+            self._wait_for(end)
         self.path = folder / "1.0.log"
+
+    def _wait_for(self, end: int) -> None:
+        wait_until(lambda: self.log.end == end)
 
     def close(self) -> None:
         os.close(self._theirs)
@@ -72,7 +77,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FilledLog]:
     log.close()
 
 
-@pytest.mark.parametrize("size", CHUNK_BYTES)
+@pytest.mark.parametrize("size", RING_CHUNK_BYTES)
 class TestRing:
     """A finished chunk from memory; floor: a copy of as many bytes."""
 

@@ -44,6 +44,25 @@ cdef extern from "<fcntl.h>" nogil:
     ssize_t splice(int source, off_t *source_offset, int target, off_t *target_offset,
                    size_t length, unsigned int flags)
 
+cdef extern from *:
+    """
+    #include <sys/syscall.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+    /* Neither call waits for a disk: they fail with EAGAIN where they would have to. Newer than
+       some C libraries, so by number; a kernel without them refuses them. */
+    static int open_cached(int directory, const char *path, int flags) {
+        struct { unsigned long long flags, mode, resolve; } how = {flags, 0, 0x20};
+        return syscall(437 /* openat2, RESOLVE_CACHED */, directory, path, &how, sizeof how);
+    }
+    static ssize_t pread_cached(int fd, void *place, size_t length, off_t position) {
+        struct iovec part = {place, length};
+        return preadv2(fd, &part, 1, position, 0x8 /* RWF_NOWAIT */);
+    }
+    """
+    int open_cached(int directory, const char *path, int flags) nogil
+    ssize_t pread_cached(int fd, void *place, size_t length, off_t position) nogil
+
 cdef extern from "<unistd.h>" nogil:
     int unlinkat(int directory, const char *path, int flags)
 
@@ -134,10 +153,8 @@ cdef enum:
     LOUD_PIPE_BYTES = 1 << 20
     LOUD_PIPES = 64               # at most so many pipes of that size: it is kernel memory
     RING_BYTES = 64 << 10
-    LOUD_RING_BYTES = 1 << 20
     RING_RUNS = 256               # a power of two
     MESSAGE_RUNS = 1024           # of a message read from disk, at most 24 KiB of it
-    SHARED_MESSAGES = 4           # a log keeps so many for readers that come to the same place
 
     HEADER_BYTES = 48             # as many as sizeof(Header)
     RUN_BYTES = 16
@@ -238,8 +255,7 @@ cdef struct LogState:
     bint finished
     int error              # errno of a disk that refuses; 0: it takes bytes
 
-    char *ring             # the hot tail: [ring_start, end), the byte at x in ring[x % size]
-    size_t ring_bytes
+    char *ring             # the hot tail: [ring_start, end), byte x in ring[x % RING_BYTES]
     uint64_t ring_start
     Run *runs              # those of the ring's window
     uint64_t run_first     # counted from 0, the index in `runs` is modulo RING_RUNS
@@ -534,14 +550,15 @@ cdef int write_records(LogState *log, int stream, uint64_t time_ns, Files *files
 
 
 cdef void publish(LogState *log, int stream, int64_t length, Files *files) noexcept nogil:
-    """Makes bytes that are on disk visible, and hot where somebody reads."""
+    """Makes bytes that are on disk visible, and hot where somebody reads. Not so many bytes that
+    they would fill the ring: readers find them in the page cache, with one copy less."""
     cdef char *ring
     cdef uint64_t end = log.end + length
     cdef bint copied = False
     pthread_mutex_lock(&log.lock)
-    ring = log.ring
-    if ring != NULL and end - log.ring_start > log.ring_bytes:
-        log.ring_start = end - log.ring_bytes  # what is about to be overwritten
+    ring = log.ring if length < RING_BYTES else NULL
+    if ring != NULL and end - log.ring_start > RING_BYTES:
+        log.ring_start = end - RING_BYTES  # what is about to be overwritten
     pthread_mutex_unlock(&log.lock)
     # Nobody frees or replaces the ring meanwhile: that is the serving thread's, and ours.
     if ring != NULL:
@@ -549,7 +566,7 @@ cdef void publish(LogState *log, int stream, int64_t length, Files *files) noexc
     pthread_mutex_lock(&log.lock)
     if log.ring != NULL:
         if ring == NULL or not copied:
-            restart_ring(log, end)  # it came, or failed, in between
+            restart_ring(log, end)  # it came in between, is passed over, or could not be read
         elif log.run_is_new:
             push_run(log, &log.run)
     log.run_is_new = False
@@ -559,8 +576,6 @@ cdef void publish(LogState *log, int stream, int64_t length, Files *files) noexc
     log.stored_bytes += length
     log.disk_bytes += end - files.first - log.segment_size
     log.segment_size = end - files.first
-    if log.ring != NULL and length * 2 > <int64_t> log.ring_bytes:
-        grow_ring(log)
     if log.waited_for:
         log.waited_for = False
         tell(log, NEWS_ARRIVED)
@@ -568,12 +583,12 @@ cdef void publish(LogState *log, int stream, int64_t length, Files *files) noexc
 
 
 cdef bint fill_ring(LogState *log, uint64_t end, uint64_t length, Files *files) noexcept nogil:
-    """Reads the last bytes before `end` back from the segment into the ring."""
-    cdef uint64_t offset = end - min(length, <uint64_t> log.ring_bytes)
+    """Reads the `length` bytes before `end` back from the segment into the ring."""
+    cdef uint64_t offset = end - length
     cdef uint64_t place, part
     while offset < end:
-        place = offset % log.ring_bytes
-        part = min(end - offset, log.ring_bytes - place)
+        place = offset % RING_BYTES
+        part = min(end - offset, RING_BYTES - place)
         if pread(files.segment, log.ring + place, part, offset - files.first) != <ssize_t> part:
             return False
         offset += part
@@ -948,32 +963,22 @@ cdef int run_stream(const Run *run) noexcept nogil:
 
 # ── the ring: the hot tail of a log that somebody reads. The log's lock is held ─────────
 
-cdef void make_ring(LogState *log, size_t size) noexcept nogil:
+cdef void make_ring(LogState *log) noexcept nogil:
     """Nothing happens where memory or the budget is short: readers then read from disk."""
     cdef char *ring
-    cdef Run *runs = log.runs
-    if not reserve(log.pump, size):
+    cdef Run *runs
+    if not reserve(log.pump):
         return
-    ring = <char *> malloc(size)
-    if runs == NULL:
-        runs = <Run *> malloc(RING_RUNS * sizeof(Run))
+    ring = <char *> malloc(RING_BYTES)
+    runs = <Run *> malloc(RING_RUNS * sizeof(Run))
     if ring == NULL or runs == NULL:
         free(ring)
-        if runs != log.runs:
-            free(runs)
-        release(log.pump, size)
+        free(runs)
+        release(log.pump)
         return
-    free(log.ring)
-    release(log.pump, log.ring_bytes)
     log.ring = ring
-    log.ring_bytes = size
     log.runs = runs
     restart_ring(log, log.end)
-
-
-cdef void grow_ring(LogState *log) noexcept nogil:
-    if log.ring_bytes < LOUD_RING_BYTES:
-        make_ring(log, LOUD_RING_BYTES)
 
 
 cdef void free_ring(LogState *log) noexcept nogil:
@@ -981,10 +986,9 @@ cdef void free_ring(LogState *log) noexcept nogil:
         return
     free(log.ring)
     free(log.runs)
-    release(log.pump, log.ring_bytes)
+    release(log.pump)
     log.ring = NULL
     log.runs = NULL
-    log.ring_bytes = 0
 
 
 cdef void restart_ring(LogState *log, uint64_t offset) noexcept nogil:
@@ -1005,19 +1009,19 @@ cdef void push_run(LogState *log, const Run *run) noexcept nogil:
     log.run_count += 1
 
 
-cdef bint reserve(PumpState *pump, size_t size) noexcept nogil:
+cdef bint reserve(PumpState *pump) noexcept nogil:
     cdef bint fits
     pthread_mutex_lock(&pump.lock)
-    fits = pump.ring_used + size <= pump.ring_budget
+    fits = pump.ring_used + RING_BYTES <= pump.ring_budget
     if fits:
-        pump.ring_used += size
+        pump.ring_used += RING_BYTES
     pthread_mutex_unlock(&pump.lock)
     return fits
 
 
-cdef void release(PumpState *pump, size_t size) noexcept nogil:
+cdef void release(PumpState *pump) noexcept nogil:
     pthread_mutex_lock(&pump.lock)
-    pump.ring_used -= size
+    pump.ring_used -= RING_BYTES
     pthread_mutex_unlock(&pump.lock)
 
 
@@ -1281,7 +1285,6 @@ cdef class Log:
 
     cdef Pump pump
     cdef LogState *state
-    cdef dict shared  # (offset, largest size) -> (message, next offset), the newest few
 
     def __cinit__(self, Pump pump, uint64_t job, int stdout, int stderr, *,
                   uint64_t segment_bytes=SEGMENT_BYTES, uint64_t max_bytes=0,
@@ -1295,7 +1298,6 @@ cdef class Log:
         if resumed and resumed.segment_bytes not in (0, segment_bytes):
             raise_damage(EBADMSG, f"{job}.{resumed.newest}")  # the size is one for life
         self.pump = pump
-        self.shared = {}
         self.state = pump.take_state()
         # In one step: a thread that holds an event for the log that lived here may come now.
         pthread_mutex_lock(&self.state.lock)
@@ -1432,7 +1434,7 @@ cdef class Log:
         pthread_mutex_lock(&state.lock)
         state.readers += 1
         if state.ring == NULL and not state.finished:
-            make_ring(state, RING_BYTES)
+            make_ring(state)
         pthread_mutex_unlock(&state.lock)
 
     def remove_reader(self):
@@ -1442,8 +1444,6 @@ cdef class Log:
         if state.readers == 0 and not state.serving:
             free_ring(state)  # else the serving thread does it
         pthread_mutex_unlock(&state.lock)
-        if state.readers < 2:
-            self.shared.clear()
 
     def wait_from(self, uint64_t offset):
         cdef LogState *state = self.state
@@ -1458,11 +1458,6 @@ cdef class Log:
     def message(self, uint64_t offset, uint64_t max_bytes, int stream=0):
         cdef LogState *state = self.state
         cdef object found
-        cdef bint shares = stream == 0 and state.readers > 1
-        if shares:
-            found = self.shared.get((offset, max_bytes))
-            if found is not None:
-                return found
         pthread_mutex_lock(&state.lock)
         try:
             found = ring_message(state, offset, max_bytes, stream)
@@ -1470,10 +1465,6 @@ cdef class Log:
                 found = lost_message(offset, state.start)
         finally:
             pthread_mutex_unlock(&state.lock)
-        if shares and found is not None and found[0] is not None:
-            if len(self.shared) == SHARED_MESSAGES:
-                del self.shared[next(iter(self.shared))]
-            self.shared[offset, max_bytes] = found
         return found
 
 
@@ -1543,8 +1534,8 @@ cdef uint64_t find_ring_run(LogState *log, uint64_t offset) noexcept nogil:
 
 cdef void copy_from_ring(LogState *log, char *target, uint64_t offset,
                          size_t length) noexcept nogil:
-    cdef size_t place = offset % log.ring_bytes
-    cdef size_t part = min(length, log.ring_bytes - place)
+    cdef size_t place = offset % RING_BYTES
+    cdef size_t part = min(length, RING_BYTES - place)
     memcpy(target, log.ring + place, part)
     memcpy(target + part, log.ring, length - part)
 
@@ -1554,6 +1545,7 @@ cdef void copy_from_ring(LogState *log, char *target, uint64_t offset,
 # A file of a segment, or the same bytes where they are kept in some other way.
 cdef struct Source:
     int fd            # -1: in memory
+    bint cached_only  # reading never waits for the disk, but fails with EAGAIN
     const char *data
     uint64_t size     # at the time when it was opened
 
@@ -1566,6 +1558,7 @@ def read_message(int directory, uint64_t job, uint64_t end, uint64_t offset,
     cdef int error
     if offset >= end:
         return None, offset
+    segment.cached_only = index.cached_only = False
     with nogil:
         error = open_sources(directory, job, first, &segment, &index)
         if error == ENOENT:
@@ -1583,12 +1576,35 @@ def read_message(int directory, uint64_t job, uint64_t end, uint64_t offset,
         close(index.fd)
 
 
+def read_cached(int directory, uint64_t job, uint64_t end, uint64_t offset,
+                uint64_t max_bytes, int stream=0, uint64_t segment_bytes=SEGMENT_BYTES):
+    cdef uint64_t first = offset - offset % segment_bytes
+    cdef uint64_t limit = min(end, first + segment_bytes)
+    cdef Source segment, index
+    cdef int error
+    if offset >= end:
+        return None, offset
+    segment.cached_only = index.cached_only = True
+    with nogil:
+        error = open_sources(directory, job, first, &segment, &index)
+    if error:
+        return None
+    try:
+        return source_message(&segment, &index, first, limit, end, offset, max_bytes, stream)
+    except OSError:
+        return None
+    finally:
+        close(segment.fd)
+        close(index.fd)
+
+
 def read_packed(bytes segment, bytes index, uint64_t end, uint64_t offset, uint64_t max_bytes,
                 int stream=0):
     cdef Source segment_source, index_source
     if offset >= end:
         return None, offset
     segment_source.fd = index_source.fd = -1
+    segment_source.cached_only = index_source.cached_only = False
     segment_source.data = PyBytes_AS_STRING(segment)
     segment_source.size = len(segment)
     index_source.data = PyBytes_AS_STRING(index)
@@ -1611,9 +1627,14 @@ cdef int open_sources(int directory, uint64_t job, uint64_t first, Source *segme
 cdef int open_source(int directory, uint64_t job, uint64_t first, const char *kind,
                      Source *source) noexcept nogil:
     cdef struct_stat info
+    cdef char name[NAME_BYTES]
     cdef int error
+    name_file(name, job, first, kind)
     source.data = NULL
-    source.fd = open_file(directory, job, first, kind, O_RDONLY)
+    if source.cached_only:
+        source.fd = open_cached(directory, name, O_RDONLY | O_CLOEXEC)
+    else:
+        source.fd = openat(directory, name, O_RDONLY | O_CLOEXEC)
     if source.fd < 0:
         return errno
     if fstat(source.fd, &info) < 0:
@@ -1629,6 +1650,10 @@ cdef int read_source(const Source *source, void *place, size_t length,
     """Returns errno, or 0; EBADMSG where there is less."""
     if position + length > source.size:
         return EBADMSG
+    if source.fd >= 0 and source.cached_only:
+        if pread_cached(source.fd, place, length, position) != <ssize_t> length:
+            return EAGAIN
+        return 0
     if source.fd >= 0:
         return pread_all(source.fd, <char *> place, length, position)
     memcpy(place, source.data + position, length)
@@ -1817,7 +1842,9 @@ def read_extent(int directory, uint64_t job, firsts):
 cdef int count_runs(int directory, uint64_t job, Header *header) noexcept nogil:
     """Adds what the segment holds to what its header counts. Returns errno, or 0."""
     cdef Source segment, index
-    cdef int error = open_sources(directory, job, header.first, &segment, &index)
+    cdef int error
+    segment.cached_only = index.cached_only = False
+    error = open_sources(directory, job, header.first, &segment, &index)
     if error:
         return error
     error = count_runs_from(&segment, &index, header)

@@ -15,7 +15,7 @@ import pytest
 
 from jobworker import _fastio
 from jobworker.engine import jobinit, store
-from jobworker.engine.output import Output
+from jobworker.engine.output import Output, Place
 
 ROOT = Path(__file__).parent.parent
 # Written by the first version: job 1 wrote to both streams in turn, 40 bytes in all.
@@ -82,7 +82,7 @@ def test_and_gone_on_with(tmp_path: Path) -> None:
         os.write(theirs, b"more\n")
         os.close(theirs)
         await output.wait_finished(log)
-        message, _ = await output.message_from_disk(1, log.end, 0, 4096, 0, log.segment_bytes)
+        message, _ = await output.message(Place(1, 0, 4096, 0), None, log.end, log.segment_bytes)
         await output.close()
         assert message is not None
         return message

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from jobworker import _fastio
 from jobworker._fastio import Extent, Log
@@ -32,16 +32,20 @@ logger = logging.getLogger(__name__)
 # what gRPC holds for a thousand readers that read nothing stays small.
 FIRST_MESSAGE_BYTES = 32 << 10
 LARGEST_MESSAGE_BYTES = 1 << 20
+GROWTH = 2  # from one size to the next
 FAST_WRITE_SECONDS = 0.05
 SLOW_WRITE_SECONDS = 0.5
-# A client's window, some 4 MiB, takes messages fast though nobody reads them. So none is larger
-# than this share of what its reader has taken before.
+# A client's window, of 4 to 16 MiB, takes messages fast though nobody reads them. So none is
+# larger than this share of what its reader has taken before.
 SHARE_OF_TAKEN = 32
-# Handed to gRPC and not yet written, of all readers, in messages larger than the first:
-# beyond it none gets larger messages.
+# Handed to gRPC and not yet written, of all readers, in messages larger than the first. Each
+# size below the largest has a budget of its own: readers that stop at the end of their window
+# all stop at one size, and leave the others to those who read on.
 UNWRITTEN_BUDGET_BYTES = 32 << 20
-# Read from disk a moment ago: readers of one job who catch up together share them.
-SHARED_BLOCKS = 8
+UNWRITTEN_BUDGET_OF_SIZE_BYTES = 4 << 20
+# Made a moment ago: readers of one job who come to the same place share them.
+SHARED_BYTES = 32 << 20
+SHARED_OVERHEAD_BYTES = 1 << 10  # of each, about
 
 HISTORY_THREADS = 2
 
@@ -57,6 +61,9 @@ MOST_GUESSED_SEGMENTS = 4096
 # What a log may have at the most to be kept in some other way than in two files.
 LARGEST_PACKED_BYTES = 16 << 10
 
+
+# A message, or None, and where the next one starts.
+Found: TypeAlias = tuple[bytes | None, int]
 
 # With these errors a disk says that it has no room.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -88,13 +95,83 @@ class Packed(NamedTuple):
     index_data: bytes
 
 
-class Block(NamedTuple):
-    """A part of a log that is complete: who reads it now or later reads the same."""
+class Place(NamedTuple):
+    """In a log, and how much is wanted from there on."""
 
     job_id: int
     offset: int
     max_bytes: int
     stream: int
+
+
+class Shared:
+    """The newest messages of logs with several readers, each until all of them have had it."""
+
+    def __init__(self) -> None:
+        self._messages: OrderedDict[Place, Found] = OrderedDict()
+        self._uses_left: dict[Place, int] = {}
+        self._bytes = 0
+
+    def get(self, place: Place, end: int) -> Found | None:
+        """end: beyond it the reader wants nothing."""
+        found = self._messages.get(place)
+        if not found or found[1] > end:
+            return None
+        self._uses_left[place] -= 1
+        if not self._uses_left[place]:
+            self._drop(place)
+        return found
+
+    def keep(self, place: Place, found: Found, uses: int) -> None:
+        if place in self._messages:
+            self._drop(place)
+        self._messages[place] = found
+        self._uses_left[place] = uses
+        self._bytes += _shared_bytes(found)
+        while self._bytes > SHARED_BYTES:
+            self._drop(next(iter(self._messages)))
+
+    def clear(self) -> None:
+        for place in list(self._messages):
+            self._drop(place)
+
+    def _drop(self, place: Place) -> None:
+        self._bytes -= _shared_bytes(self._messages.pop(place))
+        del self._uses_left[place]
+
+
+def _shared_bytes(found: Found) -> int:
+    return len(found[0] or b"") + SHARED_OVERHEAD_BYTES
+
+
+class Unwritten:
+    """Bytes handed to gRPC and not yet written, in messages larger than the first."""
+
+    def __init__(self) -> None:
+        self.total_bytes = 0
+        self._by_size: Counter[int] = Counter()  # size: the most that a message may have
+
+    def reserve(self, most_bytes: int) -> int:
+        """For one message; returns how large that may be"""
+        size = most_bytes
+        while size > FIRST_MESSAGE_BYTES and not self._has_room(size):
+            size //= GROWTH
+        self.change(size, size)
+        return size
+
+    def change(self, size: int, by_bytes: int) -> None:
+        if size > FIRST_MESSAGE_BYTES:
+            self.total_bytes += by_bytes
+            self._by_size[size] += by_bytes
+
+    def _has_room(self, size: int) -> bool:
+        budget = UNWRITTEN_BUDGET_OF_SIZE_BYTES
+        if size == LARGEST_MESSAGE_BYTES:
+            budget = UNWRITTEN_BUDGET_BYTES
+        return (
+            self._by_size[size] + size <= budget
+            and self.total_bytes + size <= UNWRITTEN_BUDGET_BYTES
+        )
 
 
 class Output:
@@ -106,7 +183,7 @@ class Output:
 
         drops_when_full: what jobs write while the disk is full is dropped; else they wait.
         """
-        self.unwritten_bytes = 0
+        self.unwritten = Unwritten()
         self.is_closing = False
         # Called with the id of a job whose log has used up its quota, unless that is a ring.
         self.on_log_limit: Callable[[int], None] | None = None
@@ -115,7 +192,8 @@ class Output:
         self._waiting: dict[int, set[asyncio.Future[None]]] = {}
         self._readers: Counter[int] = Counter()  # by job
         self._unread: dict[int, list[asyncio.Future[None]]] = {}
-        self._blocks: OrderedDict[Block, asyncio.Future[tuple[bytes | None, int]]] = OrderedDict()
+        self._shared = Shared()
+        self._reading: dict[Place, asyncio.Future[Found]] = {}
         self._directory = _open_folder(folder)
         self._threads = ThreadPoolExecutor(HISTORY_THREADS, thread_name_prefix="history")
         self._pump = _fastio.Pump(self._directory, ring_budget_bytes, drops_when_full)
@@ -206,6 +284,8 @@ class Output:
         if not self._readers[job_id]:
             del self._readers[job_id]
             _resolve(self._unread.pop(job_id, ()))
+        if not self._readers:
+            self._shared.clear()
 
     async def wait_unread(self, job_id: int) -> None:
         """Until nobody reads the output of this job."""
@@ -239,36 +319,41 @@ class Output:
         for futures in self._waiting.values():
             _resolve(futures)
 
-    async def message_from_disk(
-        self,
-        job_id: int,
-        end: int,
-        offset: int,
-        max_bytes: int,
-        stream: int,
-        segment_bytes: int,
-    ) -> tuple[bytes | None, int]:
-        """`_fastio.read_message` in a thread: a slow disk delays nobody else."""
-        block = Block(job_id, offset, max_bytes, stream)
-        is_whole = max_bytes > FIRST_MESSAGE_BYTES and offset + max_bytes <= end
-        reading = self._blocks.get(block) if is_whole else None
+    async def message(self, place: Place, log: Log | None, end: int, segment_bytes: int) -> Found:
+        """The finished DataChunk at this place, and where the next one starts; see `Log.message`.
+
+        log: None where only what is on disk counts. end: as far as there is something to read.
+        """
+        found = self._shared.get(place, end)
+        if found:
+            return found
+        if log:
+            found = log.message(place.offset, place.max_bytes, place.stream)
+        if found is None:
+            found = await self._message_from_disk(place, end, segment_bytes)
+        others = self._readers[place.job_id] - 1
+        if found[0] and others > 0:
+            self._shared.keep(place, found, others)
+        return found
+
+    async def _message_from_disk(self, place: Place, end: int, segment_bytes: int) -> Found:
+        """In a thread, unless all is in the page cache: a slow disk delays nobody else."""
+        what = (place.job_id, end, *place[1:], segment_bytes)
+        found = _fastio.read_cached(self._directory, *what)
+        if found:
+            return found
+        # Of a part that is complete, who reads now or later reads the same.
+        is_complete = place.offset + place.max_bytes <= end
+        reading = self._reading.get(place) if is_complete else None
         if reading is None:
             reading = self._loop.run_in_executor(
-                self._threads,
-                _fastio.read_message,
-                self._directory,
-                *(job_id, end, offset, max_bytes, stream, segment_bytes),
+                self._threads, _fastio.read_message, self._directory, *what
             )
-            if is_whole:
-                self._keep(block, reading)
+            if is_complete:
+                self._reading[place] = reading
+                reading.add_done_callback(lambda _: self._reading.pop(place))
         # Shielded: others may wait for the same.
         return await asyncio.shield(reading)
-
-    def _keep(self, block: Block, reading: asyncio.Future[tuple[bytes | None, int]]) -> None:
-        self._blocks[block] = reading
-        reading.add_done_callback(lambda done: done.exception() and self._blocks.pop(block, None))
-        if len(self._blocks) > SHARED_BLOCKS:
-            self._blocks.popitem(last=False)
 
     async def wait_from(self, log: Log, offset: int) -> bool:
         """False once there will never be a byte at `offset`; True when it is worth a look."""
@@ -335,6 +420,8 @@ class Reader:
         self._is_open = True
         output.count_reader(job_id, 1)
         self._max_bytes = FIRST_MESSAGE_BYTES
+        self._size = FIRST_MESSAGE_BYTES  # the most that the message under way may have
+        self._reserved_bytes = 0
         self._handed_bytes = 0
         self._handed_at = 0.0
         self._taken_bytes = 0
@@ -365,6 +452,7 @@ class Reader:
                 return None
             if self._output.is_closing and not self._log.finished:
                 raise ShuttingDownError
+            self._release()
             if not await self._output.wait_from(self._log, self.offset):
                 return None
 
@@ -380,52 +468,50 @@ class Reader:
 
     async def _advance(self) -> bytes | None:
         """Steps to the end of the next message; None where that has no byte for us."""
-        found = None
-        if self._log and self._follow:
-            self._end = self._log.told_end  # a gap is told when it is over
-            found = self._log.message(self.offset, self._max_bytes, self._stream)
+        place = Place(self._job_id, self.offset, self._reserve(), self._stream)
+        log = self._log if self._follow else None
+        if log:
+            self._end = log.told_end  # a gap is told when it is over
         if self._packed:
-            found = _fastio.read_packed(
-                *self._packed, self._end, self.offset, self._max_bytes, self._stream
+            message, self.offset = _fastio.read_packed(*self._packed, self._end, *place[1:])
+        else:
+            message, self.offset = await self._output.message(
+                place, log, self._end, self._quota.segment_bytes
             )
-        if found is None:
-            found = await self._output.message_from_disk(
-                self._job_id,
-                self._end,
-                self.offset,
-                self._max_bytes,
-                self._stream,
-                self._quota.segment_bytes,
-            )
-        message, self.offset = found
         return message
 
+    def _reserve(self) -> int:
+        """How large the next message may be."""
+        self._release()
+        self._size = self._reserved_bytes = self._output.unwritten.reserve(self._max_bytes)
+        return self._size
+
+    def _release(self) -> None:
+        self._output.unwritten.change(self._size, -self._reserved_bytes)
+        self._reserved_bytes = 0
+
     def _hand_out(self, message: bytes) -> None:
-        self._handed_bytes = len(message)
+        self._output.unwritten.change(self._size, len(message) - self._reserved_bytes)
+        self._reserved_bytes = self._handed_bytes = len(message)
         self._handed_at = time.monotonic()
-        self._output.unwritten_bytes += self._budgeted_bytes()
 
     def _take_back(self) -> None:
+        self._release()
         if not self._handed_bytes:
             return
         took = time.monotonic() - self._handed_at
-        self._output.unwritten_bytes -= self._budgeted_bytes()
         self._taken_bytes += self._handed_bytes
-        was_full = self._handed_bytes >= self._max_bytes
+        was_full = self._handed_bytes >= self._size
         self._handed_bytes = 0
         if took > SLOW_WRITE_SECONDS:
             self._max_bytes = FIRST_MESSAGE_BYTES
         elif was_full and took < FAST_WRITE_SECONDS and self._may_grow():
-            self._max_bytes *= 2
-
-    def _budgeted_bytes(self) -> int:
-        return self._handed_bytes if self._handed_bytes > 2 * FIRST_MESSAGE_BYTES else 0
+            self._max_bytes *= GROWTH
 
     def _may_grow(self) -> bool:
         return (
             self._max_bytes < LARGEST_MESSAGE_BYTES
-            and self._max_bytes * 2 * SHARE_OF_TAKEN <= self._taken_bytes
-            and self._output.unwritten_bytes < UNWRITTEN_BUDGET_BYTES
+            and self._max_bytes * GROWTH * SHARE_OF_TAKEN <= self._taken_bytes
         )
 
 

@@ -15,10 +15,15 @@ from jobworker.engine.output import (
     LARGEST_MESSAGE_BYTES,
     LARGEST_PACKED_BYTES,
     SHARE_OF_TAKEN,
+    SHARED_BYTES,
     UNLIMITED,
+    UNWRITTEN_BUDGET_BYTES,
     Output,
+    Place,
     Quota,
     Reader,
+    Shared,
+    Unwritten,
 )
 from jobworker.errors import ShuttingDownError, StateFolderError
 from jobworker.job import LogPolicy
@@ -157,40 +162,97 @@ def test_messages_grow_for_a_reader_that_takes_them(tmp_path: Path) -> None:
         assert sizes[0] == FIRST_MESSAGE_BYTES
         assert max(sizes) == LARGEST_MESSAGE_BYTES
         reader.close()
-        assert output.unwritten_bytes == 0
+        assert output.unwritten.total_bytes == 0
         pipes.close()
 
     run(tmp_path, test)
 
 
-def test_readers_who_catch_up_together_share_what_is_read(tmp_path: Path) -> None:
+def test_readers_that_stop_leave_large_messages_to_those_that_read_on() -> None:
+    unwritten = Unwritten()
+    stopped = LARGEST_MESSAGE_BYTES // 8
+    while unwritten.reserve(stopped) == stopped:
+        pass
+    assert unwritten.reserve(LARGEST_MESSAGE_BYTES) == LARGEST_MESSAGE_BYTES
+
+
+def test_what_readers_leave_unwritten_is_bounded() -> None:
+    unwritten = Unwritten()
+    sizes = [unwritten.reserve(LARGEST_MESSAGE_BYTES) for _ in range(10_000)]
+    assert sizes[-1] == FIRST_MESSAGE_BYTES
+    large = [size for size in sizes if size > FIRST_MESSAGE_BYTES]
+    assert sum(large) == unwritten.total_bytes <= UNWRITTEN_BUDGET_BYTES
+    for size in large:
+        unwritten.change(size, -size)
+    assert unwritten.total_bytes == 0
+    assert unwritten.reserve(LARGEST_MESSAGE_BYTES) == LARGEST_MESSAGE_BYTES
+
+
+def test_readers_at_one_place_get_the_same_object(tmp_path: Path) -> None:
     async def test(output: Output) -> None:
         pipes = Pipes(output)
-        size = 1 << 20
+        size = 4 * FIRST_MESSAGE_BYTES
         await asyncio.gather(
             asyncio.to_thread(lambda: os.write(pipes.stdout, bytes(size))),
             landed(pipes.log, size),
         )
-        ask = (1, size, 0, 2 * FIRST_MESSAGE_BYTES, 0, UNLIMITED.segment_bytes)
-        (first, _), (second, _) = await asyncio.gather(
-            output.message_from_disk(*ask), output.message_from_disk(*ask)
-        )
-        assert first is second
-        assert (await output.message_from_disk(*ask))[0] is first
+        readers = [Reader(output, 1, pipes.log, 0) for _ in range(3)]
+        while readers[0].offset < size:
+            first, *others = [await reader.next() for reader in readers]
+            assert all(other is first for other in others)
+        os.write(pipes.stdout, b"live")
+        first, *others = await asyncio.gather(*(reader.next() for reader in readers))
+        assert all(other is first for other in others)
+        for reader in readers:
+            reader.close()
         pipes.close()
 
     run(tmp_path, test)
 
 
-def test_a_failed_read_is_not_shared(tmp_path: Path) -> None:
+def test_a_reader_of_what_is_there_gets_no_shared_message_with_more(tmp_path: Path) -> None:
     async def test(output: Output) -> None:
-        ask = (9, 1 << 20, 0, 2 * FIRST_MESSAGE_BYTES, 0, UNLIMITED.segment_bytes)
+        pipes = Pipes(output)
+        os.write(pipes.stdout, b"now")
+        await landed(pipes.log, 3)
+        snapshot = Reader(output, 1, pipes.log, 0, follow=False)
+        os.write(pipes.stdout, b"later")
+        await landed(pipes.log, 8)
+        follower = Reader(output, 1, pipes.log, 0)
+        assert await next_payload(follower) == b"nowlater"
+        assert await rest(snapshot) == b"now"
+        follower.close()
+        snapshot.close()
+        pipes.close()
+
+    run(tmp_path, test)
+
+
+def test_what_is_shared_is_bounded_and_gone_with_the_readers() -> None:
+    shared = Shared()
+    messages = [(Place(1, offset, 1 << 20, 0), offset + (1 << 20)) for offset in range(100)]
+    for place, following in messages:
+        shared.keep(place, (bytes(1 << 20), following), 2)
+    kept = [shared.get(place, following) for place, following in messages]
+    assert None not in kept[-8:]
+    assert kept.count(None) >= 100 - (SHARED_BYTES >> 20)
+    # The second time was the last.
+    assert shared.get(*messages[-1]) is not None
+    assert shared.get(*messages[-1]) is None
+    shared.clear()
+    assert shared.get(*messages[-2]) is None
+
+
+def test_a_failed_read_is_tried_again(tmp_path: Path) -> None:
+    async def test(output: Output) -> None:
+        ask = (Place(9, 0, 2 * FIRST_MESSAGE_BYTES, 0), None, 1 << 20, UNLIMITED.segment_bytes)
         (tmp_path / "output" / "9.0.log").write_bytes(bytes(1 << 20))
         (tmp_path / "output" / "9.0.idx").write_bytes(b"damaged")
-        with pytest.raises(OSError):
-            await output.message_from_disk(*ask)
-        await asyncio.sleep(0)
-        assert not output._blocks
+        for _ in range(2):
+            with pytest.raises(OSError):
+                await output.message(*ask)
+            await asyncio.sleep(0)
+        assert not output._reading
 
     run(tmp_path, test)
 
