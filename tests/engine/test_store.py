@@ -52,6 +52,7 @@ FULL = Job(
         profile="default",
         log_max_bytes=1 << 20,
         log_policy=LogPolicy.HEAD,
+        network="none",
     ),
     status=Status.STOPPED,
     created_ns=1_700_000_000_000_000_001,

@@ -226,6 +226,24 @@ def test_no_role_no_call(server: Server, stem: str, rpc: str) -> None:
     assert ("CN" if stem in {"nameless", "two-names"} else "OU") in details
 
 
+def test_a_revoked_certificate_gives_nothing(
+    start_server: Callable[..., Server], people: Path, tmp_path: Path
+) -> None:
+    revoked = tmp_path / "revoked"
+    for role in Role:
+        make_client(people, f"revoked-{role}", [(CN, "alice"), (OU, role)])
+        certs.revoke(revoked, people / f"revoked-{role}-cert.pem")
+    server = start_server(REVOKED=str(revoked))
+    for role in Role:
+        with server.connect(f"revoked-{role}") as client:
+            for rpc in RULES:
+                code, details, _ = outcome(client, rpc, "1")
+                assert (code, "is revoked" in details) == (CODE.PERMISSION_DENIED, True), rpc
+        # Another certificate of the same client is another.
+        with server.connect(f"alice-{role}") as client:
+            assert client.info().role == role
+
+
 ADMIN: Subject = [(OU, "admin"), (CN, "admin")]
 
 

@@ -154,8 +154,11 @@ def test_values_are_for_owner_and_admin(server: Server) -> None:
         assert not any(job.environment_withheld for job in shown(viewer, plain))
 
 
-def test_values_are_in_no_log_and_in_no_error(start_server: Callable[..., Server]) -> None:
-    server = start_server(LOG_LEVEL="debug", STOP_JOBS="no")
+def test_values_are_in_no_log_and_in_no_error(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    audit_log = tmp_path / "audit.log"
+    server = start_server(LOG_LEVEL="debug", STOP_JOBS="no", AUDIT_LOG=str(audit_log))
     broken = server.state.parent / "broken"
     broken.write_text("#!/does/not/exist\n")
     broken.chmod(0o755)
@@ -192,7 +195,7 @@ def test_values_are_in_no_log_and_in_no_error(start_server: Callable[..., Server
         client.run("exit 3", environment=secret)
         running = client.create("sleep", "60", environment=secret).id
     server.stop(signal.SIGKILL)
-    second = start_server(LOG_LEVEL="debug")
+    second = start_server(LOG_LEVEL="debug", AUDIT_LOG=str(audit_log))
     with second.connect() as client:
         assert client.get(running).environment["TOKEN"] == SECRET
         client.stop(running, grace_milliseconds=0)
@@ -200,5 +203,7 @@ def test_values_are_in_no_log_and_in_no_error(start_server: Callable[..., Server
     log = (second.state.parent / "server.log").read_text()
     assert "DEBUG" in log
     assert str(failed.id) in log
-    for text in (*texts, log):
+    audited = audit_log.read_text()
+    assert audited.count("TOKEN") > 10
+    for text in (*texts, log, audited):
         assert SECRET not in text
