@@ -477,7 +477,7 @@ pump.close()
 print(log.end, log.lost_bytes, read_extent(folder, 1, [0]).end)
 _, offset = read_message(folder, 1, log.end, 0, 1 << 20)
 message, _ = read_message(folder, 1, log.end, offset, 1 << 20)
-print(offset, b"x" in message, b"y" in message)
+print(offset, b"xx" in message, b"y" in message)  # one x may be in its header
 """
     mount = f"mount -t tmpfs -o size=64k none {tmp_path}"
     done = subprocess.run(
