@@ -208,6 +208,7 @@ struct view {
 
 static struct view views[MOST_VIEWS]; /* number 1 is the first */
 static int own_pid_namespace_fd = -1;
+static unsigned capability_count; /* that this kernel knows */
 
 static struct job *first_owing, **last_owing = &first_owing;
 static bool owes_hello, owes_listed, owes_refusal;
@@ -850,13 +851,13 @@ static bool lower_limits(void)
 /* Not by a setuid program, not by a file's capabilities, and not by root's either. */
 static bool renounce_privileges(void)
 {
-	int capability;
+	unsigned capability;
 
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
 		return false;
-	/* Up to the last one that this kernel knows. Who has no capabilities cannot drop them
-	 * here, and with the bit above cannot gain them either. */
-	for (capability = 0; prctl(PR_CAPBSET_READ, capability) >= 0; capability++)
+	/* Who has no capabilities cannot drop them here, and with the bit above cannot gain them
+	 * either. */
+	for (capability = 0; capability < capability_count; capability++)
 		if (prctl(PR_CAPBSET_DROP, capability) < 0 && (errno != EPERM || geteuid() == 0))
 			return false;
 	return true;
@@ -2209,12 +2210,14 @@ static void protect_oneself(void)
 	prctl(PR_SET_DUMPABLE, 0);
 }
 
-static void prepare_namespaces(void)
+static void prepare_confinement(void)
 {
 	unsigned i;
 
 	for (i = 0; i < MOST_VIEWS; i++)
 		views[i].fd = views[i].report_fd = -1;
+	while (prctl(PR_CAPBSET_READ, capability_count) >= 0)
+		capability_count++;
 	own_pid_namespace_fd = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
 	if (own_pid_namespace_fd < 0)
 		die("/proc/self/ns/pid");
@@ -2284,7 +2287,7 @@ static int serve(void)
 	if (chdir("/") < 0)
 		die("/");
 	protect_oneself();
-	prepare_namespaces();
+	prepare_confinement();
 	watch_events();
 	handle_events();
 	return 0;

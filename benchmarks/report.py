@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from figures import QUICK, RAW, Figure, load, shown
 
 PAGE_FOLDER = RAW if QUICK else RAW.parent
-SCRIPTS = ("stream_throughput", "job_rate", "latency", "scale", "growth")
+SCRIPTS = ("stream_throughput", "job_rate", "isolation", "latency", "scale", "growth")
 
 OURS, FLOOR, PEER, MISSED = "#2a6f97", "#b8c4cc", "#e09f3e", "#bc4749"
 STYLE: dict[Any, Any] = {
@@ -192,6 +192,17 @@ def plot_job_rate(figures: list[Figure]) -> str:
     return _save("job_rate")
 
 
+def plot_isolation(figures: list[Figure]) -> str:
+    """The job rate of each profile, beside that of none."""
+    found = [figure for figure in figures if figure.unit == "jobs/s"]
+    _, axes = plt.subplots(figsize=(7, 2.2))
+    names = [figure.name.removeprefix("profile ") for figure in found]
+    axes.barh(names, [figure.value for figure in found], color=OURS, height=0.6)
+    axes.invert_yaxis()
+    axes.set_xlabel("jobs/s")
+    return _save("isolation")
+
+
 def plot_latency(figures: list[Figure]) -> str:
     """Each situation is a line over its percentiles."""
     lines: dict[str, list[Figure]] = {}
@@ -250,6 +261,7 @@ def plot_growth(figures: list[Figure]) -> str:
 PLOTS = {
     "stream_throughput": plot_throughput,
     "job_rate": plot_job_rate,
+    "isolation": plot_isolation,
     "latency": plot_latency,
     "scale": plot_scale,
     "growth": plot_growth,

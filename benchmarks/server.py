@@ -25,8 +25,9 @@ TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
     """A folder with certificates, removed at the end. On a disk, as the logs of jobs are:
-    /tmp may be memory; BENCH_DIR names another place."""
-    base = os.environ.get("BENCH_DIR", "/var/tmp")
+    /tmp may be memory; and where a confined job has none of its own, as in /var/tmp. BENCH_DIR
+    names another place."""
+    base = os.environ.get("BENCH_DIR", "/var/lib" if os.geteuid() == 0 else "/var/tmp")
     folder = Path(tempfile.mkdtemp(prefix="jobworker-bench-", dir=base))
     try:
         certs.make_all(folder / "certs")
