@@ -229,7 +229,8 @@ def _isolation(settings: Settings) -> Isolation:
 def _files(settings: Settings) -> Files:
     """What is the server's own is hidden, or can at least not be changed."""
     hidden = [settings.state_dir, *settings.hidden, *_private_files(settings.cert_path)]
-    hidden += [file for file in (settings.file, settings.clients) if file]
+    own = (settings.file, settings.clients, settings.revoked, settings.audit_log)
+    hidden += [file for file in own if file]
     code = (Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent)
     return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), code)
 

@@ -528,14 +528,13 @@ class Jobinit:
         kind, number = REFUSED_BODY.unpack_from(body)
         message = f"jobinit refused message {kind} for job {job_id}: {os.strerror(number)}"
         log.error(message)
+        if kind == Ask.VIEW:
+            self._fail_views(JobinitError(message))
         if kind != Ask.START:
             return
         _, future = self._starting.pop(job_id, (None, None))
         if future and not future.done():
             future.set_exception(JobinitError(message))
-
-        if kind == Ask.VIEW:
-            self._fail_views(JobinitError(message))
 
     def _take_view(self, body: bytes) -> None:
         view_number, number = VIEW_TOLD_BODY.unpack_from(body)

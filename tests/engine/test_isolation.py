@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from jobworker.engine.isolation import Isolation, Profile
-from jobworker.errors import InvalidRequestError, SettingError
+from jobworker.engine.isolation import Files, Isolation, Profile
+from jobworker.errors import InvalidRequestError, ResourceExhaustedError, SettingError
+from jobworker.job import JobSpec
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs jobs as other users")
 
@@ -104,3 +106,112 @@ def test_a_root_that_lacks_rights_says_which() -> None:
     )
     assert "CAP_SYS_ADMIN" in answer.stdout
     assert "CAP_KILL" not in answer.stdout
+
+
+# Profile strict, and its users
+
+
+def strict(uids: range | None = range(3000000, 3000003)) -> Isolation:
+    return Isolation(profile="strict", strict_uids=uids)
+
+
+def give(isolation: Isolation) -> JobSpec:
+    """A job that lives."""
+    confinement = isolation.assign(isolation.choose("", ""))
+    spec = JobSpec("true", user=confinement.user.name, profile=confinement.profile)
+    isolation.hold(spec)
+    return spec
+
+
+@as_root
+def test_each_strict_job_gets_a_user_of_its_own() -> None:
+    isolation = strict()
+    specs = [give(isolation) for _ in range(3)]
+    assert [spec.user for spec in specs] == ["3000000", "3000001", "3000002"]
+    confinement = isolation.resume(specs[1])
+    assert confinement.identity
+    assert (confinement.identity.uid, confinement.identity.groups) == (3000001, (3000001,))
+    with pytest.raises(ResourceExhaustedError, match="STRICT_UIDS"):
+        isolation.assign(isolation.choose("", ""))
+    isolation.release(specs[1])
+    assert give(isolation).user == "3000001"
+
+
+@as_root
+def test_a_user_is_not_given_again_at_once() -> None:
+    isolation = strict()
+    given = []
+    for _ in range(4):
+        spec = give(isolation)
+        given.append(spec.user[-1])
+        isolation.release(spec)
+    assert given == ["0", "1", "2", "0"]
+
+
+@as_root
+def test_users_of_jobs_of_an_earlier_server_are_taken() -> None:
+    isolation = strict()
+    isolation.hold(JobSpec("true", user="3000000", profile="strict"))
+    isolation.hold(JobSpec("true", user="nobody", profile="default"))
+    assert give(isolation).user == "3000001"
+
+
+@as_root
+def test_without_users_there_is_no_profile_strict() -> None:
+    with pytest.raises(SettingError, match="STRICT_UIDS"):
+        strict(None)
+
+
+@as_root
+def test_strict_has_no_network_and_no_choice_of_user() -> None:
+    isolation = strict()
+    assert isolation.choose("", "").network == "none"
+    for user, network in (("nobody", ""), ("3000000", ""), ("", "host")):
+        with pytest.raises(InvalidRequestError):
+            isolation.choose("", user, network)
+
+
+# Trials
+
+
+@as_root
+def test_a_profile_that_fails_its_trial_is_no_choice() -> None:
+    isolation = Isolation(profiles_allowed=["strict"], strict_uids=range(1, 10))
+    assert isolation.trials().keys() == {Profile.DEFAULT, Profile.STRICT}
+    isolation.take_results({Profile.DEFAULT: "", Profile.STRICT: "/proc: not permitted"})
+    assert isolation.profiles == {Profile.DEFAULT}
+    assert isolation.problems == {Profile.STRICT: "/proc: not permitted"}
+
+
+@as_root
+def test_where_the_servers_own_fails_it_does_not_start() -> None:
+    with pytest.raises(SettingError, match="not permitted"):
+        Isolation().take_results({Profile.DEFAULT: "/proc: not permitted"})
+
+
+# Files
+
+
+def test_of_hidden_paths_the_outermost_count(tmp_path: Path) -> None:
+    files = Files(
+        hidden=(Path("/srv/a/b"), Path("/srv/a"), Path("/srv/ab"), Path("/tmp/x"), Path("/run")),
+        read_only=(Path("/srv/a/code"), Path("/opt/code"), Path("/dev/x")),
+    )
+    view = files.view(Profile.STRICT)
+    assert view.hidden == ("/srv/a", "/srv/ab")
+    assert view.read_only == ("/opt/code",)
+    assert view.is_read_only
+    assert not files.view(Profile.DEFAULT).is_read_only
+
+
+@as_root
+def test_what_a_job_sees(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/srv/hidden/file")
+    isolation = Isolation(profiles_allowed=["none"], files=Files(hidden=(Path("/srv/hidden"),)))
+    sees = isolation.choose("", "").sees
+    for path in ("/", "/usr/bin/env", "/tmp", "/var/tmp", "/srv", "/srv/hidden2", "/dev/null"):
+        assert sees(path), path
+    for path in ("/tmp/x", "/var/tmp/x/y", "/run/x", "/srv/hidden", "/srv/x/../hidden/y"):
+        assert not sees(path), path
+    assert not sees(str(tmp_path / "link"))
+    assert isolation.choose("none", "").sees("/srv/hidden")

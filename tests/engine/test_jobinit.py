@@ -22,6 +22,7 @@ import termios
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ from jobworker.engine.jobinit import (
     Started,
     StartRequest,
     Tell,
+    View,
     dial,
 )
 from jobworker.errors import JobinitError, StartFailedError, StartupError, StateFolderError
@@ -1280,6 +1282,88 @@ def test_nothing_is_lost_when_the_server_reads_late(launcher: Launcher) -> None:
         for number in range(sent):
             connection.send(_packet(Ask.ACKNOWLEDGE, number + 1))
     assert launcher.wait_end(pid) == 0
+
+
+# Views
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+SMALL = View(1, tmp_bytes=1 << 20, tmp_inodes=100)
+
+
+def confined(**fields: object) -> dict[str, object]:
+    identity = Identity(65534, 65534, (65534,))
+    return {"is_confined": True, "identity": identity, "view": 1} | fields
+
+
+@as_root
+def test_a_view_is_what_confined_jobs_see(launcher: Launcher, tmp_path: Path) -> None:
+    hidden = str(Path(__file__).parent)
+    before = Path("/proc/self/mountinfo").read_text()
+
+    async def scenario(server: Server) -> None:
+        await server.jobinit.make_view(replace(SMALL, hidden=(hidden, "/not/there")))
+        output, errors, _ = await server.run("/bin/ls", "/proc/self/fd", hidden, **confined())
+        assert output.splitlines()[1:] == [b"0", b"1", b"2", b"3"], "a descriptor is left"
+        assert b"Permission denied" in errors
+        # What is replaced holds for later jobs.
+        await server.jobinit.make_view(SMALL)
+        output = (await server.run("/bin/ls", hidden, **confined()))[0]
+        assert Path(__file__).name.encode() in output.split()
+
+    launcher.run(scenario)
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+@as_root
+def test_a_view_that_cannot_be_made_says_what_could_not_be_done(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        path = "/" + 300 * "x"
+        with pytest.raises(JobinitError, match=r"mount /xxx.*File name too long"):
+            await server.jobinit.make_view(replace(SMALL, read_only=(path,)))
+        with pytest.raises(JobinitError, match="refused"):
+            await server.start("/bin/true", **confined())
+        with pytest.raises(JobinitError, match="refused"):
+            await server.jobinit.make_view(replace(SMALL, number=9))
+        await server.jobinit.make_view(SMALL)
+        await server.run("/bin/true", **confined())
+
+    launcher.run(scenario)
+
+
+@as_root
+def test_a_server_that_goes_while_a_view_is_made_is_no_harm(launcher: Launcher) -> None:
+    async def scenario(server: Server) -> None:
+        for _ in range(5):
+            making = asyncio.create_task(server.jobinit.make_view(SMALL))
+            await asyncio.sleep(0)
+            await server.disconnect()
+            with pytest.raises(JobinitError):
+                await making
+            await server.connect()
+        await server.jobinit.make_view(SMALL)
+        output, _, _ = await server.run("/bin/sh", "-c", "echo $$", **confined())
+        assert output == b"2\n"
+
+    launcher.run(scenario)
+
+
+@sees_descriptors
+def test_the_first_process_of_a_namespace_waits_outside_of_the_job(
+    launcher: Launcher, cgroup: Path
+) -> None:
+    async def scenario(server: Server) -> None:
+        started = await server.start("/bin/sleep", "60", cgroup=str(cgroup), **confined(view=0))
+        [first] = [pid for pid in _children(server.pid) if pid != started.pid]
+        # But for a pidfd of the job, whose end it waits for.
+        await _wait_descriptors(first, 1)
+        assert "pidfd" in await asyncio.to_thread(os.readlink, f"/proc/{first}/fd/0")
+        assert (cgroup / "cgroup.procs").read_text().split() == [str(started.pid)]
+        server.jobinit.signal(started.job_id, signal.SIGTERM)
+        assert (await server.wait_exit(started.job_id)).wait_status == signal.SIGTERM
+        await _wait_gone(first)
+
+    launcher.run(scenario)
 
 
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
