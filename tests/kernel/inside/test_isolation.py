@@ -1,0 +1,56 @@
+"""What separates confined jobs from a machine with a cgroup v2 and an older kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from functional.server import Client, Server
+from jobworker.pb import job_worker_pb2 as pb
+
+MEMORY_MIB = 60
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[Client]:
+    server = Server(
+        tmp_path_factory.mktemp("server"),
+        certificates,
+        PROFILE="default",
+        PROFILES_ALLOWED="strict",
+        STRICT_UIDS="3000000-3000009",
+        DEFAULT_MEMORY=str(MEMORY_MIB),
+    )
+    with server.connect() as client:
+        yield client
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("profile", ["default", "strict"])
+def test_a_confined_job(client: Client, profile: str) -> None:
+    script = (
+        "echo $$; ls /proc/1/fd /run/; for d in /tmp /sys/fs/cgroup; do mkdir $d/x; done; ls /tmp"
+    )
+    job, output = client.run(script + " 2>&1", profile=profile)
+    lines = output.splitlines()
+    assert (lines[0], lines[-1]) == (b"2", b"x"), output
+    assert b"/sys/fs/cgroup/x" in output and b"Read-only" in output
+    assert (job.cause, job.profile) == (pb.EXITED, profile)
+
+
+def test_what_it_writes_to_its_tmp_is_memory_of_its_own(client: Client) -> None:
+    job, output = client.run(f"head -c {2 * MEMORY_MIB}M /dev/zero > /tmp/a; echo survived")
+    assert b"survived" not in output
+    assert job.cause == pb.OUT_OF_MEMORY
+    assert str(MEMORY_MIB) in job.detail
+
+
+def test_the_cgroup_is_empty_once_the_job_is_gone(client: Client) -> None:
+    """The first process of its namespace, which is not the job's, is not in it."""
+    job = client.create("sleep", "60")
+    [path] = Path(client.info().cgroup).glob(f"job-{job.id}/cgroup.procs")
+    assert len(path.read_text().split()) == 1
+    client.stop(job.id)
+    assert not path.exists()
