@@ -352,8 +352,7 @@ def inodes_used_up() -> None:
 
 @burden
 def pipes_filled() -> None:
-    """Memory of the kernel, which counts as the job's. Ends as it is killed, or refused."""
-    ready()
+    """Memory of the kernel, which counts as the job's."""
     for _ in range(MANY):
         try:
             _, ours = os.pipe2(os.O_NONBLOCK)
@@ -364,7 +363,6 @@ def pipes_filled() -> None:
         with suppress(BlockingIOError):
             while True:
                 os.write(ours, bytes(1 << 16))
-    stay()
 
 
 def main(name: str) -> None:

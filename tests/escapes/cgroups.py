@@ -64,8 +64,8 @@ def _moves_to(name: str) -> Callable[[Scene], str]:
     return attempt
 
 
-for _name in ("victims_cgroup", "cgroup", "root_cgroup"):
-    attack(name=f"move to {_name.replace('_', ' ')}")(_moves_to(_name))
+for _name in ("victims_cgroup", "root_cgroup"):
+    attack(name=f"move to {_name.replace('_', ' ')}", changes_itself=True)(_moves_to(_name))
 
 
 def _writes(name: str) -> Callable[[Scene], str]:

@@ -40,6 +40,15 @@ def list_the_servers_folders(scene: Scene) -> str:
     return first_of(partial(_listing, scene[name]) for name in ("state", "certs"))
 
 
+@attack(shown_as="user")
+def reach_the_servers_folders(scene: Scene) -> str:
+    """Whoever may enter them: they are not what is at their places for a job."""
+    for folder in (scene["state"], scene["certs"]):
+        if os.stat(folder).st_ino in scene["inodes"]:
+            return f"{folder} is the server's"
+    raise FileNotFoundError("other folders are there")
+
+
 def _listing(folder: str) -> str:
     return f"{folder} holds {os.listdir(folder)}"
 
@@ -113,11 +122,9 @@ def read_the_files_of_another_job(scene: Scene) -> str:
 
 @attack()
 def read_through_a_symbolic_link(scene: Scene) -> str:
-    """Made in the job's working directory."""
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        os.symlink(scene["key"], "link")
-        return read_attempt("link")
+        os.symlink(scene["key"], f"{folder}/link")
+        return read_attempt(f"{folder}/link")
 
 
 @attack()

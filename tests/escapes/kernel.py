@@ -238,7 +238,7 @@ def rename_the_machine(scene: Scene) -> str:
     return "may rename it"
 
 
-@attack()
+@attack(changes_itself=True)
 def reach_ports_of_the_hardware(scene: Scene) -> str:
     system_call("iopl", 172, 3)
     return "may use all of them"

@@ -34,6 +34,7 @@ def against_each(attempt: Attempt) -> Attempt:
         attack(
             name=f"{attempt.__name__.replace('_', ' ')} of {target}",
             shown_as="user" if target == "victim" else "root",
+            changes_itself=attempt.__name__ == "trace",  # until it is let go
         )(_on(attempt, target))
     return attempt
 
@@ -167,26 +168,26 @@ def offer_to_the_oom_killer(pid: int) -> str:
 CAP_SYS_RESOURCE = 24
 
 
-@attack(needs=CAP_SYS_RESOURCE)
+@attack(needs=CAP_SYS_RESOURCE, changes_itself=True)
 def lower_its_own_oom_score(scene: Scene) -> str:
     Path("/proc/self/oom_score_adj").write_text("-1000")
     return "is killed last of all"
 
 
-@attack()
+@attack(changes_itself=True)
 def run_before_all_others(scene: Scene) -> str:
     """By a real-time priority. It ends at once."""
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     return "has a real-time priority"
 
 
-@attack()
+@attack(changes_itself=True)
 def raise_its_own_priority(scene: Scene) -> str:
     os.setpriority(os.PRIO_PROCESS, 0, -5)
     return "comes before others"
 
 
-@attack(needs=CAP_SYS_RESOURCE)
+@attack(needs=CAP_SYS_RESOURCE, changes_itself=True)
 def raise_its_hard_limits(scene: Scene) -> str:
     _, hard = resource.getrlimit(resource.RLIMIT_RTPRIO)
     more = 1 if hard == resource.RLIM_INFINITY else hard + 1

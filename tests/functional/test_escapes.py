@@ -33,14 +33,14 @@ CONFINING = [profile for profile in Profile if profile is not Profile.NONE]
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[Stage]:
-    folder = tmp_path_factory.mktemp("escapes")
-    server = Server(folder, certificates, launcher=APART, **SETTINGS)
-    with public_folder() as public, server.connect() as client:
-        stage = Stage(server, client, public, is_own_kernel=False)
-        with stage.set_up():
-            yield stage
-    assert server.stop() == 0
+def stage(certificates: Path) -> Iterator[Stage]:
+    with public_folder() as folder:
+        server = Server(folder, certificates, launcher=APART, **SETTINGS)
+        with server.connect() as client:
+            stage = Stage(server, client, folder, is_own_kernel=False)
+            with stage.set_up():
+                yield stage
+        assert server.stop() == 0
 
 
 @pytest.mark.parametrize("area", AREA_NAMES)

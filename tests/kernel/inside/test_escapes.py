@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,18 +18,18 @@ from kernel.inside.conftest import serving
 CONFINING = [profile for profile in Profile if profile is not Profile.NONE]
 MEMORY_MIB = 100
 PIDS = 60
+FILLED_MIB = 40
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[Stage]:
-    folder = tmp_path_factory.mktemp("escapes")
-    limits = {"DEFAULT_MEMORY": str(MEMORY_MIB), "DEFAULT_PIDS": str(PIDS)}
+def stage(certificates: Path) -> Iterator[Stage]:
+    limits: dict[str, Any] = {"DEFAULT_MEMORY": str(MEMORY_MIB), "DEFAULT_PIDS": str(PIDS)}
     with (
+        public_folder() as folder,
         serving(folder, certificates, **SETTINGS, **limits) as server,
-        public_folder() as public,
         server.connect() as client,
     ):
-        stage = Stage(server, client, public, is_own_kernel=True)
+        stage = Stage(server, client, folder, is_own_kernel=True)
         with stage.set_up():
             yield stage
 
@@ -54,20 +55,23 @@ def test_a_fork_bomb(stage: Stage, profile: str) -> None:
 
 
 @pytest.mark.parametrize("profile", CONFINING)
-@pytest.mark.parametrize("name", ["memory bomb", "pipes filled"])
-def test_memory(stage: Stage, profile: str, name: str) -> None:
+def test_a_memory_bomb(stage: Stage, profile: str) -> None:
     with stage.leaving_nothing() as mark:
-        job = carry(stage, name, mark, profile, is_stopped=False)
+        job = carry(stage, "memory bomb", mark, profile, is_stopped=False)
     assert job.cause == pb.OUT_OF_MEMORY
     assert job.signal == signal.SIGKILL
 
 
 @pytest.mark.parametrize("profile", CONFINING)
-@pytest.mark.parametrize("name", ["tmp filled", "shared memory filled", "inodes used up"])
-def test_filesystems(stage: Stage, profile: str, name: str) -> None:
-    """Whichever bound comes first, that of the filesystem or that of the job's memory."""
+@pytest.mark.parametrize(
+    "name", ["tmp filled", "shared memory filled", "inodes used up", "pipes filled"]
+)
+def test_what_can_be_filled(stage: Stage, profile: str, name: str) -> None:
+    """Whichever bound comes first, that of its kind or that of the job's memory."""
     with stage.leaving_nothing() as mark:
-        job = carry(stage, name, mark, profile, is_stopped=False, is_ready=False)
+        job = carry(
+            *(stage, name, mark, profile), is_stopped=False, is_ready=False, maxMemory=FILLED_MIB
+        )
     assert job.status == "COMPLETED" or job.cause == pb.OUT_OF_MEMORY
 
 
