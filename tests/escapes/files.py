@@ -92,6 +92,13 @@ def _opened(path: str) -> str:
     return f"read {data!r} from {path}"
 
 
+@attack()
+def open_the_program_of_jobinit(scene: Scene) -> str:
+    """/proc/PID/exe is the file itself, wherever it is: once open, it can be opened again to
+    write it when it no longer runs (CVE-2019-5736)."""
+    return first_of(partial(_opened, f"/proc/{pid}/exe") for pid in (scene["jobinit"], 1))
+
+
 @attack(shown_as="user")
 def read_the_environment_of_another_job(scene: Scene) -> str:
     """Of the same user, as by default all jobs are."""

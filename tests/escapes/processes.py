@@ -50,7 +50,8 @@ def _on(attempt: Attempt, target: str) -> Callable[[Scene], str]:
 @attack(shown_as="user")
 def see_others(scene: Scene) -> str:
     for pid in foreign_processes():
-        return f"sees {pid}"
+        if pid != 1:  # of a namespace of the job's own, it is jobinit's: see below
+            return f"sees {pid}"
     raise ProcessLookupError(errno.ESRCH, "none is seen")
 
 
@@ -58,6 +59,12 @@ def see_others(scene: Scene) -> str:
 def kill(pid: int) -> str:
     os.kill(pid, 0)
     return f"may signal {pid}"
+
+
+@attack()
+def kill_process_1(scene: Scene) -> str:
+    os.kill(1, 0)
+    return "may signal process 1"
 
 
 @against_each

@@ -150,7 +150,7 @@ class Stage:
         mark = f"mark-{secrets.token_hex(4)}"
         before = self._inventory()
         yield mark
-        wait_until(lambda: not _marked(mark))
+        wait_until(lambda: not marked(mark))
         wait_until(lambda: self._inventory() == before)
         places = [Path(place, mark) for place in SHARED_PLACES]
         left = [path for path in places if path.exists()]
@@ -247,6 +247,16 @@ class Stage:
             "bin": str(Path(sys.executable).parent),
         }
 
+    def places(self) -> dict[str, str]:
+        """Of the server: its folders, a link to one of them, and a program in it."""
+        link = self._folder / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.server.state)
+        program = self.server.state / "program"
+        shutil.copy("/bin/true", program)
+        about = {name: self._surroundings[name] for name in ("state", "certs")}
+        return about | {"link": str(link), "program": str(program)}
+
     def state(self, victim: int) -> dict[str, Any]:
         """What must be the same after the attacks, as it is seen from outside."""
         about = self._surroundings
@@ -312,7 +322,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def _marked(mark: str) -> list[int]:
+def marked(mark: str) -> list[int]:
     """The processes with this in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
