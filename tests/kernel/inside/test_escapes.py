@@ -16,14 +16,20 @@ from jobworker.pb import job_worker_pb2 as pb
 from kernel.inside.conftest import serving
 
 CONFINING = [profile for profile in Profile if profile is not Profile.NONE]
-MEMORY_MIB = 100
+MEMORY_MIB = 60
 PIDS = 60
-FILLED_MIB = 40
+TMP_MIB = 16
+TMP_FILES = 2000
 
 
 @pytest.fixture(scope="module")
 def stage(certificates: Path) -> Iterator[Stage]:
-    limits: dict[str, Any] = {"DEFAULT_MEMORY": str(MEMORY_MIB), "DEFAULT_PIDS": str(PIDS)}
+    limits: dict[str, Any] = {
+        "DEFAULT_MEMORY": str(MEMORY_MIB),
+        "DEFAULT_PIDS": str(PIDS),
+        "TMP_SIZE": f"{TMP_MIB}MiB",
+        "TMP_FILES": str(TMP_FILES),
+    }
     with (
         public_folder() as folder,
         serving(folder, certificates, **SETTINGS, **limits) as server,
@@ -63,15 +69,20 @@ def test_a_memory_bomb(stage: Stage, profile: str) -> None:
 
 
 @pytest.mark.parametrize("profile", CONFINING)
-@pytest.mark.parametrize(
-    "name", ["tmp filled", "shared memory filled", "inodes used up", "pipes filled"]
-)
-def test_what_can_be_filled(stage: Stage, profile: str, name: str) -> None:
-    """Whichever bound comes first, that of its kind or that of the job's memory."""
+@pytest.mark.parametrize("name", ["tmp filled", "shared memory filled", "inodes used up"])
+def test_its_own_filesystems_have_bounds(stage: Stage, profile: str, name: str) -> None:
     with stage.leaving_nothing() as mark:
-        job = carry(
-            *(stage, name, mark, profile), is_stopped=False, is_ready=False, maxMemory=FILLED_MIB
-        )
+        job = carry(stage, name, mark, profile, is_stopped=False, is_ready=False)
+    assert job.status == "COMPLETED"
+    numbers = [int(word) for word in stage.client.output(job.id).split() if word.isdigit()]
+    assert 0 < sum(numbers) <= (TMP_FILES if name == "inodes used up" else TMP_MIB)
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+def test_full_pipes(stage: Stage, profile: str) -> None:
+    """Bounded by what the kernel lets a user have of them, or by the job's memory."""
+    with stage.leaving_nothing() as mark:
+        job = carry(stage, "pipes filled", mark, profile, is_stopped=False, is_ready=False)
     assert job.status == "COMPLETED" or job.cause == pb.OUT_OF_MEMORY
 
 
