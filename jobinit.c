@@ -494,7 +494,7 @@ enum { OWN_ARCHITECTURE = AUDIT_ARCH_RISCV64 };
  * confined job; nor do those of x32, whose numbers are far higher. */
 enum { LAST_REVIEWED_CALL = 469 };
 
-enum verdict { ALLOW, FORBID, UNKNOWN, NO_NAMESPACES, VERDICTS };
+enum verdict { ALLOW, FORBID, UNKNOWN, NO_NAMESPACES, KNOWN_SOCKETS, VERDICTS };
 
 struct rule { unsigned call; enum verdict verdict; };
 
@@ -504,6 +504,9 @@ static struct rule rules[] = {
 	 * use clone where it does not exist. */
 	{SYS_clone, NO_NAMESPACES}, {SYS_unshare, NO_NAMESPACES}, {435 /* clone3 */, UNKNOWN},
 	{SYS_setns, FORBID},
+	/* Of other families: those for drivers, and AF_VSOCK, which reaches the machine's own host
+	 * from any network namespace. */
+	{SYS_socket, KNOWN_SOCKETS},
 	/* What is mounted */
 	{SYS_mount, FORBID}, {SYS_umount2, FORBID}, {SYS_pivot_root, FORBID},
 	{SYS_chroot, FORBID}, {428 /* open_tree */, FORBID}, {429 /* move_mount */, FORBID},
@@ -541,7 +544,7 @@ enum {
 	NAMESPACES = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER
 		     | CLONE_NEWPID | CLONE_NEWNET,
 	RULES = sizeof rules / sizeof *rules,
-	LONGEST_FILTER = 2 * RULES + 16, /* a jump reaches 255 further */
+	LONGEST_FILTER = 2 * RULES + 24, /* a jump reaches 255 further */
 };
 
 _Static_assert(LONGEST_FILTER < 255, "jumps would not reach");
@@ -581,6 +584,21 @@ static int compare_rules(const void *left, const void *right)
 	return (a->call > b->call) - (a->call < b->call);
 }
 
+/* Returns where it begins. */
+static unsigned make_socket_filter(void)
+{
+	static const unsigned known[] = {AF_UNIX, AF_INET, AF_INET6, AF_NETLINK};
+	enum { COUNT = sizeof known / sizeof *known };
+	unsigned i, first;
+
+	first = emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[0]), 0, 0);
+	for (i = 0; i < COUNT; i++)
+		emit(BPF_JMP | BPF_JEQ | BPF_K, known[i], COUNT - i, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EAFNOSUPPORT, 0, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	return first;
+}
+
 /* The verdicts come last, as jumps go forwards only. */
 static void make_filter(void)
 {
@@ -601,6 +619,7 @@ static void make_filter(void)
 	emit(BPF_JMP | BPF_JSET | BPF_K, NAMESPACES, 1, 0);
 	targets[ALLOW] = emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
 	targets[FORBID] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
+	targets[KNOWN_SOCKETS] = make_socket_filter();
 	for (i = 4; i < tree_end; i++)
 		if (BPF_OP(filter[i].code) != BPF_JGE && BPF_CLASS(filter[i].code) == BPF_JMP)
 			filter[i].jt = targets[filter[i].jt] - i - 1;

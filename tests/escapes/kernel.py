@@ -1,0 +1,319 @@
+"""The kernel's settings, its devices, and calls that only the machine's master should make."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import signal
+import socket
+import stat
+import struct
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from escapes.attack import (
+    Missing,
+    Scene,
+    attack,
+    considered,
+    first_of,
+    read_attempt,
+    system_call,
+    write_attempt,
+)
+
+SETTINGS = [
+    *(f"/proc/sys/kernel/{name}" for name in ("core_pattern", "modprobe", "hotplug", "sysrq")),
+    *(f"/proc/sys/kernel/{name}" for name in ("poweroff_cmd", "panic", "pid_max", "hostname")),
+    *(f"/proc/sys/kernel/{name}" for name in ("dmesg_restrict", "kptr_restrict", "threads-max")),
+    *(f"/proc/sys/kernel/{name}" for name in ("shmmax", "msgmax", "randomize_va_space")),
+    *(f"/proc/sys/vm/{name}" for name in ("drop_caches", "overcommit_memory", "panic_on_oom")),
+    *(f"/proc/sys/fs/{name}" for name in ("file-max", "suid_dumpable", "protected_symlinks")),
+    *("/proc/sys/fs/binfmt_misc/register", "/proc/sys/fs/mqueue/msg_max"),
+    *("/proc/sys/net/ipv4/ip_forward", "/proc/sys/vm/mmap_min_addr"),
+    *("/proc/sysrq-trigger", "/proc/irq/default_smp_affinity", "/proc/mtrr", "/proc/acpi/wakeup"),
+    *("/proc/sys/kernel/core_pipe_limit", "/proc/latency_stats", "/proc/scsi/scsi"),
+    *("/sys/kernel/uevent_helper", "/sys/kernel/profiling", "/sys/power/state"),
+    *("/sys/kernel/mm/transparent_hugepage/enabled", "/sys/kernel/debug/sched/features"),
+    *("/sys/module/kernel/parameters/panic", "/sys/kernel/tracing/current_tracer"),
+    *("/sys/devices/system/cpu/uevent", "/sys/class/net/lo/mtu", "/sys/class/net/lo/ifalias"),
+    *("/sys/bus/pci/rescan", "/sys/firmware/efi/vars", "/sys/kernel/security/apparmor/.load"),
+]
+SECRETS = [
+    *("/proc/kcore", "/proc/keys", "/proc/kmsg", "/proc/slabinfo", "/proc/vmallocinfo"),
+    *("/proc/kpageflags", "/proc/timer_list", "/proc/sched_debug", "/dev/kmsg"),
+    *("/sys/kernel/debug/tracing/trace", "/sys/firmware/acpi/tables/DSDT"),
+]
+# Those that may be read by all, but say what is none of a job's business.
+PUBLIC_SECRETS = ["/proc/keys"]
+
+
+def _of(attempt: Callable[[str], str], path: str) -> Callable[[Scene], str]:
+    return lambda _: attempt(path)
+
+
+for _path in SETTINGS:
+    attack(name=f"set {_path}")(_of(write_attempt, _path))
+for _path in SECRETS:
+    _user = "user" if _path in PUBLIC_SECRETS else "root"
+    attack(name=f"read {_path}", shown_as=_user)(_of(read_attempt, _path))
+
+
+@attack()
+def read_addresses_of_the_kernel(scene: Scene) -> str:
+    with open("/proc/kallsyms", encoding="ascii") as symbols:
+        address = symbols.readline().split()[0]
+    if int(address, 16) == 0:
+        raise PermissionError("all of them are 0")
+    return f"the first is {address}"
+
+
+@attack(is_harmful=True)
+def write_core_pattern(scene: Scene) -> str:
+    Path("/proc/sys/kernel/core_pattern").write_text("|/bin/false taken\n")
+    return "all that crashes is given to a program of the job's"
+
+
+@attack(is_harmful=True)
+def switch_off_by_sysrq(scene: Scene) -> str:
+    Path("/proc/sysrq-trigger").write_text("o")
+    return "switched off the machine"
+
+
+# Devices
+
+HARMLESS = {
+    *("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "mqueue"),
+    *("fd", "stdin", "stdout", "stderr", ".hidden"),
+}
+# Opening others may itself do something, as of a watchdog.
+DEVICES = [
+    *("mem", "kmem", "port", "kmsg", "fuse", "kvm", "loop-control", "net/tun", "mapper/control"),
+    *("btrfs-control", "autofs", "hwrng", "cpu/0/msr", "snapshot", "userfaultfd", "vhost-net"),
+    *("vhost-vsock", "vsock", "uinput", "cpu_dma_latency", "console", "tty0", "tty1", "ttyS0"),
+    *("hpet", "nvram", "vcs", "vga_arbiter", "uhid", "ubuntu_tpm", "tpm0", "random_seed", "rfkill"),
+]
+
+
+@attack()
+def open_disks(scene: Scene) -> str:
+    found = [path for path in Path("/dev").iterdir() if _is_block_device(path)]
+    if not found:
+        raise Missing("no block device is seen")
+    return first_of(partial(_open_device, path) for path in found)
+
+
+def _is_block_device(path: Path) -> bool:
+    try:
+        return stat.S_ISBLK(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _open_device(path: Path) -> str:
+    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
+    return f"opened {path}"
+
+
+@attack()
+def open_devices(scene: Scene) -> str:
+    return first_of(partial(_open_device, Path("/dev") / name) for name in DEVICES)
+
+
+@attack(shown_as="user")
+def see_devices(scene: Scene) -> str:
+    others = set(os.listdir("/dev")) - HARMLESS
+    if not others:
+        raise PermissionError("only harmless ones are seen")
+    return f"sees {sorted(others)[:5]}"
+
+
+@attack()
+def make_a_device(scene: Scene) -> str:
+    """Of the disk that / is on, or any; removed at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.mknod(f"{folder}/disk", stat.S_IFBLK | 0o600, os.makedev(*scene["disk"]))
+        return "made a node for the disk"
+
+
+# Calls
+
+ADDRESS = 0  # where arguments make no sense
+
+
+@attack()
+def load_a_module(scene: Scene) -> str:
+    return considered("init_module", 175, ADDRESS, 0, ADDRESS)
+
+
+@attack()
+def load_a_module_from_a_file(scene: Scene) -> str:
+    return considered("finit_module", 313, -1, ADDRESS, 0)
+
+
+@attack()
+def remove_a_module(scene: Scene) -> str:
+    return considered("delete_module", 176, ADDRESS, os.O_NONBLOCK)
+
+
+@attack()
+def boot_another_kernel(scene: Scene) -> str:
+    return considered("kexec_load", 246, ADDRESS, 1 << 20, ADDRESS, 0)
+
+
+@attack()
+def reboot(scene: Scene) -> str:
+    return considered("reboot", 169, 0, 0, 0, ADDRESS)
+
+
+@attack()
+def read_the_kernels_log(scene: Scene) -> str:
+    room = ctypes.create_string_buffer(64)
+    return f"syslog read {system_call('syslog', 103, 3, room, 64)} bytes"
+
+
+@attack(shown_as="user")
+def load_a_program_into_the_kernel(scene: Scene) -> str:
+    return considered("bpf", 321, 5, ADDRESS, 1 << 20)
+
+
+@attack()
+def watch_the_kernel(scene: Scene) -> str:
+    """perf_event_open of an event on all processes of one processor."""
+    event = (ctypes.c_uint * 32)(1, 128)  # PERF_TYPE_SOFTWARE
+    os.close(system_call("perf_event_open", 298, event, -1, 0, -1, 0))
+    return "watches a processor"
+
+
+@attack(shown_as="user")
+def handle_page_faults(scene: Scene) -> str:
+    os.close(system_call("userfaultfd", 323, 1))  # UFFD_USER_MODE_ONLY
+    return "has a userfaultfd"
+
+
+@attack(shown_as="user")
+def use_io_uring(scene: Scene) -> str:
+    os.close(system_call("io_uring_setup", 425, 1, ctypes.create_string_buffer(256)))
+    return "has an io_uring"
+
+
+@attack(shown_as="user")
+def use_keyrings(scene: Scene) -> str:
+    """KEYCTL_GET_KEYRING_ID of the user's keyring, that all jobs of a user would share."""
+    return f"keyring {system_call('keyctl', 250, 0, -4, 1)}"
+
+
+@attack(shown_as="user")
+def add_a_key(scene: Scene) -> str:
+    """To the keyring of this process alone, which ends."""
+    number = system_call("add_key", 248, b"user", b"escape", b"x", 1, -2)
+    return f"added key {number}"
+
+
+@attack()
+def swap_to_a_file(scene: Scene) -> str:
+    return considered("swapon", 167, b"/nonexistent", 0)
+
+
+@attack()
+def account_to_a_file(scene: Scene) -> str:
+    return considered("acct", 163, b"/nonexistent")
+
+
+@attack()
+def set_the_clock(scene: Scene) -> str:
+    """By an offset that is none: microseconds below 0."""
+    timex = (ctypes.c_long * 32)(0x0100)  # ADJ_SETOFFSET
+    timex[10] = -1
+    return considered("adjtimex", 159, timex)
+
+
+@attack()
+def rename_the_machine(scene: Scene) -> str:
+    socket.sethostname(socket.gethostname())
+    return "may rename it"
+
+
+@attack(changes_itself=True)
+def reach_ports_of_the_hardware(scene: Scene) -> str:
+    system_call("iopl", 172, 3)
+    return "may use all of them"
+
+
+@attack()
+def change_the_processors_tables(scene: Scene) -> str:
+    """modify_ldt, where much of the kernel's trouble of old was."""
+    return f"read {system_call('modify_ldt', 154, 0, ctypes.create_string_buffer(64), 64)} bytes"
+
+
+@attack()
+def watch_all_files(scene: Scene) -> str:
+    os.close(system_call("fanotify_init", 300, 0x04, 0))  # FAN_CLASS_CONTENT
+    return "has a fanotify of contents"
+
+
+# mov eax, 20 (getpid); int 0x80; ret: as a 32-bit program would call.
+OTHER_ENTRY = bytes.fromhex("b814000000cd80c3")
+
+
+@attack(shown_as="user")
+def call_as_a_32_bit_program(scene: Scene) -> str:
+    """Its calls have other numbers, which a filter of the 64-bit ones would misread."""
+    if platform.machine() != "x86_64":
+        raise Missing("x86-64 only")
+    code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code.write(OTHER_ENTRY)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+    pid = os.fork()
+    if pid == 0:
+        is_answered = ctypes.CFUNCTYPE(ctypes.c_int)(address)() == os.getpid()
+        os._exit(0 if is_answered else 1)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGSYS:
+        raise PermissionError("killed by the filter")
+    if status:
+        raise Missing("this kernel has no 32-bit calls")
+    return "was answered"
+
+
+@attack(shown_as="user")
+def call_by_the_numbers_of_x32(scene: Scene) -> str:
+    try:
+        return f"getpid is {system_call('getpid of x32', 0x40000000 | 39)}"
+    except OSError as error:
+        raise Missing("neither this kernel nor a filter knows them") from error
+
+
+# Families that no network namespace separates, or that are of no use to a job.
+FAMILIES = {"AF_VSOCK": 40, "AF_ALG": 38, "AF_KEY": 15, "AF_TIPC": 30, "AF_RDS": 21}
+
+
+@attack(shown_as="user")
+def make_sockets_of_other_families(scene: Scene) -> str:
+    return first_of(partial(_make_socket, *family) for family in FAMILIES.items())
+
+
+def _make_socket(name: str, family: int) -> str:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM):
+        try:
+            socket.socket(family, kind, 0).close()
+        except OSError:
+            continue
+        return f"has a socket of {name}"
+    raise Missing("all are refused, or not in this kernel")
+
+
+@attack()
+def listen_to_the_wire(scene: Scene) -> str:
+    socket.socket(socket.AF_PACKET, socket.SOCK_RAW, struct.unpack("<H", b"\x00\x03")[0]).close()
+    return "has a packet socket"
+
+
+@attack()
+def send_forged_packets(scene: Scene) -> str:
+    socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP).close()
+    return "has a raw socket"

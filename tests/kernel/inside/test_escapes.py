@@ -1,0 +1,95 @@
+"""The attacks of tests/escapes in a kernel that may be harmed, which has all cgroup controllers:
+also those that harm, and bombs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from escapes.stage import AREA_NAMES, SETTINGS, Stage, carry, got_through, not_shown, public_folder
+from jobworker.engine.isolation import Profile
+from jobworker.pb import job_worker_pb2 as pb
+from kernel.inside.conftest import serving
+
+CONFINING = [profile for profile in Profile if profile is not Profile.NONE]
+MEMORY_MIB = 60
+PIDS = 60
+TMP_MIB = 16
+TMP_FILES = 2000
+
+
+@pytest.fixture(scope="module")
+def stage(certificates: Path) -> Iterator[Stage]:
+    limits: dict[str, Any] = {
+        "DEFAULT_MEMORY": str(MEMORY_MIB),
+        "DEFAULT_PIDS": str(PIDS),
+        "TMP_SIZE": f"{TMP_MIB}MiB",
+        "TMP_FILES": str(TMP_FILES),
+    }
+    with (
+        public_folder() as folder,
+        serving(folder, certificates, **SETTINGS, **limits) as server,
+        server.connect() as client,
+    ):
+        stage = Stage(server, client, folder, is_own_kernel=True)
+        with stage.set_up():
+            yield stage
+
+
+@pytest.mark.parametrize("area", AREA_NAMES)
+@pytest.mark.parametrize("profile", CONFINING)
+def test_it_holds(stage: Stage, profile: str, area: str) -> None:
+    found = got_through(stage, area, profile)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("area", AREA_NAMES)
+def test_these_attacks_work_where_nothing_defends(stage: Stage, area: str) -> None:
+    found = not_shown(stage, area)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+def test_a_fork_bomb(stage: Stage, profile: str) -> None:
+    with stage.leaving_nothing() as mark:
+        job = carry(stage, "fork bomb", mark, profile, is_stopped=True, maxCPU=50)
+    assert job.status == "STOPPED"
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+def test_a_memory_bomb(stage: Stage, profile: str) -> None:
+    with stage.leaving_nothing() as mark:
+        job = carry(stage, "memory bomb", mark, profile, is_stopped=False)
+    assert job.cause == pb.OUT_OF_MEMORY
+    assert job.signal == signal.SIGKILL
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+@pytest.mark.parametrize("name", ["tmp filled", "shared memory filled", "inodes used up"])
+def test_its_own_filesystems_have_bounds(stage: Stage, profile: str, name: str) -> None:
+    with stage.leaving_nothing() as mark:
+        job = carry(stage, name, mark, profile, is_stopped=False, is_ready=False)
+    assert job.status == "COMPLETED"
+    numbers = [int(word) for word in stage.client.output(job.id).split() if word.isdigit()]
+    assert 0 < sum(numbers) <= (TMP_FILES if name == "inodes used up" else TMP_MIB)
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+def test_full_pipes(stage: Stage, profile: str) -> None:
+    """Bounded by what the kernel lets a user have of them, or by the job's memory."""
+    with stage.leaving_nothing() as mark:
+        job = carry(stage, "pipes filled", mark, profile, is_stopped=False, is_ready=False)
+    assert job.status == "COMPLETED" or job.cause == pb.OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+def test_signals_upwards(stage: Stage, profile: str) -> None:
+    """For real, SIGKILL and SIGSTOP among them: the server and jobinit go on."""
+    with stage.leaving_nothing() as mark:
+        carry(stage, "signals upwards", mark, profile, is_stopped=False, is_harmless=False)
+    state = stage.state(stage.server.process.pid)
+    assert {value for name, value in state.items() if name.endswith("stopped")} == {False}
