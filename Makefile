@@ -45,7 +45,7 @@ lint: .venv/built .venv/tools  ## the checks that run nothing
 	gcc -fsyntax-only -Wall -Wextra -Werror jobinit.c
 
 # One question a script; all are asked, and make fails if one of them did. QUICK=1: small numbers.
-QUESTIONS := stream_throughput job_rate isolation latency scale growth
+QUESTIONS := stream_throughput job_rate isolation latency scale growth hostile
 
 bench: .venv/built .venv/tools  ## every benchmark beside its floor; takes its time
 	@failed=; for each in $(QUESTIONS); do \

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from figures import QUICK, RAW, Figure, load, shown
 
 PAGE_FOLDER = RAW if QUICK else RAW.parent
-SCRIPTS = ("stream_throughput", "job_rate", "isolation", "latency", "scale", "growth")
+SCRIPTS = ("stream_throughput", "job_rate", "isolation", "latency", "scale", "growth", "hostile")
 
 OURS, FLOOR, PEER, MISSED = "#2a6f97", "#b8c4cc", "#e09f3e", "#bc4749"
 STYLE: dict[Any, Any] = {

@@ -23,7 +23,7 @@ main() {
     step "A job with $(echo ${limits:-none of the limits}), streamed as it runs"
     cat "$folder/left_out"
     run jobworker create $limits --name demo sh -c '
-        echo "I am process $$"
+        echo "I am process $$, and see these: $(cd /proc && echo [0-9]*)"
         for i in 1 2 3 4 5; do echo "line $i, $(date +%T)"; sleep 1; done
         echo "and one on stderr" >&2
         exit 3'
@@ -68,7 +68,7 @@ for controller in json.load(sys.stdin)["controllers"]:
 '
 }
 
-# The job itself would see its cgroup as the root of all.
+# The job itself sees its cgroup as the root of all, and its processes by other numbers.
 show_cgroup() {
     cgroup=$(jobworker info | sed -n 's/^Cgroup: *\//\//p')
     [ -z "$cgroup" ] || run grep -H . "$cgroup/job-1/cgroup.procs" || :  # it may have ended

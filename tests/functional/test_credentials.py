@@ -255,7 +255,9 @@ def test_a_revoked_client_is_cut_off_and_its_jobs_run_on(
         silent = mallory.create("sleep", "60")
         streams = [mallory.stream(job.id), mallory.stream(silent.id)]
         others = client.stream(job.id)
-        waiting = mallory.stop_soon(mallory.shell("trap '' TERM; while :; do sleep 1; done").id)
+        stubborn = mallory.shell("trap '' TERM; echo up; while :; do sleep 1; done")
+        next(client.stream(stubborn.id))  # from now on it does not mind
+        waiting = mallory.stop_soon(stubborn.id)
         next(streams[0])
         serial = certs.revoke(revoked, folder / "mallory-cert.pem")
         changed = time.monotonic()

@@ -27,7 +27,12 @@ def wait_for_line(client: Client, job_id: str, line: bytes) -> None:
 
 
 def is_running(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    """Not once it is a zombie: that waits only for its parent to look."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def test_the_answer_is_the_ending(client: Client) -> None:
