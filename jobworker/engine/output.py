@@ -50,6 +50,7 @@ SHARED_OVERHEAD_BYTES = 1 << 10  # of each, about
 HISTORY_THREADS = 2
 
 SEGMENT_NAME = re.compile(r"(\d+)\.(\d+)\.log")
+DAMAGED = ".damaged"
 
 # Of a job with a quota, in segments: no index outgrows its segment more than sixteenfold, so
 # the newest segment alone never exceeds a quota that is not tiny.
@@ -194,6 +195,7 @@ class Output:
         self._unread: dict[int, list[asyncio.Future[None]]] = {}
         self._shared = Shared()
         self._reading: dict[Place, asyncio.Future[Found]] = {}
+        self._folder = folder
         self._directory = _open_folder(folder)
         self._threads = ThreadPoolExecutor(HISTORY_THREADS, thread_name_prefix="history")
         self._pump = _fastio.Pump(self._directory, ring_budget_bytes, drops_when_full)
@@ -230,14 +232,26 @@ class Output:
     def recover(self, job_ids: Iterable[int]) -> dict[int, Extent]:
         """How far the logs of these jobs go, by what an earlier server left on disk. Blocks.
 
-        To be called before any log is opened. Raises OSError where files cannot be read.
+        To be called before any log is opened. Raises OSError where files cannot be read. Those
+        that are damaged are set aside, as one bad file must not keep all other jobs from going
+        on: a job without an extent is one whose log begins anew.
         """
         _remove_stray_indexes(self._directory)
         found = _segments(self._directory)
-        return {
-            job_id: _fastio.read_extent(self._directory, job_id, found.get(job_id, ()))
-            for job_id in job_ids
-        }
+        extents = {}
+        for job_id in job_ids:
+            firsts = found.get(job_id, [])
+            try:
+                extents[job_id] = _fastio.read_extent(self._directory, job_id, firsts)
+            except OSError as error:
+                if error.errno != errno.EBADMSG:
+                    raise
+                logger.error(
+                    "the output of job %d is damaged, and set aside in %s as %d.*%s: %s",
+                    *(job_id, self._folder, job_id, DAMAGED, error),
+                )
+                _set_aside(self._directory, job_id, firsts)
+        return extents
 
     def job_ids(self) -> set[int]:
         """The jobs that have segments here. Blocks."""
@@ -577,6 +591,15 @@ def _firsts(directory: int, job_id: int, end: int, quota: Quota) -> Iterable[int
     if len(guessed) <= MOST_GUESSED_SEGMENTS:
         return guessed
     return _segments(directory).get(job_id, ())
+
+
+def _set_aside(directory: int, job_id: int, firsts: Iterable[int]) -> None:
+    """For people to look at: nothing here knows these names."""
+    for first in firsts:
+        for kind in ("idx", "log"):
+            name = f"{job_id}.{first}.{kind}"
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(name, name + DAMAGED, src_dir_fd=directory, dst_dir_fd=directory)
 
 
 def _remove(directory: int, name: str) -> None:

@@ -85,6 +85,31 @@ def test_a_running_job_runs_on(restart: Callable[[], Server], tmp_path: Path) ->
         assert client.output(job.id) == b"before\n"
 
 
+def test_one_damaged_index_keeps_no_other_job_from_going_on(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    """As after a power loss: a block of zeros. The files are set aside, and it is said."""
+    gate, server = tmp_path / "gate", start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        script = f"echo before; while ! [ -e {gate} ]; do sleep 0.05; done; echo after; exit 3"
+        damaged, sound = (client.shell(script).id for _ in range(2))
+        for job_id in (damaged, sound):
+            next(client.stream(job_id))
+    server.stop(signal.SIGKILL)
+    output = server.state / "output"
+    index = output / f"{damaged}.0.idx"
+    index.write_bytes(bytes(index.stat().st_size))
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        release(gate)
+        assert [client.wait(job_id).exitCode for job_id in (damaged, sound)] == [3, 3]
+        assert client.output(sound) == b"before\nafter\n"
+        assert client.output(damaged) == b"after\n"
+    assert (output / f"{damaged}.0.log.damaged").read_bytes() == b"before\n"
+    assert (output / f"{damaged}.0.idx.damaged").exists()
+    assert f"the output of job {damaged} is damaged" in server.log
+
+
 def test_what_ends_meanwhile_is_known_exactly(
     restart: Callable[[], Server], start_server: StartServer, tmp_path: Path
 ) -> None:
