@@ -1014,6 +1014,7 @@ struct mount_line { char *point, *filesystem; };
 
 static struct mount_line *mount_lines;
 static size_t mount_line_count;
+static bool is_in_user_namespace;
 
 static const char *after(const char *string)
 {
@@ -1126,6 +1127,18 @@ static void unescape(char *text)
 	*to = '\0';
 }
 
+/* Not in the first one, in which each number is itself. */
+static void look_for_user_namespace(void)
+{
+	FILE *file = fopen("/proc/self/uid_map", "re");
+	unsigned inside, outside, count;
+
+	need(file, "read", "/proc/self/uid_map");
+	is_in_user_namespace = fscanf(file, "%u %u %u", &inside, &outside, &count) != 3
+			       || inside || outside || count != UINT32_MAX;
+	fclose(file);
+}
+
 static void read_mounts(void)
 {
 	FILE *file = fopen("/proc/self/mountinfo", "re");
@@ -1166,6 +1179,9 @@ static bool is_replaced(const struct view_request *request, const char *point)
 	const char *const *folder, *hidden = request->hidden;
 	uint32_t i;
 
+	/* Where a user namespace owns the mounts, only who sees a /proc may mount another. */
+	if (is_in_user_namespace && !strcmp(point, "/proc"))
+		return false;
 	for (folder = replaced; *folder; folder++)
 		if (is_in(point, *folder))
 			return true;
@@ -1186,12 +1202,27 @@ static void drop_mounts(const struct view_request *request)
 			umount2(mount_lines[i].point, MNT_DETACH | UMOUNT_NOFOLLOW);
 }
 
-static void make_dev(void)
+static const struct { const char *path; unsigned major, minor; } nodes[] = {
+	{"/dev/null", 1, 3}, {"/dev/zero", 1, 5}, {"/dev/full", 1, 7},
+	{"/dev/random", 1, 8}, {"/dev/urandom", 1, 9}, {"/dev/tty", 5, 0},
+};
+
+enum { NODES = sizeof nodes / sizeof *nodes };
+
+/* found: mounts of the machine's own, for where nobody may make any, as in a user namespace. */
+static void make_node(size_t i, int found)
 {
-	static const struct { const char *path; unsigned major, minor; } nodes[] = {
-		{"/dev/null", 1, 3}, {"/dev/zero", 1, 5}, {"/dev/full", 1, 7},
-		{"/dev/random", 1, 8}, {"/dev/urandom", 1, 9}, {"/dev/tty", 5, 0},
-	};
+	if (mknod(nodes[i].path, S_IFCHR | 0666, makedev(nodes[i].major, nodes[i].minor)) == 0) {
+		close(found);
+		return;
+	}
+	need(found >= 0, "make", nodes[i].path);
+	make_file(nodes[i].path, 0666);
+	put_mount(found, nodes[i].path);
+}
+
+static void make_dev(const int found[NODES])
+{
 	static const char *const links[][2] = {
 		{"/proc/self/fd", "/dev/fd"}, {"/proc/self/fd/0", "/dev/stdin"},
 		{"/proc/self/fd/1", "/dev/stdout"}, {"/proc/self/fd/2", "/dev/stderr"},
@@ -1202,9 +1233,8 @@ static void make_dev(void)
 
 	need(mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_NOEXEC, "mode=755,size=1m") == 0,
 	     "mount a tmpfs on", "/dev");
-	for (i = 0; i < sizeof nodes / sizeof *nodes; i++)
-		need(mknod(nodes[i].path, S_IFCHR | 0666, makedev(nodes[i].major, nodes[i].minor)) == 0,
-		     "make", nodes[i].path);
+	for (i = 0; i < NODES; i++)
+		make_node(i, found[i]);
 	for (i = 0; i < sizeof links / sizeof *links; i++)
 		need(symlink(links[i][0], links[i][1]) == 0, "make", links[i][1]);
 	for (i = 0; i < sizeof folders / sizeof *folders; i++)
@@ -1288,7 +1318,8 @@ static void protect_kernel_files(void)
 static _Noreturn void build_view(const struct view_request *request)
 {
 	char resolver[PATH_MAX];
-	int namespace_fd, resolver_fd = -1;
+	int namespace_fd, resolver_fd = -1, found[NODES];
+	size_t i;
 
 	umask(0);
 	/* Before anything is mounted, nothing of it may reach the machine: not as this process is
@@ -1298,14 +1329,17 @@ static _Noreturn void build_view(const struct view_request *request)
 	namespace_fd = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
 	need(namespace_fd >= 0, "open", "/proc/self/ns/mnt");
 	/* While all is there. */
+	look_for_user_namespace();
 	read_mounts();
-	if (realpath("/etc/resolv.conf", resolver) && is_in(resolver, "/run"))
-		resolver_fd = keep_mount(resolver);
-	/* Before the devices are made. */
+	for (i = 0; i < NODES; i++)
+		found[i] = keep_mount(nodes[i].path);
+	/* After these, and before any is made. */
 	need(set_attributes(AT_FDCWD, "/", WHOLE_TREE, NO_SUID | NO_DEVICES),
 	     "no set-user-ID and devices (Linux 5.12 and later):", "/");
+	if (realpath("/etc/resolv.conf", resolver) && is_in(resolver, "/run"))
+		resolver_fd = keep_mount(resolver);
 	drop_mounts(request);
-	make_dev();
+	make_dev(found);
 	make_run(resolver, resolver_fd);
 	/* What is hidden may be in what is read-only. */
 	protect_paths(request);
@@ -1502,8 +1536,10 @@ static pid_t fork_into_namespace(enum step *step)
 	pid_t first, pid = -1;
 	int error;
 
+	/* First whether there is a way back, which takes rights in the user namespace that owns it:
+	 * those of a container may lack them. */
 	*step = STEP_PID_NAMESPACE;
-	if (unshare(CLONE_NEWPID) < 0)
+	if (setns(own_pid_namespace_fd, CLONE_NEWPID) < 0 || unshare(CLONE_NEWPID) < 0)
 		return -1;
 	first = syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
 	if (first == 0)

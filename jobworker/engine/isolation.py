@@ -299,7 +299,6 @@ CAPABILITIES = {
     8: "CAP_SETPCAP",
     18: "CAP_SYS_CHROOT",
     21: "CAP_SYS_ADMIN",
-    27: "CAP_MKNOD",
 }
 SECCOMP = "/proc/sys/kernel/seccomp/actions_avail"
 NONE_OR_ROOT = "run the server as root, with these rights, or set it to none"

@@ -257,6 +257,8 @@ def test_it_goes_on_without_jobinit_and_without_the_server(
         job = client.shell(script)
         next(client.stream(job.id))
         os.kill(server.jobinit_pid(), signal.SIGKILL)
+        # What is sent to it as it dies fails to start.
+        wait_until(lambda: "is gone" in server.log)
         # Another jobinit, with views of its own.
         assert client.run("echo new")[1] == b"new\n"
     server.stop(signal.SIGKILL)

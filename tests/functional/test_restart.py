@@ -160,6 +160,14 @@ def wait_for_no_children(pid: int) -> None:
         time.sleep(0.01)
 
 
+def wait_until_gone(server: Server) -> None:
+    """Until the server has noticed that its jobinit is."""
+    deadline = time.monotonic() + 30
+    while "is gone" not in server.log:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_output_is_exact_over_many_kills(start_server: StartServer, tmp_path: Path) -> None:
     """And so it is for a reader that resumes by offset each time."""
     gate, digests = tmp_path / "gate", tmp_path / "digests"
@@ -317,6 +325,8 @@ def check_without_jobinit(server: Server, tmp_path: Path, *, may_be_unknown: boo
     with server.connect() as client:
         jobs = {client.shell(wait + script).id: code for script, code in SCRIPTS.items()}
         os.kill(server.jobinit_pid(), signal.SIGKILL)
+        # What is sent to it as it dies fails to start.
+        wait_until_gone(server)
         new = client.create("echo", "new")
         assert client.output(new.id) == b"new\n"
         stopped = client.create("sleep", "60")
