@@ -1848,6 +1848,16 @@ static void owe_no_views(void)
 		views[i].is_owed = false;
 }
 
+/* What a server that is gone wanted to be made; the next one must not take it for its own. */
+static void leave_unmade_views(void)
+{
+	unsigned i;
+
+	for (i = 0; i < MOST_VIEWS; i++)
+		if (views[i].report_fd >= 0)
+			unwatch_and_close(&views[i].report_fd);
+}
+
 static bool owes_views(void)
 {
 	unsigned i;
@@ -2127,6 +2137,7 @@ static void lose_server(void)
 	for_each_job(unfollow);
 	owes_hello = owes_listed = owes_refusal = false;
 	owe_no_views();
+	leave_unmade_views();
 	unwatch_and_close(&server_fd);
 	watch(EPOLL_CTL_ADD, listener_fd, EPOLLIN, LISTENER_EVENT);
 }

@@ -1334,6 +1334,7 @@ def test_a_view_that_cannot_be_made_says_what_could_not_be_done(launcher: Launch
 @as_root
 def test_a_server_that_goes_while_a_view_is_made_is_no_harm(launcher: Launcher) -> None:
     async def scenario(server: Server) -> None:
+        await server.start("/bin/sleep", "60")  # without a job it would end
         for _ in range(5):
             making = asyncio.create_task(server.jobinit.make_view(SMALL))
             await asyncio.sleep(0)
@@ -1341,6 +1342,7 @@ def test_a_server_that_goes_while_a_view_is_made_is_no_harm(launcher: Launcher) 
             with pytest.raises(JobinitError):
                 await making
             await server.connect()
+        await server.adopt()
         await server.jobinit.make_view(SMALL)
         output, _, _ = await server.run("/bin/sh", "-c", "echo $$", **confined())
         assert output == b"2\n"
