@@ -76,9 +76,10 @@ class Client:
     async def call(self, rpc: str, request: Any = None) -> Any:
         return await self._methods[rpc](request or pb.EmptyRequest())
 
-    async def create(self, command: str, *args: str) -> str:
+    async def create(self, command: str, *args: str, profile: str = "") -> str:
         """Returns the id of a job that runs."""
-        job = await self.call("CreateJob", pb.CreateJobReq(command=command, args=args))
+        request = pb.CreateJobReq(command=command, args=args, profile=profile)
+        job = await self.call("CreateJob", request)
         if job.failed_step:
             raise RuntimeError(f"{command} did not start: {job.detail}")
         return str(job.id)
@@ -99,12 +100,14 @@ class Client:
             await asyncio.sleep(0.002)
 
 
-async def create_many(client: Client, count: int, in_flight: int, *command: str) -> list[str]:
+async def create_many(
+    client: Client, count: int, in_flight: int, *command: str, profile: str = ""
+) -> list[str]:
     """One RPC for each job, so many of them at a time."""
     ids: list[str] = []
 
     async def create(_: int) -> None:
-        ids.append(await client.create(*command))
+        ids.append(await client.create(*command, profile=profile))
 
     await for_each(range(count), in_flight, create)
     return ids

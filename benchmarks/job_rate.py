@@ -1,7 +1,8 @@
 """How many jobs a second can be started, and recorded as ended?
 
 /bin/true, one CreateJob for each, with 1, 16 and 64 of them under way at a time; measured
-until the server has recorded the ending of the last.
+until the server has recorded the ending of the last. With profile `none`, as neither floor nor
+peer separates a job from the machine; with profile `default` beside it.
 
 Floor: a C program that does for each job what the kernel must (floor.c), two at a time.
 Peer: HyperQueue from PyPI with the same command, all in one submission.
@@ -14,12 +15,13 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from client import Client, create_many, run
 from figures import HERE, QUICK, Findings, Target
 from jobworker.pb import job_worker_pb2 as pb
-from server import Server, compile_program, running_server, workplace
+from server import compile_program, running_server, workplace
 
 COMMAND = "/bin/true"
 REPETITIONS = 2 if QUICK else 5
@@ -30,6 +32,7 @@ FLOOR_TARGETS = {16: 0.5}
 BULK = 100
 BULK_TARGET = 0.65
 PEER_TARGETS = {16: 1.8}
+COMPARED_PROFILE = "none"
 PEER_ENVIRONMENT = HERE.parent / "build" / "hyperqueue"
 
 
@@ -49,17 +52,17 @@ def measure_floor(program: Path, base: Path) -> float:
     return JOBS / float(answer.stdout)
 
 
-async def measure_single(client: Client, in_flight: int) -> float:
+async def measure_single(client: Client, in_flight: int, profile: str) -> float:
     """Jobs a second, one RPC each."""
     started = time.perf_counter()
-    await create_many(client, JOBS, in_flight, COMMAND)
+    await create_many(client, JOBS, in_flight, COMMAND, profile=profile)
     await client.wait_all_ended()
     return JOBS / (time.perf_counter() - started)
 
 
-async def measure_bulk(client: Client) -> float:
+async def measure_bulk(client: Client, profile: str) -> float:
     """Jobs a second, BULK in a request, two requests in flight."""
-    request = pb.CreateJobsReq(jobs=[pb.CreateJobReq(command=COMMAND)] * BULK)
+    request = pb.CreateJobsReq(jobs=[pb.CreateJobReq(command=COMMAND, profile=profile)] * BULK)
     left = [request] * (JOBS // BULK)
 
     async def send_all() -> None:
@@ -102,10 +105,12 @@ def measure_peer() -> float:
     return float(answer.stdout.partition("rate ")[2].split()[0])
 
 
-async def cgroup_base(server: Server) -> Path | None:
-    async with Client(server.address, server.certs) as client:
-        cgroup = (await client.call("GetServerInfo")).cgroup
-    return Path(cgroup).parent if cgroup else None
+@dataclass
+class Runs:
+    """Jobs a second, of one profile."""
+
+    single: dict[int, list[float]]  # by how many are in flight
+    bulk: list[float]
 
 
 async def main() -> None:
@@ -115,40 +120,40 @@ async def main() -> None:
         findings.note(f"HyperQueue is not compared: it cannot be installed here: {no_peer}")
     floor_runs: list[float] = []
     peer_runs: list[float] = []
-    bulk_runs: list[float] = []
-    runs: dict[int, list[float]] = {in_flight: [] for in_flight in IN_FLIGHT}
-    with workplace() as folder, running_server(folder) as server:
-        base = await cgroup_base(server)
-        if base is None:
-            findings.note("no writable cgroup v2: the floor is left out, jobs have no cgroups")
+    with workplace() as folder, running_server(folder, PROFILES_ALLOWED="none") as server:
         program = compile_program(folder, "floor")
         async with Client(server.address, server.certs) as client:
+            info = await client.call("GetServerInfo")
+            base = Path(info.cgroup).parent if info.cgroup else None
+            if base is None:
+                findings.note("no writable cgroup v2: the floor is left out, jobs have no cgroups")
+            # Where the server is not root there is no other one.
+            runs = {each: Runs({number: [] for number in IN_FLIGHT}, []) for each in info.profiles}
             await create_many(client, 100, 16, COMMAND)
             for _ in range(REPETITIONS):
                 if base:
                     floor_runs.append(measure_floor(program, base))
-                for in_flight in IN_FLIGHT:
-                    runs[in_flight].append(await measure_single(client, in_flight))
-                bulk_runs.append(await measure_bulk(client))
+                for profile, of_profile in runs.items():
+                    for in_flight, rates in of_profile.single.items():
+                        rates.append(await measure_single(client, in_flight, profile))
+                    of_profile.bulk.append(await measure_bulk(client, profile))
                 if not no_peer:
                     peer_runs.append(measure_peer())
-    report(findings, runs, bulk_runs, floor_runs, peer_runs)
+    for profile in sorted(runs, key=lambda name: name != COMPARED_PROFILE):
+        report(findings, profile, runs[profile], floor_runs)
+    report_peer(findings, runs[COMPARED_PROFILE], floor_runs, peer_runs)
     findings.store()
 
 
-def report(
-    findings: Findings,
-    runs: dict[int, list[float]],
-    bulk_runs: list[float],
-    floor_runs: list[float],
-    peer_runs: list[float],
-) -> None:
-    for in_flight, rates in runs.items():
+def report(findings: Findings, profile: str, runs: Runs, floor_runs: list[float]) -> None:
+    is_compared = bool(floor_runs) and profile == COMPARED_PROFILE
+    about = "" if profile == COMPARED_PROFILE else f", profile {profile}"
+    for in_flight, rates in runs.single.items():
         targets = []
-        if in_flight in FLOOR_TARGETS and floor_runs:
+        if is_compared and in_flight in FLOOR_TARGETS:
             targets = [Target("ratio", "least", FLOOR_TARGETS[in_flight])]
         findings.add(
-            f"one RPC each, {in_flight} in flight",
+            f"one RPC each, {in_flight} in flight{about}",
             "jobs/s",
             rates,
             *targets,
@@ -156,13 +161,18 @@ def report(
             floor_name="C floor",
         )
     findings.add(
-        f"in bulk, {BULK} in a request",
+        f"in bulk, {BULK} in a request{about}",
         "jobs/s",
-        bulk_runs,
-        *([Target("ratio", "least", BULK_TARGET)] if floor_runs else []),
+        runs.bulk,
+        *([Target("ratio", "least", BULK_TARGET)] if is_compared else []),
         floor=floor_runs,
         floor_name="C floor",
     )
+
+
+def report_peer(
+    findings: Findings, runs: Runs, floor_runs: list[float], peer_runs: list[float]
+) -> None:
     if not peer_runs:
         return
     findings.add("HyperQueue", "jobs/s", peer_runs, floor=floor_runs, floor_name="C floor")
@@ -170,7 +180,7 @@ def report(
         findings.add(
             f"one RPC each, {in_flight} in flight, beside HyperQueue",
             "jobs/s",
-            runs[in_flight],
+            runs.single[in_flight],
             Target("ratio", "least", least),
             floor=peer_runs,
             floor_name="HyperQueue",

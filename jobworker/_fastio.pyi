@@ -64,6 +64,7 @@ class Log:
         max_bytes: int = 0,
         is_ring: bool = False,
         resumed: Extent | None = None,
+        watched: bool = True,
     ) -> None:
         """Takes the non-blocking read ends of the job's pipes, and owns them from here on;
         stderr is -1 where one pipe carries both.
@@ -73,7 +74,11 @@ class Log:
         is_ring: beyond `max_bytes` the oldest segments give way, but for the newest. Else
         what comes is dropped.
         resumed: goes on where an earlier process was when it died or was closed.
+        watched: False leaves what comes in the pipes, until `watch` or `drain`.
         """
+
+    def watch(self) -> None:
+        """From now on what comes is taken at once. Harmless where it is already."""
 
     @property
     def job(self) -> int: ...

@@ -1285,10 +1285,11 @@ cdef class Log:
 
     cdef Pump pump
     cdef LogState *state
+    cdef bint watched  # threads are told of what comes through the pipes
 
     def __cinit__(self, Pump pump, uint64_t job, int stdout, int stderr, *,
                   uint64_t segment_bytes=SEGMENT_BYTES, uint64_t max_bytes=0,
-                  bint is_ring=False, Extent resumed=None):
+                  bint is_ring=False, Extent resumed=None, bint watched=True):
         if pump.closed:
             raise ValueError("the pump is closed")
         if job in pump.logs:
@@ -1309,6 +1310,15 @@ cdef class Log:
             resume(self.state, resumed)
         pthread_mutex_unlock(&self.state.lock)
         pump.logs[job] = self
+        self.watched = False
+        if watched:
+            self.watch()
+
+    def watch(self):
+        cdef int stream
+        if self.watched or self.state.finished:
+            return
+        self.watched = True
         for stream in range(2):
             if self.state.pipes[stream] >= 0:
                 watch_pipe(self.state, stream, EPOLL_CTL_ADD)
@@ -1348,7 +1358,7 @@ cdef class Log:
         self.pump.state.unused = self.state
 
     cdef void abandon(self) noexcept:
-        """The threads are gone: closes the pipes, whatever is in them."""
+        """Where no thread is at it: closes the pipes, whatever is in them."""
         cdef int stream
         for stream in range(2):
             if self.state.pipes[stream] >= 0:
@@ -1418,6 +1428,12 @@ cdef class Log:
     def drain(self):
         cdef LogState *state = self.state
         cdef int stream
+        if not self.watched and not state.finished and not self.has_bytes_waiting():
+            # No thread knows of it, and none need be woken for nothing.
+            self.abandon()
+            del self.pump.logs[state.job]
+            return
+        self.watch()
         pthread_mutex_lock(&state.lock)
         if not state.draining and not state.finished:
             for stream in range(2):
@@ -1428,6 +1444,14 @@ cdef class Log:
             kick_locked(state)
             pthread_mutex_unlock(&state.pump.lock)
         pthread_mutex_unlock(&state.lock)
+
+    cdef bint has_bytes_waiting(self) noexcept:
+        """Where no thread is at it."""
+        cdef int stream
+        for stream in range(2):
+            if self.state.pipes[stream] >= 0 and bytes_waiting(self.state.pipes[stream]):
+                return True
+        return False
 
     def add_reader(self):
         cdef LogState *state = self.state

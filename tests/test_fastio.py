@@ -91,6 +91,7 @@ class Job:
     segment_bytes: int = _fastio.SEGMENT_BYTES
     max_bytes: int = 0
     is_ring: bool = False
+    watched: bool = True
     written: list[tuple[int, bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -106,6 +107,7 @@ class Job:
             segment_bytes=self.segment_bytes,
             max_bytes=self.max_bytes,
             is_ring=self.is_ring,
+            watched=self.watched,
         )
 
     @property
@@ -325,6 +327,45 @@ def test_drain_takes_all_that_is_in_the_pipes(pump: Pump, folder: int) -> None:
         os.write(job.their_fds[stream], b"y" * 60_000)
     job.log.drain()
     wait_finished(pump, job.log)
+    assert job.log.stream_bytes == (60_000, 60_000)
+    job.close()
+
+
+def test_what_is_not_watched_stays_in_the_pipes(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder, watched=False)
+    watched = Job(pump, folder, id=2)
+    os.write(job.their_fds[STDOUT], b"first")
+    watched.write(STDOUT, b"meanwhile")
+    assert job.log.end == 0
+    job.log.watch()
+    job.log.watch()
+    wait_until(lambda: job.log.end == 5)
+    for each in (job, watched):
+        each.close()
+        wait_finished(pump, each.log)
+    assert payload(job.read()) == b"first"
+
+
+def test_a_silent_job_that_is_not_watched_is_finished_at_once(pump: Pump, folder: int) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    job = Job(pump, folder, watched=False)
+    job.log.drain()
+    assert job.log.finished
+    job.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    job.log.watch()
+    job.log.drain()
+    assert job.read() == []
+    assert pump.news() == []
+    Job(pump, folder, watched=False).close()  # with the same id: nothing is left of the first
+
+
+def test_drain_takes_what_was_not_watched(pump: Pump, folder: int) -> None:
+    job = Job(pump, folder, watched=False)
+    for stream in (STDOUT, STDERR):
+        os.write(job.their_fds[stream], b"y" * 60_000)
+    job.log.drain()
+    wait_finished(pump, job.log)  # though the write ends are still open
     assert job.log.stream_bytes == (60_000, 60_000)
     job.close()
 

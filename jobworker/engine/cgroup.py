@@ -18,7 +18,7 @@ import re
 import select
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobworker.errors import CgroupError, LimitUnavailableError
@@ -34,6 +34,8 @@ USUAL_DIRECTORIES = ("/", "/tmp", "/var/tmp")  # noqa: S108
 # What a job that has just been killed, or has just failed to start, may take to be gone.
 REMOVE_SECONDS = 10.0
 LONGEST_FILE_BYTES = 64 << 10
+# Their controllers may be off, and some are newer than others.
+OPTIONAL_FILES = ("memory.swap.max", "memory.peak", "memory.events", "io.stat")
 
 DELEGATE = (
     "run the server as root, or in a unit of systemd with Delegate=yes, with that unit's cgroup "
@@ -50,8 +52,11 @@ class CgroupTree:
         self.path = path
         self.problem = problem
         self.controllers = controllers
-        # A kernel without swap has no such file, and needs none.
-        self._limits_swap = path is not None and (path / "memory.swap.max").exists()
+        # Of these none need be looked for in a job's cgroup. A kernel without swap has no file to
+        # limit it, and needs none.
+        self._absent = frozenset(
+            name for name in OPTIONAL_FILES if path is None or not (path / name).exists()
+        )
         self._said: set[str] = set()
 
     @classmethod
@@ -85,7 +90,7 @@ class CgroupTree:
 
     def of(self, job_id: int) -> Cgroup | None:
         """Where a job's cgroup is to be, or is; None where there can be none."""
-        return Cgroup(self.path / f"job-{job_id}") if self.path else None
+        return Cgroup(self.path / f"job-{job_id}", self._absent) if self.path else None
 
     def find(self, job_id: int) -> Cgroup | None:
         """That of a job of an earlier server; None where there is none."""
@@ -96,7 +101,7 @@ class CgroupTree:
         """What an earlier server left. Its processes may still run."""
         if self.path is None:
             return []
-        return [Cgroup(Path(path)) for path in _children(str(self.path))]
+        return [Cgroup(Path(path), self._absent) for path in _children(str(self.path))]
 
     def close(self) -> None:
         """Removes the tree, unless there are still jobs in it."""
@@ -104,7 +109,7 @@ class CgroupTree:
             return
         _remove_if_empty(str(self.path))
 
-    def limit_files(self, limits: Limits, working_directory: str) -> list[tuple[str, str]]:
+    def limit_files(self, limits: Limits, working_directory: str) -> tuple[tuple[str, str], ...]:
         """Which files of a job's cgroup put these limits in force, and what is to be written to
         them. Only what is limited: the start of a job is no place for needless system calls.
         Blocks where there is a limit on io."""
@@ -115,13 +120,13 @@ class CgroupTree:
         if limits.memory_mib:
             files.append(("memory.max", str(limits.memory_mib << 20)))
             files.append(("memory.oom.group", "1"))
-            if self._limits_swap:
+            if "memory.swap.max" not in self._absent:
                 files.append(("memory.swap.max", "0"))
         if limits.io_bytes_per_second:
             files += self._io_files(limits.io_bytes_per_second, working_directory)
         if limits.pids:
             files.append(("pids.max", str(limits.pids)))
-        return files
+        return tuple(files)
 
     def _io_files(self, bytes_per_second: int, working_directory: str) -> list[tuple[str, str]]:
         """Where no disk can be told, a limit that was asked for has been refused by `check`;
@@ -141,6 +146,7 @@ class Cgroup:
     """One job's cgroup. To one that is gone already, everything here is harmless."""
 
     path: Path
+    absent: frozenset[str] = field(default=frozenset(), compare=False)  # files it cannot have
 
     def kill(self) -> None:
         """All processes in it and below, those too that are just being forked."""
@@ -172,24 +178,22 @@ class Cgroup:
         finally:
             os.close(descriptor)
 
-    def accounting(self) -> Accounting:
+    def accounts(self) -> tuple[Accounting, OomKills]:
         """What it has used so far. Of I/O, what reached the disks while it was here."""
-        cpu = _fields(f"{self.path}/cpu.stat")
-        peak = _read_or_empty(f"{self.path}/memory.peak")  # since Linux 5.19
-        io = _read_or_empty(f"{self.path}/io.stat")
+        cpu = _fields(self._read("cpu.stat"))
+        peak = self._read("memory.peak")  # since Linux 5.19
+        io = self._read("io.stat")
         read_bytes, written_bytes = _sum_io(io) if io is not None else (None, None)
-        return Accounting(
+        events = _fields(self._read("memory.events"))
+        accounting = Accounting(
             cpu_user_us=cpu.get("user_usec"),
             cpu_system_us=cpu.get("system_usec"),
             memory_peak_bytes=int(peak) if peak else None,
             io_read_bytes=read_bytes,
             io_written_bytes=written_bytes,
-            oom_kills=_fields(f"{self.path}/memory.events").get("oom_kill"),
+            oom_kills=events.get("oom_kill"),
         )
-
-    def oom_kills(self) -> OomKills:
-        events = _fields(f"{self.path}/memory.events")
-        return OomKills(by_limit=events.get("oom", 0), killed=events.get("oom_kill", 0))
+        return accounting, OomKills(events.get("oom", 0), events.get("oom_kill", 0))
 
     def remove_if_empty(self) -> bool:
         """At once. False where processes or other cgroups are in it."""
@@ -209,6 +213,17 @@ class Cgroup:
         deadline = time.monotonic() + REMOVE_SECONDS
         for path in reversed(_with_descendants(str(self.path))):
             _remove_when_unpopulated(path, deadline)
+
+    def _read(self, name: str) -> str | None:
+        """None where there is no such file, as its controller is off or the kernel older."""
+        if name in self.absent:
+            return None
+        try:
+            return _read(f"{self.path}/{name}")
+        except OSError as error:
+            if _is_gone(error):
+                return None
+            raise CgroupError(f"cannot read {self.path}/{name}: {error.strerror}") from error
 
     def _open_events(self) -> int | None:
         """None: the cgroup is gone. The caller closes it."""
@@ -519,7 +534,7 @@ def _mount_of(directory: str, mounts: Mapping[int, Mount]) -> Mount:
     """Exact, also where mounts cover each other. Raises OSError."""
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        mount_id = _fields(f"/proc/self/fdinfo/{descriptor}")["mnt_id:"]
+        mount_id = _fields(_read(f"/proc/self/fdinfo/{descriptor}"))["mnt_id:"]
     finally:
         os.close(descriptor)
     if mount_id not in mounts:
@@ -759,17 +774,7 @@ def _read(path: str) -> str:
         os.close(descriptor)
 
 
-def _read_or_empty(path: str) -> str | None:
-    """None where there is no such file, as its controller is off or the kernel older."""
-    try:
-        return _read(path)
-    except OSError as error:
-        if _is_gone(error):
-            return None
-        raise CgroupError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _fields(path: str) -> dict[str, int]:
-    """A file of lines `name number`; others are passed over."""
-    pairs = (line.split() for line in (_read_or_empty(path) or "").splitlines())
+def _fields(text: str | None) -> dict[str, int]:
+    """Of a file of lines `name number`; others are passed over."""
+    pairs = (line.split() for line in (text or "").splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
@@ -9,6 +10,16 @@ from collections.abc import Callable, Mapping
 
 from jobworker.engine.user import User
 from jobworker.errors import InvalidRequestError
+
+Look = Callable[[str], os.stat_result]
+
+libc = ctypes.CDLL(None, use_errno=True)
+CALL_OPENAT2 = 437
+AT_FDCWD = -100
+# struct open_how: flags, mode, RESOLVE_CACHED (since Linux 5.12).
+ONLY_CACHED = (ctypes.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, 0x20)
+# What a path itself can be refused for; anything else may be for want of what is not in memory.
+REFUSALS = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -37,16 +48,33 @@ def base_environment(job_id: int, user: User, sees: Sees = sees_all) -> dict[str
     }
 
 
-def check_working_directory(path: str, sees: Sees = sees_all) -> None:
+def look_in_memory(path: str) -> os.stat_result:
+    """As os.stat; but where a disk must be asked first it raises BlockingIOError at once."""
+    descriptor = libc.syscall(
+        CALL_OPENAT2, AT_FDCWD, os.fsencode(path), ONLY_CACHED, ctypes.sizeof(ONLY_CACHED)
+    )
+    if descriptor < 0:
+        number = ctypes.get_errno()
+        if number not in REFUSALS:
+            number = errno.EAGAIN
+        raise OSError(number, os.strerror(number), path)
+    try:
+        return os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_working_directory(path: str, sees: Sees = sees_all, look: Look = os.stat) -> None:
     """Raises InvalidRequestError unless it is a directory that the user of this thread may
     enter, and that is there for the job."""
+    if path == "/":  # the usual one
+        return
+    mode = _mode_of(path, look)
     if not sees(path):
         raise InvalidRequestError("working_directory", f"{path!r} is not there: {NOT_SEEN}")
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        problem = f"{path!r}: {error.strerror}; give a directory that exists on the server"
-        raise InvalidRequestError("working_directory", problem) from error
+    if isinstance(mode, OSError):
+        problem = f"{path!r}: {mode.strerror}; give a directory that exists on the server"
+        raise InvalidRequestError("working_directory", problem) from mode
     if not stat.S_ISDIR(mode):
         problem = f"{path!r} is not a directory; give one that exists on the server"
         raise InvalidRequestError("working_directory", problem)
@@ -60,6 +88,7 @@ def resolve(
     environment: Mapping[str, str],
     working_directory: str,
     sees: Sees = sees_all,
+    look: Look = os.stat,
 ) -> str:
     """The absolute path of the executable that a shell in the job's place would find, with
     the rights of this thread's user.
@@ -68,7 +97,7 @@ def resolve(
     """
     if "/" in command:
         path = os.path.normpath(os.path.join(working_directory, command))
-        number, problem = _problem_with(path, sees)
+        number, problem = _problem_with(path, sees, look)
         if problem:
             raise InvalidRequestError("command", f"{command!r} {problem}", number)
         return path
@@ -77,7 +106,7 @@ def resolve(
     best_number, best_problem = errno.ENOENT, ""
     for folder in search.split(":"):
         path = os.path.join(working_directory, folder, command)
-        number, problem = _problem_with(path, sees)
+        number, problem = _problem_with(path, sees, look)
         if not problem:
             return path
         if problem != NOT_FOUND:
@@ -92,21 +121,30 @@ def resolve(
     )
 
 
+def _mode_of(path: str, look: Look) -> int | OSError:
+    """Or why it has none. Before anything else that looks at the path: raises BlockingIOError."""
+    try:
+        return look(path).st_mode
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        return error
+
+
 NOT_FOUND = "does not exist on the server"
 NOT_REGULAR = "is not a regular file"
 NOT_SEEN = "this job's profile does not show it"
 
 
-def _problem_with(path: str, sees: Sees) -> tuple[int, str]:
+def _problem_with(path: str, sees: Sees, look: Look) -> tuple[int, str]:
     """Why this file cannot be executed, as errno and in words; 0 and no word where it can."""
+    mode = _mode_of(path, look)
     if not sees(path):
         return errno.ENOENT, f"is not there: {NOT_SEEN}"
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    if isinstance(mode, FileNotFoundError | NotADirectoryError):
         return errno.ENOENT, NOT_FOUND
-    except OSError as error:
-        return error.errno or errno.EIO, f"cannot be looked at: {error.strerror}"
+    if isinstance(mode, OSError):
+        return mode.errno or errno.EIO, f"cannot be looked at: {mode.strerror}"
     if not stat.S_ISREG(mode):
         is_directory = stat.S_ISDIR(mode)
         number = errno.EISDIR if is_directory else errno.EACCES

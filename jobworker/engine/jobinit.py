@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobworker.engine.pace import Pace
 from jobworker.errors import JobinitError, StartFailedError, StartupError, StateFolderError
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,9 @@ STEPS = {
 }
 
 
+LimitFiles = tuple[tuple[str, str], ...]  # names of files in a cgroup, and what to write
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Whom a job runs as."""
@@ -124,7 +128,7 @@ class StartRequest:
     cgroup: str | None  # the directory of the job's cgroup; None: without one
     merge_output: bool
     makes_cgroup: bool = False  # else it is there
-    limits: tuple[tuple[str, str], ...] = ()  # files in a cgroup that is made, and their values
+    limits: LimitFiles = ()  # of a cgroup that is made
     stdin: bytes = b""
     identity: Identity | None = None  # None: as jobinit itself
     is_confined: bool = False  # it can gain no rights that its user has not
@@ -277,6 +281,8 @@ class Jobinit:
         self._viewing: dict[int, asyncio.Future[None]] = {}
         self._adopting: asyncio.Future[list[Held]] | None = None
         self._held: dict[int, Held] = {}  # what came so far, while adopting
+        self._recorded: list[int] = []
+        self._pace = Pace(self._send_recorded)
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()  # packet, and memfds
         self._loop.add_reader(connection.fileno(), self._receive)
 
@@ -323,6 +329,7 @@ class Jobinit:
         memfds = _memfds_with([body] * is_long + [request.stdin] * bool(request.stdin))
         future: asyncio.Future[Started] = self._loop.create_future()
         self._starting[request.job_id] = (request, future)
+        self._send_recorded()  # first, as it gives back descriptors
         self._send(Ask.START, request.job_id, b"" if is_long else body, memfds)
         return await future
 
@@ -353,19 +360,28 @@ class Jobinit:
         self._send(Ask.SIGNAL, job_id, SIGNAL_BODY.pack(number, 0))
 
     def acknowledge(self, job_id: int) -> None:
-        """The ending is recorded: jobinit forgets the job, and closes its pipe ends."""
-        self._send(Ask.ACKNOWLEDGE, job_id)
+        """The ending is recorded: jobinit forgets the job, and closes its pipe ends. That may
+        wait a little, so that it is not woken for each."""
+        self._recorded.append(job_id)
+        self._pace.ask(may_wait=True)
+
+    def _send_recorded(self) -> None:
+        for job_id in self._recorded:
+            self._send(Ask.ACKNOWLEDGE, job_id)
+        self._recorded.clear()
 
     async def adopt(self) -> list[Held]:
         """All jobs that jobinit holds. To be called by a server that has just connected,
         before it starts any; jobinit tells nothing of older jobs without it."""
         self._require_connection()
         self._adopting = self._loop.create_future()
+        self._send_recorded()
         self._send(Ask.LIST, 0)
         return await self._adopting
 
     async def close(self) -> None:
         """jobinit goes on for as long as it holds a job."""
+        self._send_recorded()
         self._disconnect(JobinitError("the connection to jobinit is closed"))
 
     def _require_connection(self) -> None:
@@ -415,6 +431,8 @@ class Jobinit:
     # Receiving
 
     def _receive(self) -> None:
+        if self.is_closed:
+            return
         try:
             packet, descriptors, flags = _receive_packet(self._socket)
         except BlockingIOError:
@@ -436,7 +454,7 @@ class Jobinit:
             self._take_packet(packet, descriptors, is_cut=bool(flags & socket.MSG_CTRUNC))
 
     def _receive_to_end(self) -> None:
-        while self._socket.fileno() >= 0:
+        while not self.is_closed:
             self._receive()
 
     def _take_packet(self, packet: bytes, descriptors: list[int], *, is_cut: bool) -> None:

@@ -22,7 +22,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sized
+from collections.abc import Callable, Coroutine, Sized
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -30,10 +30,17 @@ from typing import Any, TypeVar
 from jobworker import job as transition
 from jobworker._fastio import Extent, Log
 from jobworker.engine.cgroup import Cgroup, CgroupTree
-from jobworker.engine.command import base_environment, check_working_directory, resolve
+from jobworker.engine.command import (
+    Look,
+    base_environment,
+    check_working_directory,
+    look_in_memory,
+    resolve,
+)
 from jobworker.engine.isolation import Confinement, Isolation
-from jobworker.engine.jobinit import Exited, Failed, Held, Started, StartRequest
+from jobworker.engine.jobinit import Exited, Failed, Held, LimitFiles, Started, StartRequest
 from jobworker.engine.jobinits import Jobinits, OrphanExited
+from jobworker.engine.mounts import Mounts
 from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Packed, Reader
 from jobworker.engine.quota import Ledger
 from jobworker.engine.recovery import Decision, decide
@@ -124,18 +131,18 @@ class _LiveJob:
     kill_timer: asyncio.TimerHandle | None = None
     timeout_timer: asyncio.TimerHandle | None = None
 
-    def snapshot(self) -> Job:
+    def snapshot(self, **changes: Any) -> Job:
         if self.log is None:
-            return self.job
+            return transition.changed(self.job, **changes)
         stdout_bytes, stderr_bytes = self.log.stream_bytes
-        return replace(
-            self.job,
-            stdout_bytes=stdout_bytes,
-            stderr_bytes=stderr_bytes,
-            lost_bytes=self.log.lost_bytes,
-            output_problem=os.strerror(self.log.error) if self.log.error else "",
-            log_bytes=self.log.disk_bytes,
-        )
+        of_output = {
+            "stdout_bytes": stdout_bytes,
+            "stderr_bytes": stderr_bytes,
+            "lost_bytes": self.log.lost_bytes,
+            "output_problem": os.strerror(self.log.error) if self.log.error else "",
+            "log_bytes": self.log.disk_bytes,
+        }
+        return transition.changed(self.job, **(of_output | changes))
 
 
 class Manager:
@@ -159,6 +166,7 @@ class Manager:
         self._jobinits = jobinits
         self._retention = retention
         output.on_log_limit = self._on_log_limit
+        self._mounts = Mounts()
         self._worker = Worker("cgroups")
         self._live: dict[int, _LiveJob] = {}
         self._ledgers: dict[str, Ledger] = {}  # by the owner of the jobs
@@ -194,6 +202,7 @@ class Manager:
         A client that goes away meanwhile does not take the job with it.
         """
         self._admit()
+        self._require_room()
         self._ledger(client.name).take_create(client.quota.creates_per_second, self._loop.time())
         transition.validate(request)
         transition.validate_stdin(stdin)
@@ -361,6 +370,7 @@ class Manager:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._retention.close()
         await self._worker.close()
+        self._mounts.close()
 
     async def _stop_all(self) -> None:
         if self._live:
@@ -433,7 +443,8 @@ class Manager:
         spec = live.job.spec
         try:
             confinement = self.isolation.resume(spec)
-            request = self._start_request(live, spec.command, confinement)
+            # All but the id is known there.
+            request = self._start_request(live.job, None, spec.command, confinement)
             started = await self._jobinits.start(request)
             live.cgroup = self.cgroups.find(live.job.id)
             self._started(live, started)
@@ -447,7 +458,7 @@ class Manager:
         if live.cgroup:
             await self._kill_cgroup(live, live.cgroup)
         if extent:
-            live.job = replace(
+            live.job = transition.changed(
                 live.job,
                 stdout_bytes=extent.stdout_bytes,
                 stderr_bytes=extent.stderr_bytes,
@@ -456,7 +467,7 @@ class Manager:
             )
         accounting = self._account(live, None)
         job = transition.lost(live.job, _why_lost(live.job), time.time_ns())
-        await self._record_end(live, replace(job, accounting=accounting[0]))
+        await self._record_end(live, job, accounting[0])
 
     def _disown(self, job_id: int, held: Held | None) -> None:
         log.error("jobinit holds a job %d of which there is no record: killing it", job_id)
@@ -511,16 +522,18 @@ class Manager:
     def _admit(self) -> None:
         if self._closing:
             raise ShuttingDownError
+        if len(self._live) >= self.policy.maximum_jobs:
+            raise ResourceExhaustedError(
+                f"{len(self._live)} jobs are running, as many as the server's limit on open "
+                "descriptors allows; wait for one to end, or raise its hard RLIMIT_NOFILE"
+            )
+
+    def _require_room(self) -> None:
         room = self._output.room_bytes()
         if room < self.policy.disk_reserve_bytes:
             raise ResourceExhaustedError(
                 f"the disk of the state folder has {room >> 20} MiB left, less than the reserve of "
                 f"{self.policy.disk_reserve_bytes >> 20} MiB; delete ended jobs, or make room"
-            )
-        if len(self._live) >= self.policy.maximum_jobs:
-            raise ResourceExhaustedError(
-                f"{len(self._live)} jobs are running, as many as the server's limit on open "
-                "descriptors allows; wait for one to end, or raise its hard RLIMIT_NOFILE"
             )
 
     async def _create(self, request: JobSpec, stdin: bytes, client: Caller) -> Job:
@@ -528,9 +541,7 @@ class Manager:
         self._ledger(client.name).check(client.quota, limits)
         confinement = self.isolation.choose(request.profile, request.user, request.network)
         _check_choice(client, request, confinement)
-        path, limit_files = await asyncio.to_thread(
-            self._check_on_machine, request, limits, confinement
-        )
+        path, limit_files = await self._check_on_machine(request, limits, confinement)
         confinement = self.isolation.assign(confinement)
         spec = replace(
             request,
@@ -547,9 +558,12 @@ class Manager:
         job_id, now_ns = self._store.reserve_id(), time.time_ns()
         live = self._new_live(transition.created(job_id, spec, now_ns, client.principal))
         try:
-            start = self._start_request(live, request.command, confinement, limit_files, stdin)
+            cgroup = self.cgroups.of(live.job.id)
+            start = self._start_request(
+                live.job, cgroup, request.command, confinement, limit_files, stdin
+            )
             await self._store.put(live.job)
-            live.cgroup = self.cgroups.of(live.job.id)
+            live.cgroup = cgroup
             self._started(live, await self._jobinits.start(start))
         except START_ERRORS as error:
             await self._certainly(live, partial(self._fail_start, live, error))
@@ -609,33 +623,38 @@ class Manager:
             pids=choose(asked.pids, default.pids, "pids"),
         )
 
-    def _check_on_machine(
+    async def _check_on_machine(
         self, request: JobSpec, limits: Limits, confinement: Confinement
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """The path of the executable, and the files that put these limits in force. Blocks:
-        every look at a filesystem may."""
-        self.cgroups.check(request.limits, request.working_directory)
-        limit_files = self.cgroups.limit_files(limits, request.working_directory)
+    ) -> tuple[str, LimitFiles]:
+        """The path of the executable, and the files that put these limits in force."""
+        # Every look at a filesystem may block; but mostly nobody need be asked who could.
+        if self._mounts.are_local() and not limits.io_bytes_per_second:
+            with contextlib.suppress(BlockingIOError):
+                return self._look_on_machine(request, limits, confinement, look_in_memory)
+        return await asyncio.to_thread(self._look_on_machine, request, limits, confinement, os.stat)
+
+    def _look_on_machine(
+        self, request: JobSpec, limits: Limits, confinement: Confinement, look: Look
+    ) -> tuple[str, LimitFiles]:
+        folder = request.working_directory
+        self.cgroups.check(request.limits, folder)
+        limit_files = self.cgroups.limit_files(limits, folder)
         with file_rights_of(confinement.user):
-            check_working_directory(request.working_directory, confinement.sees)
-            path = resolve(
-                request.command,
-                request.environment,
-                request.working_directory,
-                confinement.sees,
-            )
+            sees = confinement.sees
+            check_working_directory(folder, sees, look)
+            path = resolve(request.command, request.environment, folder, sees, look)
         return path, limit_files
 
     def _start_request(
         self,
-        live: _LiveJob,
+        job: Job,
+        cgroup: Cgroup | None,
         argv0: str,
         confinement: Confinement,
-        limit_files: Iterable[tuple[str, str]] = (),
+        limit_files: LimitFiles = (),
         stdin: bytes = b"",
     ) -> StartRequest:
-        job, spec = live.job, live.job.spec
-        cgroup = self.cgroups.of(job.id)
+        spec = job.spec
         return StartRequest(
             job_id=job.id,
             executable=spec.command,
@@ -645,7 +664,7 @@ class Manager:
             working_directory=spec.working_directory,
             cgroup=str(cgroup.path) if cgroup else None,
             makes_cgroup=cgroup is not None,
-            limits=tuple(limit_files),
+            limits=limit_files,
             merge_output=spec.merge_output,
             stdin=stdin,
             identity=confinement.identity,
@@ -674,13 +693,17 @@ class Manager:
         live.job = transition.started(live.job, started.started_ns)
         # Not at once: were we killed now, jobinit would know that the job runs; and of those
         # that are over soon, the ending is all that need be stored.
-        self._loop.call_later(STORE_RUNNING_SECONDS, lambda: self._spawn(self._store_running(live)))
+        self._loop.call_later(STORE_RUNNING_SECONDS, self._store_running_soon, live)
+
+    def _store_running_soon(self, live: _LiveJob) -> None:
+        if not live.job.is_ended:
+            self._spawn(self._store_running(live))
 
     async def _store_running(self, live: _LiveJob) -> None:
         """Asks and puts in one step: a record that waits for its turn could come after that of
         the ending, and stay."""
         if not live.job.is_ended:
-            await self._store.put(live.job)
+            await self._store.put(live.job, may_wait=True)
 
     async def _fail_start(self, live: _LiveJob, error: Exception) -> None:
         if isinstance(error, StartFailedError):
@@ -767,15 +790,14 @@ class Manager:
             await self._empty_cgroup(live, live.cgroup)
         else:
             await self._empty_session(live, log_)
-        log_.drain()
-        await self._output.wait_finished(log_)
+        await self._output.finish(log_)
         accounting, oom = self._account(live, exited)
         if exited.wait_status is None:
             detail = "jobinit died, and the kernel could not tell how the job ended"
             job = transition.lost(live.job, detail, exited.ended_ns)
         else:
             job = transition.ended(live.job, exited.wait_status, oom, exited.ended_ns)
-        await self._record_end(live, replace(job, accounting=accounting))
+        await self._record_end(live, job, accounting)
 
     async def _empty_cgroup(self, live: _LiveJob, cgroup: Cgroup) -> None:
         """Gives what the main process left behind its time, then kills it."""
@@ -796,7 +818,7 @@ class Manager:
         except TimeoutError:
             pass
         self._jobinits.signal(live.job.id, signal.SIGKILL)
-        live.job = replace(live.job, cleanup_uncertain=True)
+        live.job = transition.changed(live.job, cleanup_uncertain=True)
 
     def _linger_seconds(self, live: _LiveJob) -> float:
         if live.kill_at is None:
@@ -817,7 +839,7 @@ class Manager:
         if cgroup is None:
             return of_process, OomKills()
         # Not in a thread: these files are memory, and the way there would cost more.
-        accounting, oom = cgroup.accounting(), cgroup.oom_kills()
+        accounting, oom = cgroup.accounts()
         if accounting.memory_peak_bytes is None:
             accounting = replace(accounting, memory_peak_bytes=of_process.memory_peak_bytes)
         return accounting, oom
@@ -830,10 +852,12 @@ class Manager:
         except (CgroupError, OSError):
             log.exception("cannot remove %s; the next start of the server will", cgroup.path)
 
-    async def _record_end(self, live: _LiveJob, job: Job) -> None:
+    async def _record_end(
+        self, live: _LiveJob, job: Job, accounting: Accounting | None = None
+    ) -> None:
         """The ending is certain: store it, then let go of everything."""
         live.job = job
-        live.job = job = replace(live.snapshot(), output_problem="")
+        live.job = job = live.snapshot(accounting=accounting, output_problem="")
         await self._store_certainly(job)
         if live.cgroup:
             await self._remove_cgroup(live.cgroup)
@@ -863,7 +887,7 @@ class Manager:
         """However long the disk refuses: jobinit, too, holds the ending until then."""
         while True:
             try:
-                await self._store.put(job)
+                await self._store.put(job, may_wait=True)
                 return
             except StoreError as error:
                 log.error("the ending of job %d waits to be stored: %s", job.id, error)

@@ -47,6 +47,10 @@ UNWRITTEN_BUDGET_OF_SIZE_BYTES = 4 << 20
 SHARED_BYTES = 32 << 20
 SHARED_OVERHEAD_BYTES = 1 << 10  # of each, about
 
+# After this a new log's pipes are looked after. Many a job is over by then, and has written
+# nothing: no thread is woken for it.
+WATCH_SECONDS = 0.002
+
 HISTORY_THREADS = 2
 
 SEGMENT_NAME = re.compile(r"(\d+)\.(\d+)\.log")
@@ -191,6 +195,7 @@ class Output:
         self._drops_when_full = drops_when_full
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, set[asyncio.Future[None]]] = {}
+        self._unwatched: list[Log] = []  # opened a moment ago
         self._readers: Counter[int] = Counter()  # by job
         self._unread: dict[int, list[asyncio.Future[None]]] = {}
         self._shared = Shared()
@@ -213,7 +218,7 @@ class Output:
 
         resumed: from `recover`, for a job that an earlier server started.
         """
-        return Log(
+        log = Log(
             self._pump,
             job_id,
             stdout_fd,
@@ -222,7 +227,24 @@ class Output:
             max_bytes=quota.max_bytes,
             is_ring=quota.policy is LogPolicy.RING,
             resumed=resumed,
+            watched=resumed is not None,
         )
+        self._unwatched.append(log)
+        if len(self._unwatched) == 1:
+            self._loop.call_later(WATCH_SECONDS, self._watch)
+        return log
+
+    def _watch(self) -> None:
+        for log in self._unwatched:
+            log.watch()
+        self._unwatched.clear()
+
+    async def finish(self, log: Log) -> None:
+        """Nobody may write to it any more: returns once what is in its pipes is on disk."""
+        log.drain()
+        if log.finished:
+            _resolve(self._waiting.pop(log.job, ()))
+        await self.wait_finished(log)
 
     async def wait_finished(self, log: Log) -> None:
         """Returns once both pipes are closed and all their bytes are on disk."""

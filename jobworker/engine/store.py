@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from jobworker.engine.pace import Pace
 from jobworker.errors import StateFolderError, StoreError
 from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, LogPolicy, Principal, Status
 
@@ -177,6 +178,7 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._last_run = last_run
         self._ids = ids
+        self._spec_texts: dict[int, tuple[JobSpec, str]] = {}  # of jobs that have not ended
         writer, syncer, self._reader = self._connections = connections
         self._syncer = _Syncer(path, syncer)
         self._writer = _Writer(writer, self._syncer, last_run, self._loop)
@@ -214,10 +216,23 @@ class Store:
         """
         return self._ids.take()
 
-    async def put(self, job: Job) -> None:
+    async def put(self, job: Job, *, may_wait: bool = False) -> None:
         """Returns once the record survives the death of this process. Raises StoreError.
-        Where the caller is cancelled, the record is written nevertheless."""
-        await self._writer.write(PUT, [_row_from(job)])
+        Where the caller is cancelled, the record is written nevertheless.
+
+        may_wait: some milliseconds for company, where others come all the time.
+        """
+        # The spec of a job stays, and is the longest part of its record.
+        spec, spec_text = self._spec_texts.pop(job.id, (None, ""))
+        if spec is not job.spec:
+            spec_text = _spec_text(job.spec)
+        if not job.is_ended:
+            self._spec_texts[job.id] = (job.spec, spec_text)
+        try:
+            await self._writer.write(PUT, [_row_from(job, spec_text)], may_wait)
+        except StoreError:
+            self._spec_texts.pop(job.id, None)
+            raise
 
     async def put_output(self, job_id: int, segment: bytes, index: bytes) -> None:
         """Keeps a small output with the records; goes with its job. What is put before the
@@ -279,6 +294,7 @@ class Store:
 
     async def close(self) -> None:
         """Once all that was put is written; what is put from now on is refused."""
+        self._writer.stop_taking()
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
@@ -345,20 +361,34 @@ class _Writer:
         self._last_run = last_run
         self._loop = loop
         self._is_closing = False
-        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._gathered: list[_Write] = []
+        self._pace = Pace(self._hand_over)
+        self._queue: queue.SimpleQueue[list[_Write] | None] = queue.SimpleQueue()
         # A daemon, as the next one: a server that ends in an error does not wait for them.
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
-    def write(self, statement: _Statement, rows: list[tuple[Any, ...]]) -> asyncio.Future[None]:
+    def write(
+        self, statement: _Statement, rows: list[tuple[Any, ...]], may_wait: bool = False
+    ) -> asyncio.Future[None]:
         if self._is_closing or not self._thread.is_alive():
             raise StoreError("job records cannot be written: the store is closed")
         future = self._loop.create_future()
-        self._queue.put(_Write(statement, rows, future))
+        self._gathered.append(_Write(statement, rows, future))
+        self._pace.ask(may_wait=may_wait)
         return future
 
-    def close(self) -> None:
+    def _hand_over(self) -> None:
+        if self._gathered:
+            self._queue.put(self._gathered)
+            self._gathered = []
+
+    def stop_taking(self) -> None:
         self._is_closing = True
+        self._pace.act()
+
+    def close(self) -> None:
+        """Blocks; after `stop_taking`."""
         self._queue.put(None)
         self._thread.join()
 
@@ -374,12 +404,12 @@ class _Writer:
         batch: list[_Write] = []
         # No more than were there: the first must not wait for ever new ones.
         for _ in range(max(1, self._queue.qsize())):
-            write = self._queue.get()
-            if write is None:
+            writes = self._queue.get()
+            if writes is None:
                 if batch:
                     self._queue.put(None)  # after this batch
                 break
-            batch.append(write)
+            batch += writes
         return batch
 
     def _commit(self, batch: list[_Write]) -> StoreError | None:
@@ -746,7 +776,7 @@ def _fsync(path: Path | str) -> None:
 # Rows
 
 
-def _row_from(job: Job) -> tuple[object, ...]:
+def _row_from(job: Job, spec_text: str) -> tuple[object, ...]:
     return (
         job.id,
         job.status,
@@ -759,8 +789,8 @@ def _row_from(job: Job) -> tuple[object, ...]:
         job.signal,
         job.stdout_bytes,
         job.stderr_bytes,
-        json.dumps(_fields(job.spec)),
-        json.dumps(
+        spec_text,
+        _encode(
             {
                 "end_requested": job.end_requested,
                 "failed_step": job.failed_step,
@@ -782,12 +812,21 @@ def _values(by: Principal | None) -> tuple[str, ...] | None:
     return (by.name, by.role, by.serial) if by else None
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def _spec_text(spec: JobSpec) -> str:
+    return _encode(_fields(spec) | {"limits": _fields(spec.limits)})
+
+
+_encode = json.JSONEncoder().encode
+_NAMES = {
+    kind: tuple(each.name for each in dataclasses.fields(kind))
+    for kind in (JobSpec, Limits, Accounting)
+}
+
+
+def _fields(value: JobSpec | Limits | Accounting) -> dict[str, Any]:
     """One level of dataclasses.asdict, which would copy all below it too."""
     return {
-        field.name: _fields(inner) if isinstance(inner, Limits) else inner
-        for field in dataclasses.fields(value)
-        if (inner := getattr(value, field.name)) is not None
+        name: inner for name in _NAMES[type(value)] if (inner := getattr(value, name)) is not None
     }
 
 

@@ -1,7 +1,7 @@
-"""One thread for short calls that may block, such as mkdir and rmdir of cgroups.
+"""One thread for short calls that may block and may wait a little, such as rmdir of cgroups.
 
-What comes while it is busy waits, and is told of together: under load a call costs a fraction
-of a thread switch each way, and not two whole ones as in a pool of threads.
+They are handed over and told of together: under load a call costs a fraction of a thread switch
+each way, and not two whole ones as in a pool of threads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import queue
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
+
+from jobworker.engine.pace import Pace
 
 T = TypeVar("T")
 
@@ -31,7 +33,9 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._gathered: list[_Call] = []
+        self._pace = Pace(self._hand_over)
+        self._queue: queue.SimpleQueue[list[_Call] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name)
         self._thread.start()
 
@@ -39,25 +43,24 @@ class Worker:
         """It is called in the thread, after all that was asked for before; also where the future
         is cancelled."""
         future: asyncio.Future[T] = self._loop.create_future()
-        self._queue.put(_Call(function, future))
+        self._gathered.append(_Call(function, future))
+        self._pace.ask(may_wait=True)
         return future
 
     async def close(self) -> None:
         """Returns once all calls are over."""
+        self._pace.act()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
+    def _hand_over(self) -> None:
+        if self._gathered:
+            self._queue.put(self._gathered)
+            self._gathered = []
+
     def _run(self) -> None:
-        outcomes: list[_Outcome] = []
-        while True:
-            if outcomes and self._queue.empty():
-                self._loop.call_soon_threadsafe(_resolve, outcomes)
-                outcomes = []
-            call = self._queue.get()
-            if call is None:
-                break
-            outcomes.append(_carry_out(call))
-        if outcomes:
+        while calls := self._queue.get():
+            outcomes = [_carry_out(call) for call in calls]
             self._loop.call_soon_threadsafe(_resolve, outcomes)
 
 

@@ -4,6 +4,7 @@ gRPC status codes. All of it is pure."""
 from __future__ import annotations
 
 import errno
+import functools
 import time
 from collections.abc import Callable, Iterable
 
@@ -207,5 +208,9 @@ def rfc3339(nanoseconds: int) -> str:
     if not nanoseconds:
         return ""
     seconds, rest = divmod(nanoseconds, 1_000_000_000)
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    return f"{whole}.{rest // 1000:06d}Z"
+    return f"{_whole_second(seconds)}.{rest // 1000:06d}Z"
+
+
+@functools.lru_cache(maxsize=16)
+def _whole_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))

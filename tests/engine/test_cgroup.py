@@ -83,11 +83,11 @@ def test_a_job_has_a_cgroup_of_its_own(tree: CgroupTree) -> None:
 
 
 def test_only_what_is_limited_is_to_be_written(tree: CgroupTree) -> None:
-    assert tree.limit_files(NONE, "/") == []
-    assert tree.limit_files(Limits(cpu_percent=250, pids=7), "/") == [
+    assert tree.limit_files(NONE, "/") == ()
+    assert tree.limit_files(Limits(cpu_percent=250, pids=7), "/") == (
         ("cpu.max", "250000 100000"),
         ("pids.max", "7"),
-    ]
+    )
 
 
 def test_what_an_earlier_server_left_is_found(
@@ -264,8 +264,8 @@ def test_a_removed_cgroup_is_harmless(cgroup: Cgroup, run: Run) -> None:
     cgroup.kill()
     assert not cgroup.is_populated()
     assert run(cgroup.wait_unpopulated(10))
-    assert cgroup.accounting().cpu_user_us is None
-    assert cgroup.oom_kills() == OomKills()
+    assert cgroup.accounts()[0].cpu_user_us is None
+    assert cgroup.accounts()[1] == OomKills()
 
 
 def test_cgroups_that_the_job_made_count_and_go_with_it(
@@ -325,7 +325,7 @@ def test_cpu_time_is_accounted(
     _, _, usage = os.wait4(process.pid, 0)
     process.returncode = 0
 
-    used = cgroup.accounting()
+    used = cgroup.accounts()[0]
 
     assert used.cpu_user_us and used.cpu_system_us is not None
     all_us = used.cpu_user_us + used.cpu_system_us

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from jobworker.engine.command import base_environment, check_working_directory, resolve
+from jobworker.engine import command as module
+from jobworker.engine.command import (
+    base_environment,
+    check_working_directory,
+    look_in_memory,
+    resolve,
+)
 from jobworker.engine.user import own_user
 from jobworker.errors import InvalidRequestError
 
@@ -87,3 +94,37 @@ def test_nothing_of_the_servers_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert environment["JOB_ID"] == "7"
     assert "SECRET" not in environment
     assert "/the/servers" not in environment["PATH"]
+
+
+# Without waiting for a disk
+
+
+def test_what_is_in_memory_is_seen_as_from_the_disk(program: Path) -> None:
+    link = program.with_name("link")
+    link.symlink_to(program)
+    for path in (program, link, program.parent):
+        assert look_in_memory(str(path)) == os.stat(path)
+    assert resolve("link", {"PATH": str(program.parent)}, "/", look=look_in_memory) == str(link)
+
+
+def test_what_is_not_there_is_known_too(program: Path) -> None:
+    path = str(program.with_name("no-such"))
+    assert not os.path.exists(path)  # now the kernel knows
+    with pytest.raises(FileNotFoundError):
+        look_in_memory(path)
+    with pytest.raises(InvalidRequestError, match="does not exist"):
+        resolve(path, {}, "/", look=look_in_memory)
+
+
+def test_what_must_be_asked_for_is_not_waited_for(
+    program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an older kernel answers, which cannot tell; nothing else is sure not to be cached."""
+    unknown = (ctypes.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, 1 << 40)
+    monkeypatch.setattr(module, "ONLY_CACHED", unknown)
+    with pytest.raises(BlockingIOError):
+        look_in_memory(str(program))
+    with pytest.raises(BlockingIOError):
+        resolve(str(program), {}, "/", look=look_in_memory)
+    with pytest.raises(BlockingIOError):
+        check_working_directory(str(program.parent), look=look_in_memory)

@@ -115,6 +115,21 @@ def test_history_then_live_then_the_end(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_a_reader_of_a_silent_job_comes_to_its_end(tmp_path: Path) -> None:
+    async def test(output: Output) -> None:
+        pipes = Pipes(output)
+        reader = Reader(output, 1, pipes.log, 0)
+        waiting = asyncio.ensure_future(reader.next())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await output.finish(pipes.log)
+        assert await waiting is None
+        reader.close()
+        pipes.close()
+
+    run(tmp_path, test)
+
+
 def test_an_ended_job_is_read_from_disk(tmp_path: Path) -> None:
     async def test(output: Output) -> None:
         pipes = Pipes(output)

@@ -51,7 +51,7 @@ def limited_seconds(create: Create, folder: Path) -> float:
     assert run_in(cgroup, "dd", *write).returncode == 0
     seconds = time.monotonic() - begun
     (folder / "data").unlink()
-    accounting = cgroup.accounting()
+    accounting = cgroup.accounts()[0]
     assert accounting.io_written_bytes
     assert 2 * MIB <= accounting.io_written_bytes < 3 * MIB  # once, however deep the stack
     return seconds

@@ -52,10 +52,10 @@ def test_the_memory_limit_kills(create: Create) -> None:
 
     assert run_in(cgroup, *use_memory(200)).returncode == -9
 
-    kills = cgroup.oom_kills()
+    kills = cgroup.accounts()[1]
     # The kernel counts the process that it chose once more when it kills the group.
     assert kills.by_limit == 1 and kills.killed in {1, 2}
-    accounting = cgroup.accounting()
+    accounting = cgroup.accounts()[0]
     assert accounting.oom_kills == kills.killed
     assert accounting.memory_peak_bytes
     assert 45 * MIB < accounting.memory_peak_bytes <= 50 * MIB
@@ -69,13 +69,13 @@ def test_the_memory_limit_kills_all_of_the_job(create: Create) -> None:
     ) as job:
         assert job.wait(timeout=30) == -9
         assert asyncio.run(cgroup.wait_unpopulated(10))
-    assert cgroup.oom_kills().killed > 1
+    assert cgroup.accounts()[1].killed > 1
 
 
 def test_within_its_memory_limit_a_job_ends_by_itself(create: Create) -> None:
     cgroup = create(memory_mib=50)
     assert run_in(cgroup, *use_memory(20)).returncode == 0
-    assert cgroup.oom_kills().killed == 0
+    assert cgroup.accounts()[1].killed == 0
 
 
 def test_the_cpu_limit_holds(create: Create) -> None:
@@ -137,7 +137,7 @@ def test_io_is_accounted(create: Create) -> None:
     run_in(cgroup, "dd", "bs=64k", "count=32", *READ)
     run_in(cgroup, "dd", "bs=64k", "count=16", *WRITE)
 
-    accounting = cgroup.accounting()
+    accounting = cgroup.accounts()[0]
 
     assert accounting.io_read_bytes is not None and accounting.io_written_bytes is not None
     assert 2 * MIB <= accounting.io_read_bytes < 2.2 * MIB

@@ -1,0 +1,83 @@
+"""When what has gathered is handed over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from jobworker.engine import pace as module
+from jobworker.engine.pace import Pace
+
+
+class Gathered:
+    """As its users have: what came, and what was handed over together."""
+
+    def __init__(self) -> None:
+        self.waiting: list[int] = []
+        self.handed: list[list[int]] = []
+        self.pace = Pace(self._hand_over)
+
+    def add(self, number: int, *, may_wait: bool) -> None:
+        self.waiting.append(number)
+        self.pace.ask(may_wait=may_wait)
+
+    def _hand_over(self) -> None:
+        self.handed.append(self.waiting)
+        self.waiting = []
+
+
+def run(test: Callable[[Gathered], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await test(Gathered())
+
+    asyncio.run(main())
+
+
+def test_what_comes_in_one_turn_goes_together_and_at_its_end() -> None:
+    async def test(gathered: Gathered) -> None:
+        for number in range(3):
+            gathered.add(number, may_wait=False)
+        assert gathered.handed == []
+        await asyncio.sleep(0)
+        assert gathered.handed == [[0, 1, 2]]
+
+    run(test)
+
+
+def test_a_single_one_waits_for_nobody() -> None:
+    async def test(gathered: Gathered) -> None:
+        gathered.add(1, may_wait=True)
+        await asyncio.sleep(0)
+        assert gathered.handed == [[1]]
+
+    run(test)
+
+
+def test_what_may_wait_goes_with_what_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COMPANY_SECONDS", 1000.0)
+
+    async def test(gathered: Gathered) -> None:
+        gathered.pace.act()
+        gathered.add(1, may_wait=True)
+        gathered.add(2, may_wait=True)
+        await asyncio.sleep(0)
+        assert gathered.waiting == [1, 2]
+        gathered.add(3, may_wait=False)
+        await asyncio.sleep(0)
+        assert gathered.handed[1:] == [[1, 2, 3]]
+
+    run(test)
+
+
+def test_it_does_not_wait_for_ever() -> None:
+    async def test(gathered: Gathered) -> None:
+        gathered.pace.act()
+        gathered.add(1, may_wait=True)
+        async with asyncio.timeout(10):
+            while gathered.waiting:
+                await asyncio.sleep(0.001)
+        assert gathered.handed[1:] == [[1]]
+
+    run(test)
