@@ -525,6 +525,8 @@ static struct rule rules[] = {
 	/* Programs do without these where they do not exist. */
 	{425 /* io_uring_setup */, UNKNOWN}, {426 /* io_uring_enter */, UNKNOWN},
 	{427 /* io_uring_register */, UNKNOWN},
+	/* So do they without this; the whole machine has a number of these, fs.aio-max-nr. */
+	{SYS_io_setup, UNKNOWN},
 	/* Keys, which no namespace separates */
 	{SYS_keyctl, FORBID}, {SYS_add_key, FORBID}, {SYS_request_key, FORBID},
 	/* The machine as a whole */
@@ -840,11 +842,12 @@ static bool mount_tmp(const char *options)
 	       && (bind_mount("/tmp", "/var/tmp") || is_absent()) && bind_mount("/tmp", "/dev/shm");
 }
 
-/* Its own: who opens a terminal of another job's user could read what is typed there. */
+/* Its own: who opens a terminal of another job's user could read what is typed there. Some only,
+ * as all jobs together may have no more than kernel.pty.max. */
 static bool mount_terminals(void)
 {
 	return mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC,
-		     "newinstance,ptmxmode=0666,mode=0620") == 0;
+		     "newinstance,ptmxmode=0666,mode=0620,max=64") == 0;
 }
 
 static void complete_view(const struct request *request)

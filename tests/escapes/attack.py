@@ -83,11 +83,21 @@ def attack(
 
 def main() -> None:
     """In the job: all attacks that the scene names, and for each verdict a line of JSON."""
+    descriptors = _open_descriptors()
     with zipfile.ZipFile(sys.argv[0]) as archive:
         scene = json.loads(archive.read("scene.json"))
+    scene["descriptors"] = descriptors
     left = list(scene["attacks"])
     while left:
         left = left[_make_some(left, scene) :]
+
+
+def _open_descriptors() -> dict[str, str]:
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # of the listing itself
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+    return found
 
 
 def _make_some(names: list[str], scene: Scene) -> int:

@@ -266,6 +266,12 @@ def timers_and_watches() -> None:
     stay()
 
 
+@burden
+def terminals() -> None:
+    until_refused(lambda _: os.openpty())
+    stay()
+
+
 def _checked(result: int) -> int:
     if result < 0:
         number = ctypes.get_errno()

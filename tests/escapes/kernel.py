@@ -202,6 +202,14 @@ def use_io_uring(scene: Scene) -> str:
 
 
 @attack(shown_as="user")
+def take_contexts_of_aio(scene: Scene) -> str:
+    """Of which the whole machine has a certain number (fs.aio-max-nr)."""
+    context = ctypes.c_ulong()
+    system_call("io_setup", 206, 1, ctypes.byref(context))
+    return "has one, and could have all"
+
+
+@attack(shown_as="user")
 def use_keyrings(scene: Scene) -> str:
     """KEYCTL_GET_KEYRING_ID of the user's keyring, that all jobs of a user would share."""
     return f"keyring {system_call('keyctl', 250, 0, -4, 1)}"

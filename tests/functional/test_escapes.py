@@ -142,18 +142,25 @@ def test_what_is_left_would_be_seen(tmp_path: Path) -> None:
 @pytest.mark.skipif("strict" not in CONFINING, reason="no profile strict")
 def test_strict_jobs_share_nothing_that_users_have_a_limited_number_of(stage: Stage) -> None:
     """One takes all inotify instances of its user, and others have theirs."""
-    assert can_watch_beside(stage, "strict")
+    assert can_do_beside(stage, "timers and watches", WATCH, "strict")
     # It would show nothing where the job's descriptors are used up before.
     if int(Path("/proc/sys/fs/inotify/max_user_instances").read_text()) < 1000:
-        assert not can_watch_beside(stage, "default")
+        assert not can_do_beside(stage, "timers and watches", WATCH, "default")
 
 
-def can_watch_beside(stage: Stage, profile: str) -> bool:
-    """Another job of this profile, while one has all watches that its user may have."""
+@pytest.mark.parametrize("profile", CONFINING)
+def test_one_job_has_not_the_terminals_of_all(stage: Stage, profile: str) -> None:
+    assert can_do_beside(stage, "terminals", "import os; os.openpty(); print(True)", profile)
+
+
+WATCH = "import ctypes; print(ctypes.CDLL(None).inotify_init1(0) >= 0)"
+
+
+def can_do_beside(stage: Stage, burden: str, probe: str, profile: str) -> bool:
+    """Another job of this profile, while one has all of something that it may have."""
     client = stage.client
-    job = client.create(*PYTHON, "timers and watches", stdin=program({}), profile=profile)
+    job = client.create(*PYTHON, burden, stdin=program({}), profile=profile)
     next(client.stream(job.id))
-    probe = "import ctypes; print(ctypes.CDLL(None).inotify_init1(0) >= 0)"
     beside = client.create("python3", "-I", "-c", probe, profile=profile)
     output = client.output(beside.id)
     client.stop(job.id, grace_milliseconds=0)

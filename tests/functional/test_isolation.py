@@ -498,7 +498,8 @@ CALLS = {
     "socket netlink": (41, 198, 0, 16, 3), "socket alg": (41, 198, errno.EAFNOSUPPORT, 38, 5),
     "of a later kernel": (470, 470, errno.ENOSYS),
     "of x32": (0x40000000 | 39, 1 << 30, errno.ENOSYS),
-    "getppid": (110, 173, 0), "the first": (0, 0, errno.EBADF, -1),
+    "io_setup": (206, 0, errno.ENOSYS),
+    "getppid": (110, 173, 0), "read": (0, 63, errno.EBADF, -1),
 }
 for name, (x86, arm, expected, *arguments) in CALLS.items():
     ctypes.set_errno(0)
