@@ -975,12 +975,15 @@ static int has_execed(pid_t pid)
 	return !(flags & FORKED_NO_EXEC);
 }
 
-static enum proof prove_exec(int status_fd, pid_t pid, struct step_failure *failure)
+/* is_dead: it is not reaped yet, and writes nothing any more. That the pipe has not ended says
+ * nothing then: the first process of some namespace, which copies and closes jobinit's
+ * descriptors, has its other end for a moment. */
+static enum proof prove_exec(int status_fd, pid_t pid, bool is_dead, struct step_failure *failure)
 {
 	ssize_t size = read(status_fd, failure, sizeof *failure);
 	int answer;
 
-	if (size < 0 && (errno == EAGAIN || errno == EINTR))
+	if (size < 0 && (errno == EAGAIN || errno == EINTR) && !is_dead)
 		return NOT_YET;
 	if (size == sizeof *failure)
 		return DISPROVED;
@@ -1599,10 +1602,10 @@ static void start_job(struct job *job, const struct request *request)
 	set_pid(job, pid);
 }
 
-static void resolve_start(struct job *job)
+static void resolve_start(struct job *job, bool is_dead)
 {
 	struct step_failure failure;
-	enum proof proof = prove_exec(job->status_fd, job->pid, &failure);
+	enum proof proof = prove_exec(job->status_fd, job->pid, is_dead, &failure);
 
 	if (proof == NOT_YET)
 		return;
@@ -1673,7 +1676,7 @@ static void reap(pid_t pid)
 	/* SIGCHLD may come before the end of the status pipe is seen, and /proc forgets the
 	 * process with the reap: so first the start, then the end. */
 	if (job && job->state == STARTING)
-		resolve_start(job);
+		resolve_start(job, true);
 	/* Where there is a cgroup, that is killed. */
 	if (job && job->state == RUNNING && !job->has_cgroup)
 		job->group_fd = open_pidfd(pid);
@@ -2316,7 +2319,7 @@ static void handle_event(const struct epoll_event *event)
 		take_view(&views[event->data.u64 - FIRST_VIEW_EVENT]);
 		break;
 	default:
-		resolve_start((struct job *)(uintptr_t)event->data.u64);
+		resolve_start((struct job *)(uintptr_t)event->data.u64, false);
 	}
 }
 
@@ -2397,7 +2400,7 @@ static int report_by_hand(int status_fd, pid_t pid, const char *command)
 {
 	struct step_failure failure;
 
-	if (prove_exec(status_fd, pid, &failure) == PROVED)
+	if (prove_exec(status_fd, pid, false, &failure) == PROVED)
 		return 0;
 	if (failure.error == 0)
 		say("%s: killed before its exec", command);

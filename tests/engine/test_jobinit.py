@@ -465,6 +465,32 @@ def test_killed_before_the_exec_is_told_apart(
     launcher.run(scenario)
 
 
+@sees_descriptors
+def test_that_another_holds_the_status_pipe_does_not_matter(
+    launcher: Launcher, cgroup: Path
+) -> None:
+    """As the first process of another job's namespace does, for a moment."""
+
+    async def scenario(server: Server) -> None:
+        before = _descriptors(server.pid)
+        (cgroup / "cgroup.freeze").write_text("1")
+        starting = asyncio.create_task(server.start("/bin/true", job_id=100, cgroup=str(cgroup)))
+        await asyncio.to_thread(_wait_until, lambda: (cgroup / "cgroup.procs").read_text() != "")
+        pid = int((cgroup / "cgroup.procs").read_text())
+        held = os.open(f"/proc/{pid}/fd/3", os.O_WRONLY)
+        try:
+            (cgroup / "cgroup.freeze").write_text("0")
+            server.release(await starting)
+            assert (await server.wait_exit(100)).wait_status == 0
+        finally:
+            os.close(held)
+        server.jobinit.acknowledge(100)
+        assert await server.adopt() == {}
+        await _wait_descriptors(server.pid, before)
+
+    launcher.run(scenario)
+
+
 def test_where_no_descriptor_is_left_one_start_fails(launcher: Launcher, tmp_path: Path) -> None:
     limited = tmp_path / "limited"
     limited.write_text(f"#!/bin/sh\nulimit -n 40\nexec {launcher.binary} --serve\n")
