@@ -384,6 +384,28 @@ def test_a_job_without_a_record_is_killed(start_server: StartServer, tmp_path: P
         time.sleep(0.02)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only a root server confines its jobs")
+def test_a_start_under_way_is_awaited_whatever_the_settings_are_by_then(
+    start_server: StartServer,
+) -> None:
+    """The profile that it was made with is none that the next server allows."""
+    server = start_server(PROFILE="default", STOP_JOBS="no")
+    with server.connect() as client:
+        cgroup = Path(client.info().cgroup)
+        (cgroup / "cgroup.freeze").write_text("1")
+        call = client.create_soon("sh", "-c", "echo here; exit 3")
+        wait_for(cgroup / "job-1")
+        server.stop(signal.SIGKILL)
+        assert call.exception() is not None
+    server = start_server(PROFILE="none", PROFILES_ALLOWED="none", STOP_JOBS="no")
+    with server.connect() as client:
+        assert client.get("1").status == "INITIALIZING"
+        (cgroup / "cgroup.freeze").write_text("0")
+        ended = client.wait("1")
+        assert (ended.cause, ended.exitCode) == (pb.EXITED, 3), ended.detail
+        assert client.output("1") == b"here\n"
+
+
 def test_what_ends_while_it_is_taken_over(start_server: StartServer) -> None:
     """One after the other, from before the next server is there until it is ready."""
     server = start_server(STOP_JOBS="no")
