@@ -266,7 +266,7 @@ class Jobinit:
     def __init__(
         self,
         connection: socket.socket,
-        on_exit: Callable[[Exited], None],
+        on_exit: Callable[[Exited | Failed], None],
         on_lost: Callable[[], None],
     ) -> None:
         """Use `greet`."""
@@ -290,12 +290,12 @@ class Jobinit:
     async def greet(
         cls,
         connection: socket.socket,
-        on_exit: Callable[[Exited], None],
+        on_exit: Callable[[Exited | Failed], None],
         on_lost: Callable[[], None],
     ) -> Jobinit:
         """connection: of `dial`; ours from now on.
         on_exit: is called once for each job of `start` or `adopt` that ends; not before
-        the task that awaits its `start` has run on.
+        the task that awaits its `start` has run on. With Failed only where no task does.
         on_lost: is called once, when jobinit has gone without a `close`.
 
         Raises JobinitError where nobody answers.
@@ -535,6 +535,8 @@ class Jobinit:
             future.set_exception(failed.error(request))
         elif self._adopting:
             self._held[failed.job_id] = Held(failed.job_id, ending=failed)
+        else:  # one that was killed as nobody wants it
+            self._loop.call_soon(self._on_exit, failed)
 
     def _take_listed(self) -> None:
         if self._adopting and not self._adopting.done():

@@ -29,6 +29,7 @@ from socket import socket
 from jobworker.engine.jobinit import (
     PROTOCOL_VERSION,
     Exited,
+    Failed,
     Held,
     Jobinit,
     Started,
@@ -66,7 +67,7 @@ class OrphanExited:
     ended_ns: int  # when it was noticed
 
 
-OnExit = Callable[[Exited | OrphanExited], None]
+OnExit = Callable[[Exited | Failed | OrphanExited], None]
 
 
 @dataclass(slots=True)
@@ -290,7 +291,7 @@ class Jobinits:
         else:
             self._holds.setdefault(job_id, _Hold(jobinit))
 
-    def _on_exited(self, exited: Exited | OrphanExited) -> None:
+    def _on_exited(self, exited: Exited | Failed | OrphanExited) -> None:
         hold = self._holds.get(exited.job_id)
         if hold is None or hold.is_ended:
             return

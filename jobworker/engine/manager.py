@@ -486,13 +486,15 @@ class Manager:
 
     # What jobinit reports
 
-    def on_exit(self, exited: Exited | OrphanExited) -> None:
-        """A job's main process has ended."""
+    def on_exit(self, exited: Exited | Failed | OrphanExited) -> None:
+        """A job's main process has ended, or will never be."""
         if self._has_let_go:
             return
         if exited.job_id in self._strangers:
             self._strangers.remove(exited.job_id)
             self._jobinits.acknowledge(exited.job_id)
+            return
+        if isinstance(exited, Failed):  # `await_start` is about to be told
             return
         live = self._live.get(exited.job_id)
         if live is None and not self._has_recovered:

@@ -192,8 +192,10 @@ class Server:
             self.jobinit.acknowledge(held.job_id)
         await self.disconnect()
 
-    def _on_exit(self, exited: Exited) -> None:
+    def _on_exit(self, exited: Exited | Failed) -> None:
         self.exit_count[exited.job_id] += 1
+        if isinstance(exited, Failed):
+            return
         future = self._exit_of(exited.job_id)
         if not future.done():
             future.set_result(exited)
