@@ -429,6 +429,9 @@ static int parse_start(char *data, size_t size, struct request *request)
 	memcpy(&start, data, sizeof start);
 	if (start.flags & ~KNOWN_FLAGS)
 		return EOPNOTSUPP;
+	/* It would be mounted on the machine itself. */
+	if (start.view && !(start.flags & CONFINED))
+		return EBADMSG;
 	if (start.view > MOST_VIEWS || (start.view && views[start.view - 1].fd < 0))
 		return ENOENT;
 	if (start.groups > MOST_GROUPS || start.groups > (size - sizeof start) / sizeof(gid_t))
@@ -782,7 +785,9 @@ static bool leave_network(void)
 	if (unshare(CLONE_NEWNET) < 0)
 		return false;
 	fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	done = fd >= 0 && ioctl(fd, SIOCSIFFLAGS, &loopback) == 0;
+	if (fd < 0)
+		return false; /* with its errno */
+	done = ioctl(fd, SIOCSIFFLAGS, &loopback) == 0;
 	close(fd);
 	return done;
 }
@@ -1514,8 +1519,10 @@ static _Noreturn void be_first_in_namespace(void)
 	struct pollfd job = {.events = POLLIN};
 	sigset_t all, told;
 
-	/* The table is jobinit's own until then: nothing has to be copied to be closed. */
-	syscall(CALL_CLOSE_RANGE, 0, ~0u, CLOSE_UNSHARED);
+	/* The table is jobinit's own until then: nothing has to be copied to be closed. To keep it
+	 * would keep all pipes of all jobs open. */
+	if (syscall(CALL_CLOSE_RANGE, 0, ~0u, CLOSE_UNSHARED) < 0)
+		_exit(OWN_FAILURE);
 	prctl(PR_SET_NAME, "jobinit: pid 1");
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, NULL);

@@ -1334,6 +1334,24 @@ def test_a_view_that_cannot_be_made_says_what_could_not_be_done(launcher: Launch
 
 
 @as_root
+def test_a_view_without_confinement_is_refused(launcher: Launcher) -> None:
+    """Its mounts would be the machine's. jobinit is in a namespace of its own here, so that they
+    would not."""
+    wrapper = launcher.path.with_name("apart")
+    wrapper.write_text(f'#!/bin/sh\nexec unshare -m --propagation private {launcher.binary} "$@"\n')
+    wrapper.chmod(0o755)
+
+    async def scenario(server: Server) -> None:
+        await server.jobinit.make_view(SMALL)
+        before = Path(f"/proc/{server.pid}/mountinfo").read_text()
+        with pytest.raises(JobinitError, match="refused"):
+            await server.start("/bin/true", **confined(is_confined=False))
+        assert Path(f"/proc/{server.pid}/mountinfo").read_text() == before
+
+    launcher.run(scenario, wrapper)
+
+
+@as_root
 def test_a_server_that_goes_while_a_view_is_made_is_no_harm(launcher: Launcher) -> None:
     async def scenario(server: Server) -> None:
         await server.start("/bin/sleep", "60")  # without a job it would end
