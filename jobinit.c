@@ -1072,6 +1072,10 @@ static _Noreturn void report_view(int error, const char *what, const char *path,
 		message.msg_controllen = sizeof control.room;
 	}
 	sent = sendmsg(REPORT_FD, &message, MSG_NOSIGNAL);
+	/* Until jobinit has let go of the older view. This process lets go of it last, as with it
+	 * may go file systems that the machine has unmounted meanwhile, and that can take long. */
+	while (sent >= 0 && read(REPORT_FD, &fd, 1) < 0 && errno == EINTR)
+		;
 	_exit(sent < 0 ? OWN_FAILURE : 0);
 }
 
@@ -1384,8 +1388,9 @@ static void make_view(const struct view_request *request)
 	if (watch(EPOLL_CTL_ADD, ends[0], EPOLLIN, FIRST_VIEW_EVENT + asked->number - 1))
 		pid = fork();
 	if (pid == 0) {
-		if (dup2(ends[1], REPORT_FD) < 0
-		    || syscall(CALL_CLOSE_RANGE, REPORT_FD + 1, ~0u, 0) < 0)
+		/* The older view is kept: see report_view. */
+		if (dup2(ends[1], REPORT_FD) < 0 || (view->fd >= 0 && dup2(view->fd, VIEW_FD) < 0)
+		    || syscall(CALL_CLOSE_RANGE, view->fd < 0 ? VIEW_FD : VIEW_FD + 1, ~0u, 0) < 0)
 			_exit(OWN_FAILURE);
 		build_view(request);
 	}
@@ -1419,7 +1424,6 @@ static void take_view(struct view *view)
 	size = recvmsg(view->report_fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 	if (size < 0 && (errno == EAGAIN || errno == EINTR))
 		return;
-	unwatch_and_close(&view->report_fd);
 	header = CMSG_FIRSTHDR(&message);
 	if (size != sizeof report) {
 		fail_view(view, EPIPE, "killed while it was made");
@@ -1429,6 +1433,7 @@ static void take_view(struct view *view)
 		fail_view(view, 0, "");
 		memcpy(&view->fd, CMSG_DATA(header), sizeof view->fd);
 	}
+	unwatch_and_close(&view->report_fd); /* last: its maker waits for that */
 }
 
 /* ==== What the server is owed ====
