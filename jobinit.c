@@ -429,6 +429,9 @@ static int parse_start(char *data, size_t size, struct request *request)
 	memcpy(&start, data, sizeof start);
 	if (start.flags & ~KNOWN_FLAGS)
 		return EOPNOTSUPP;
+	/* It would be mounted on the machine itself. */
+	if (start.view && !(start.flags & CONFINED))
+		return EBADMSG;
 	if (start.view > MOST_VIEWS || (start.view && views[start.view - 1].fd < 0))
 		return ENOENT;
 	if (start.groups > MOST_GROUPS || start.groups > (size - sizeof start) / sizeof(gid_t))
@@ -782,7 +785,9 @@ static bool leave_network(void)
 	if (unshare(CLONE_NEWNET) < 0)
 		return false;
 	fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-	done = fd >= 0 && ioctl(fd, SIOCSIFFLAGS, &loopback) == 0;
+	if (fd < 0)
+		return false; /* with its errno */
+	done = ioctl(fd, SIOCSIFFLAGS, &loopback) == 0;
 	close(fd);
 	return done;
 }
@@ -1070,6 +1075,10 @@ static _Noreturn void report_view(int error, const char *what, const char *path,
 		message.msg_controllen = sizeof control.room;
 	}
 	sent = sendmsg(REPORT_FD, &message, MSG_NOSIGNAL);
+	/* Until jobinit has let go of the older view. This process lets go of it last, as with it
+	 * may go file systems that the machine has unmounted meanwhile, and that can take long. */
+	while (sent >= 0 && read(REPORT_FD, &fd, 1) < 0 && errno == EINTR)
+		;
 	_exit(sent < 0 ? OWN_FAILURE : 0);
 }
 
@@ -1382,8 +1391,9 @@ static void make_view(const struct view_request *request)
 	if (watch(EPOLL_CTL_ADD, ends[0], EPOLLIN, FIRST_VIEW_EVENT + asked->number - 1))
 		pid = fork();
 	if (pid == 0) {
-		if (dup2(ends[1], REPORT_FD) < 0
-		    || syscall(CALL_CLOSE_RANGE, REPORT_FD + 1, ~0u, 0) < 0)
+		/* The older view is kept: see report_view. */
+		if (dup2(ends[1], REPORT_FD) < 0 || (view->fd >= 0 && dup2(view->fd, VIEW_FD) < 0)
+		    || syscall(CALL_CLOSE_RANGE, view->fd < 0 ? VIEW_FD : VIEW_FD + 1, ~0u, 0) < 0)
 			_exit(OWN_FAILURE);
 		build_view(request);
 	}
@@ -1417,7 +1427,6 @@ static void take_view(struct view *view)
 	size = recvmsg(view->report_fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 	if (size < 0 && (errno == EAGAIN || errno == EINTR))
 		return;
-	unwatch_and_close(&view->report_fd);
 	header = CMSG_FIRSTHDR(&message);
 	if (size != sizeof report) {
 		fail_view(view, EPIPE, "killed while it was made");
@@ -1427,6 +1436,7 @@ static void take_view(struct view *view)
 		fail_view(view, 0, "");
 		memcpy(&view->fd, CMSG_DATA(header), sizeof view->fd);
 	}
+	unwatch_and_close(&view->report_fd); /* last: its maker waits for that */
 }
 
 /* ==== What the server is owed ====
@@ -1517,8 +1527,10 @@ static _Noreturn void be_first_in_namespace(void)
 	struct pollfd job = {.events = POLLIN};
 	sigset_t all, told;
 
-	/* The table is jobinit's own until then: nothing has to be copied to be closed. */
-	syscall(CALL_CLOSE_RANGE, 0, ~0u, CLOSE_UNSHARED);
+	/* The table is jobinit's own until then: nothing has to be copied to be closed. To keep it
+	 * would keep all pipes of all jobs open. */
+	if (syscall(CALL_CLOSE_RANGE, 0, ~0u, CLOSE_UNSHARED) < 0)
+		_exit(OWN_FAILURE);
 	prctl(PR_SET_NAME, "jobinit: pid 1");
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, NULL);

@@ -250,13 +250,6 @@ class Isolation:
         self._last_uid = uid
         return replace(confinement, user=find_user(str(uid)))
 
-    def resume(self, spec: JobSpec) -> Confinement:
-        """That of a job that was given one before. Raises InvalidRequestError."""
-        if spec.profile != Profile.STRICT:
-            return self.choose(spec.profile, spec.user, spec.network)
-        confinement = self.choose(spec.profile, "", spec.network)
-        return replace(confinement, user=find_user(spec.user))
-
     def hold(self, spec: JobSpec) -> None:
         """The job lives; its user is given to no other one."""
         if spec.profile == Profile.STRICT and spec.user.isdigit():

@@ -203,8 +203,8 @@ class Failed:
 
 @dataclass(slots=True)
 class Held:
-    """A job that jobinit holds: it is starting (`started` and `ending` are None, and `start`
-    with the same request gets to know how that ends), it runs, or it has ended."""
+    """A job that jobinit holds: it is starting (`started` and `ending` are None, and
+    `await_start` gets to know how that ends), it runs, or it has ended."""
 
     job_id: int
     started: Started | None = None
@@ -266,7 +266,7 @@ class Jobinit:
     def __init__(
         self,
         connection: socket.socket,
-        on_exit: Callable[[Exited], None],
+        on_exit: Callable[[Exited | Failed], None],
         on_lost: Callable[[], None],
     ) -> None:
         """Use `greet`."""
@@ -277,7 +277,7 @@ class Jobinit:
         self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._greeted = self._loop.create_future()
-        self._starting: dict[int, tuple[StartRequest, asyncio.Future[Started]]] = {}
+        self._starting: dict[int, tuple[StartRequest | None, asyncio.Future[Started]]] = {}
         self._viewing: dict[int, asyncio.Future[None]] = {}
         self._adopting: asyncio.Future[list[Held]] | None = None
         self._held: dict[int, Held] = {}  # what came so far, while adopting
@@ -290,12 +290,12 @@ class Jobinit:
     async def greet(
         cls,
         connection: socket.socket,
-        on_exit: Callable[[Exited], None],
+        on_exit: Callable[[Exited | Failed], None],
         on_lost: Callable[[], None],
     ) -> Jobinit:
         """connection: of `dial`; ours from now on.
         on_exit: is called once for each job of `start` or `adopt` that ends; not before
-        the task that awaits its `start` has run on.
+        the task that awaits its `start` has run on. With Failed only where no task does.
         on_lost: is called once, when jobinit has gone without a `close`.
 
         Raises JobinitError where nobody answers.
@@ -331,6 +331,14 @@ class Jobinit:
         self._starting[request.job_id] = (request, future)
         self._send_recorded()  # first, as it gives back descriptors
         self._send(Ask.START, request.job_id, b"" if is_long else body, memfds)
+        return await future
+
+    async def await_start(self, job_id: int) -> Started:
+        """As `start`, of a job that jobinit holds: it is asked for by its id alone."""
+        self._require_connection()
+        future: asyncio.Future[Started] = self._loop.create_future()
+        self._starting[job_id] = (None, future)
+        self._send(Ask.START, job_id)
         return await future
 
     async def make_view(self, view: View) -> None:
@@ -527,6 +535,8 @@ class Jobinit:
             future.set_exception(failed.error(request))
         elif self._adopting:
             self._held[failed.job_id] = Held(failed.job_id, ending=failed)
+        else:  # one that was killed as nobody wants it
+            self._loop.call_soon(self._on_exit, failed)
 
     def _take_listed(self) -> None:
         if self._adopting and not self._adopting.done():

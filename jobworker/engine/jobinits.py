@@ -29,6 +29,7 @@ from socket import socket
 from jobworker.engine.jobinit import (
     PROTOCOL_VERSION,
     Exited,
+    Failed,
     Held,
     Jobinit,
     Started,
@@ -66,7 +67,7 @@ class OrphanExited:
     ended_ns: int  # when it was noticed
 
 
-OnExit = Callable[[Exited | OrphanExited], None]
+OnExit = Callable[[Exited | Failed | OrphanExited], None]
 
 
 @dataclass(slots=True)
@@ -194,19 +195,28 @@ class Jobinits:
 
     async def start(self, request: StartRequest) -> Started:
         """As `Jobinit.start`. The pidfd stays ours."""
-        hold = self._holds.get(request.job_id)
-        jobinit = hold.jobinit if hold else await self._our_jobinit()
-        if jobinit is None:  # another one would start it twice
+        jobinit = await self._our_jobinit()
+        return await self._started(jobinit, request.job_id, jobinit.start(request))
+
+    async def await_start(self, job_id: int) -> Started:
+        """The same, of a job that was starting when it was told of by `connect`."""
+        jobinit = self._holds[job_id].jobinit
+        if jobinit is None:
             raise JobinitError("the jobinit that was starting it is gone")
-        self._hold(jobinit, request.job_id, None)
+        return await self._started(jobinit, job_id, jobinit.await_start(job_id))
+
+    async def _started(
+        self, jobinit: Jobinit, job_id: int, start: Coroutine[None, None, Started]
+    ) -> Started:
+        self._hold(jobinit, job_id, None)
         try:
-            started = await jobinit.start(request)
+            started = await start
         except JobinitError:
             # Before it is gone, the child may not yet have found out, and go on.
             if jobinit.is_closed:
                 await self._wait_gone(jobinit.pid)
             raise
-        self._hold(jobinit, request.job_id, started)
+        self._hold(jobinit, job_id, started)
         return started
 
     def signal(self, job_id: int, number: int) -> None:
@@ -281,7 +291,7 @@ class Jobinits:
         else:
             self._holds.setdefault(job_id, _Hold(jobinit))
 
-    def _on_exited(self, exited: Exited | OrphanExited) -> None:
+    def _on_exited(self, exited: Exited | Failed | OrphanExited) -> None:
         hold = self._holds.get(exited.job_id)
         if hold is None or hold.is_ended:
             return

@@ -407,7 +407,7 @@ class Manager:
             assert held is not None and held.started is not None
             self._follow(live, held.started, held.ending, extent)
         elif decision is Decision.AWAIT:
-            self._spawn(self._start_again(live))
+            self._spawn(self._await_start(live))
         elif decision is Decision.NEVER_RAN:
             assert held is not None and isinstance(held.ending, Failed)
             error = held.ending.error()
@@ -439,13 +439,9 @@ class Manager:
         else:
             self._set_timeout(live)
 
-    async def _start_again(self, live: _LiveJob) -> None:
-        spec = live.job.spec
+    async def _await_start(self, live: _LiveJob) -> None:
         try:
-            confinement = self.isolation.resume(spec)
-            # All but the id is known there.
-            request = self._start_request(live.job, None, spec.command, confinement)
-            started = await self._jobinits.start(request)
+            started = await self._jobinits.await_start(live.job.id)
             live.cgroup = self.cgroups.find(live.job.id)
             self._started(live, started)
         except START_ERRORS as error:
@@ -490,13 +486,15 @@ class Manager:
 
     # What jobinit reports
 
-    def on_exit(self, exited: Exited | OrphanExited) -> None:
-        """A job's main process has ended."""
+    def on_exit(self, exited: Exited | Failed | OrphanExited) -> None:
+        """A job's main process has ended, or will never be."""
         if self._has_let_go:
             return
         if exited.job_id in self._strangers:
             self._strangers.remove(exited.job_id)
             self._jobinits.acknowledge(exited.job_id)
+            return
+        if isinstance(exited, Failed):  # `await_start` is about to be told
             return
         live = self._live.get(exited.job_id)
         if live is None and not self._has_recovered:

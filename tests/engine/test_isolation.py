@@ -118,6 +118,9 @@ def strict(uids: range | None = range(3000000, 3000003)) -> Isolation:
 def give(isolation: Isolation) -> JobSpec:
     """A job that lives."""
     confinement = isolation.assign(isolation.choose("", ""))
+    assert confinement.identity
+    uid = int(confinement.user.name)
+    assert (confinement.identity.uid, confinement.identity.groups) == (uid, (uid,))
     spec = JobSpec("true", user=confinement.user.name, profile=confinement.profile)
     isolation.hold(spec)
     return spec
@@ -128,9 +131,6 @@ def test_each_strict_job_gets_a_user_of_its_own() -> None:
     isolation = strict()
     specs = [give(isolation) for _ in range(3)]
     assert [spec.user for spec in specs] == ["3000000", "3000001", "3000002"]
-    confinement = isolation.resume(specs[1])
-    assert confinement.identity
-    assert (confinement.identity.uid, confinement.identity.groups) == (3000001, (3000001,))
     with pytest.raises(ResourceExhaustedError, match="STRICT_UIDS"):
         isolation.assign(isolation.choose("", ""))
     isolation.release(specs[1])

@@ -192,8 +192,10 @@ class Server:
             self.jobinit.acknowledge(held.job_id)
         await self.disconnect()
 
-    def _on_exit(self, exited: Exited) -> None:
+    def _on_exit(self, exited: Exited | Failed) -> None:
         self.exit_count[exited.job_id] += 1
+        if isinstance(exited, Failed):
+            return
         future = self._exit_of(exited.job_id)
         if not future.done():
             future.set_result(exited)
@@ -1355,6 +1357,24 @@ def test_a_view_that_cannot_be_made_says_what_could_not_be_done(launcher: Launch
         await server.run("/bin/true", **confined())
 
     launcher.run(scenario)
+
+
+@as_root
+def test_a_view_without_confinement_is_refused(launcher: Launcher) -> None:
+    """Its mounts would be the machine's. jobinit is in a namespace of its own here, so that they
+    would not."""
+    wrapper = launcher.path.with_name("apart")
+    wrapper.write_text(f'#!/bin/sh\nexec unshare -m --propagation private {launcher.binary} "$@"\n')
+    wrapper.chmod(0o755)
+
+    async def scenario(server: Server) -> None:
+        await server.jobinit.make_view(SMALL)
+        before = Path(f"/proc/{server.pid}/mountinfo").read_text()
+        with pytest.raises(JobinitError, match="refused"):
+            await server.start("/bin/true", **confined(is_confined=False))
+        assert Path(f"/proc/{server.pid}/mountinfo").read_text() == before
+
+    launcher.run(scenario, wrapper)
 
 
 @as_root

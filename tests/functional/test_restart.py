@@ -66,6 +66,13 @@ def wait_for(path: Path) -> None:
         time.sleep(0.01)
 
 
+def wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def release(path: Path) -> None:
     path.touch()
 
@@ -378,10 +385,49 @@ def test_a_job_without_a_record_is_killed(start_server: StartServer, tmp_path: P
     assert "no record" in server.log
     server.stop()
     assert "Traceback" not in server.log
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{jobinit}").exists():  # it was told that nobody needs the job
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_end(jobinit)  # it was told that nobody needs the job
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only a root server confines its jobs")
+def test_a_start_under_way_is_awaited_whatever_the_settings_are_by_then(
+    start_server: StartServer,
+) -> None:
+    """The profile that it was made with is none that the next server allows."""
+    server = start_server(PROFILE="default", STOP_JOBS="no")
+    with server.connect() as client:
+        cgroup = Path(client.info().cgroup)
+        (cgroup / "cgroup.freeze").write_text("1")
+        call = client.create_soon("sh", "-c", "echo here; exit 3")
+        wait_for(cgroup / "job-1")
+        server.stop(signal.SIGKILL)
+        assert call.exception() is not None
+    server = start_server(PROFILE="none", PROFILES_ALLOWED="none", STOP_JOBS="no")
+    with server.connect() as client:
+        assert client.get("1").status == "INITIALIZING"
+        (cgroup / "cgroup.freeze").write_text("0")
+        ended = client.wait("1")
+        assert (ended.cause, ended.exitCode) == (pb.EXITED, 3), ended.detail
+        assert client.output("1") == b"here\n"
+
+
+def test_a_start_without_a_record_is_ended_before_its_command_runs(
+    start_server: StartServer,
+) -> None:
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        cgroup = Path(client.info().cgroup)
+        (cgroup / "cgroup.freeze").write_text("1")
+        client.create_soon("sleep", "61")
+        wait_for(cgroup / "job-1")
+        jobinit = server.jobinit_pid()
+        server.stop(signal.SIGKILL)
+    for path in server.state.glob("jobs.db*"):
+        path.unlink()
+    server = start_server(STOP_JOBS="no")
+    wait_for_no_children(jobinit)
+    (cgroup / "cgroup.freeze").write_text("0")
+    server.stop()
+    wait_for_end(jobinit)
 
 
 def test_what_ends_while_it_is_taken_over(start_server: StartServer) -> None:

@@ -106,6 +106,7 @@ def _said(speak: Callable[[Jobinit], None]) -> bytes:
         jobinit = Jobinit(ours, lambda _: None, lambda: None)
         try:
             speak(jobinit)
+            await asyncio.sleep(0)  # acknowledgements are sent in company
             packet, descriptors, _, _ = socket.recv_fds(theirs, LONGEST_PACKET_BYTES, 8)
         finally:
             theirs.close()
