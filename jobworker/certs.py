@@ -136,7 +136,7 @@ class Validity:
     """Which certificate it is, and until when it holds."""
 
     serial: int
-    issuer: bytes  # its name, in DER
+    issuer: str  # its name, as `_plain` has it
     expires: float  # seconds since the epoch
 
 
@@ -145,7 +145,7 @@ def validity_of(pem: bytes) -> Validity:
     certificate = _parse_certificates("the client's certificate", pem)[0]
     return Validity(
         certificate.serial_number,
-        certificate.issuer.public_bytes(),
+        _plain(certificate.issuer),
         certificate.not_valid_after_utc.timestamp(),
     )
 
@@ -222,10 +222,10 @@ class Revoked:
     """The certificates that hold no longer."""
 
     serials: frozenset[int] = frozenset()  # whoever has issued them
-    by_issuer: frozenset[tuple[bytes, int]] = frozenset()  # the issuer's name, in DER
+    by_issuer: frozenset[tuple[str, int]] = frozenset()  # the issuer's name, as `_plain` has it
     warnings: tuple[str, ...] = ()  # a sentence each
 
-    def has(self, issuer: bytes, serial: int) -> bool:
+    def has(self, issuer: str, serial: int) -> bool:
         return serial in self.serials or (issuer, serial) in self.by_issuer
 
 
@@ -302,11 +302,11 @@ def _revoked_by_lists(
     path: Path, lists: Sequence[x509.CertificateRevocationList], ca_path: Path
 ) -> Revoked:
     authorities = _read_certificates(ca_path)
-    revoked: set[tuple[bytes, int]] = set()
+    revoked: set[tuple[str, int]] = set()
     warnings = []
     for each in lists:
         _check_list(path, each, authorities)
-        issuer = each.issuer.public_bytes()
+        issuer = _plain(each.issuer)
         revoked.update((issuer, entry.serial_number) for entry in each)
         if each.next_update_utc and each.next_update_utc < datetime.now(UTC):
             warnings.append(
@@ -314,6 +314,17 @@ def _revoked_by_lists(
                 "certificates that were revoked since then are accepted"
             )
     return Revoked(by_issuer=frozenset(revoked), warnings=tuple(warnings))
+
+
+def _plain(name: x509.Name) -> str:
+    """The same for all that TLS takes for the same name (RFC 5280, 7.1): whatever kind of string
+    its parts are, in any case, with any number of spaces."""
+    return repr(
+        [
+            sorted((each.oid.dotted_string, str(each.value).lower().split()) for each in part)
+            for part in name.rdns
+        ]
+    )
 
 
 def _check_list(
@@ -339,7 +350,7 @@ def _check_list(
 
 def _has_signed(authority: x509.Certificate, crl: x509.CertificateRevocationList) -> bool:
     key = authority.public_key()
-    if authority.subject != crl.issuer or not isinstance(key, CrlKey):
+    if _plain(authority.subject) != _plain(crl.issuer) or not isinstance(key, CrlKey):
         return False
     try:
         return crl.is_signature_valid(key)
