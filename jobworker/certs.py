@@ -113,8 +113,23 @@ def make_client(folder: Path, name: str, role: str, *, force: bool = False) -> l
     key = _read_key(folder / CA_KEY)
     _check_key(folder / CA_KEY, key, folder / CA_CERT, certificate)
     authority = _Pair(certificate, key)
+    if not force:
+        _check_name_is_free(folder, name)
     client = _make_client_pair(authority, name, role)
     return _write_all(folder, _pair_of_files(name, client), force=force)
+
+
+def _check_name_is_free(folder: Path, name: str) -> None:
+    """Of two clients with one CN each would have the other's jobs."""
+    for path in sorted(folder.glob("*-cert.pem")):
+        try:
+            taken, _ = _subject_fields(_read_certificates(path)[0])
+        except CertificateError:
+            continue
+        if taken == name and path.name != f"{name}-cert.pem":
+            raise CertificateError(
+                path, f"has the name {name!r} already", "give another one, or use --force"
+            )
 
 
 # Looking at certificates

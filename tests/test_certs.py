@@ -645,3 +645,12 @@ def test_a_list_that_openssl_makes(by_hand: Path, tmp_path: Path) -> None:
     assert found.has(client.issuer, client.serial)
     assert not found.has("another issuer", client.serial)
     assert found.warnings == ()
+
+
+def test_a_name_is_not_given_out_twice(folder: Path) -> None:
+    """Else a user `admin` would have the jobs of the admin that every folder begins with."""
+    with pytest.raises(CertificateError, match="has the name 'admin' already"):
+        certs.make_client(folder, "admin", "user")
+    assert not (folder / "admin-cert.pem").exists()
+    certs.make_client(folder, "alice", "user")
+    certs.make_client(folder, "alice", "viewer", force=True)

@@ -28,6 +28,9 @@ CREATES_AT_ONCE = 64  # of one request: more would only wait for each other
 # Of one request: with a message of 4 MiB two million could be asked for.
 MOST_CREATES = 1000
 LARGEST_PAGE_JOBS = 1000
+# Read first, and then as many again as have fitted: of large ones few do, and others wait while
+# they are read.
+FIRST_JOBS = 25
 # What GetServerInfo keeps from those who may see their own jobs only.
 ABOUT_OTHERS = ("state_directory", "ended_jobs", "ended_log_bytes", "blocked_jobs")
 
@@ -112,16 +115,8 @@ class JobService:
         return convert.stop_result_to(job)
 
     async def get_jobs(self, request: pb.EmptyRequest, access: Access) -> pb.Jobs:
-        answer = pb.Jobs()
-        before_id = None
-        while True:
-            page = await self._manager.page(before_id, LARGEST_PAGE_JOBS, owner=access.owner)
-            room_bytes = convert.LARGEST_ANSWER_BYTES - answer.ByteSize()
-            fitting = convert.jobs_within(page, room_bytes, partial(_shown, access=access))
-            answer.jobs.extend(fitting)
-            if len(fitting) < LARGEST_PAGE_JOBS:
-                return answer
-            before_id = page[-1].id
+        jobs, _ = await self._newest(access, owner=access.owner)
+        return pb.Jobs(jobs=jobs)
 
     async def list_jobs(self, request: pb.ListJobsReq, access: Access) -> pb.ListJobsRes:
         if request.page_size > LARGEST_PAGE_JOBS:
@@ -129,17 +124,37 @@ class JobService:
             raise InvalidRequestError("page_size", problem)
         if access.owner is not None and request.owner not in {"", access.owner}:
             return pb.ListJobsRes()  # as for an owner without jobs
-        jobs = await self._manager.page(
+        jobs, is_last = await self._newest(
+            access,
             before_id=_page_start(request.page_token),
-            count=request.page_size or PAGE_JOBS,
+            most=request.page_size or PAGE_JOBS,
             statuses=convert.statuses_from(request.statuses),
             name=request.name,
             owner=access.owner if access.owner is not None else request.owner or None,
         )
-        fitting = convert.jobs_within(jobs, show=partial(_shown, access=access))
-        is_last = len(fitting) == len(jobs) < (request.page_size or PAGE_JOBS)
-        token = "" if is_last or not fitting else fitting[-1].id
-        return pb.ListJobsRes(jobs=fitting, next_page_token=token)
+        token = "" if is_last or not jobs else jobs[-1].id
+        return pb.ListJobsRes(jobs=jobs, next_page_token=token)
+
+    async def _newest(
+        self, access: Access, before_id: int | None = None, most: int | None = None, **filters: Any
+    ) -> tuple[list[pb.Job], bool]:
+        """As many as fit into one answer, and whether there are no more. most: None: no limit."""
+        found: list[pb.Job] = []
+        room_bytes = convert.LARGEST_ANSWER_BYTES
+        while most is None or len(found) < most:
+            count = min(max(FIRST_JOBS, len(found)), LARGEST_PAGE_JOBS)
+            if most is not None:
+                count = min(count, most - len(found))
+            part = await self._manager.page(before_id, count, **filters)
+            fitting = convert.jobs_within(part, room_bytes, partial(_shown, access=access))
+            found += fitting
+            if len(fitting) < len(part):
+                return found, False
+            if len(part) < count:
+                return found, True
+            before_id = part[-1].id
+            room_bytes -= pb.Jobs(jobs=fitting).ByteSize()
+        return found, False
 
     async def get_server_info(self, request: pb.EmptyRequest, access: Access) -> pb.ServerInfo:
         manager, caller = self._manager, access.caller
