@@ -113,8 +113,23 @@ def make_client(folder: Path, name: str, role: str, *, force: bool = False) -> l
     key = _read_key(folder / CA_KEY)
     _check_key(folder / CA_KEY, key, folder / CA_CERT, certificate)
     authority = _Pair(certificate, key)
+    if not force:
+        _check_name_is_free(folder, name)
     client = _make_client_pair(authority, name, role)
     return _write_all(folder, _pair_of_files(name, client), force=force)
+
+
+def _check_name_is_free(folder: Path, name: str) -> None:
+    """Of two clients with one CN each would have the other's jobs."""
+    for path in sorted(folder.glob("*-cert.pem")):
+        try:
+            taken, _ = _subject_fields(_read_certificates(path)[0])
+        except CertificateError:
+            continue
+        if taken == name and path.name != f"{name}-cert.pem":
+            raise CertificateError(
+                path, f"has the name {name!r} already", "give another one, or use --force"
+            )
 
 
 # Looking at certificates
@@ -136,7 +151,7 @@ class Validity:
     """Which certificate it is, and until when it holds."""
 
     serial: int
-    issuer: bytes  # its name, in DER
+    issuer: str  # its name, as `_plain` has it
     expires: float  # seconds since the epoch
 
 
@@ -145,7 +160,7 @@ def validity_of(pem: bytes) -> Validity:
     certificate = _parse_certificates("the client's certificate", pem)[0]
     return Validity(
         certificate.serial_number,
-        certificate.issuer.public_bytes(),
+        _plain(certificate.issuer),
         certificate.not_valid_after_utc.timestamp(),
     )
 
@@ -222,10 +237,10 @@ class Revoked:
     """The certificates that hold no longer."""
 
     serials: frozenset[int] = frozenset()  # whoever has issued them
-    by_issuer: frozenset[tuple[bytes, int]] = frozenset()  # the issuer's name, in DER
+    by_issuer: frozenset[tuple[str, int]] = frozenset()  # the issuer's name, as `_plain` has it
     warnings: tuple[str, ...] = ()  # a sentence each
 
-    def has(self, issuer: bytes, serial: int) -> bool:
+    def has(self, issuer: str, serial: int) -> bool:
         return serial in self.serials or (issuer, serial) in self.by_issuer
 
 
@@ -302,11 +317,11 @@ def _revoked_by_lists(
     path: Path, lists: Sequence[x509.CertificateRevocationList], ca_path: Path
 ) -> Revoked:
     authorities = _read_certificates(ca_path)
-    revoked: set[tuple[bytes, int]] = set()
+    revoked: set[tuple[str, int]] = set()
     warnings = []
     for each in lists:
         _check_list(path, each, authorities)
-        issuer = each.issuer.public_bytes()
+        issuer = _plain(each.issuer)
         revoked.update((issuer, entry.serial_number) for entry in each)
         if each.next_update_utc and each.next_update_utc < datetime.now(UTC):
             warnings.append(
@@ -314,6 +329,17 @@ def _revoked_by_lists(
                 "certificates that were revoked since then are accepted"
             )
     return Revoked(by_issuer=frozenset(revoked), warnings=tuple(warnings))
+
+
+def _plain(name: x509.Name) -> str:
+    """The same for all that TLS takes for the same name (RFC 5280, 7.1): whatever kind of string
+    its parts are, in any case, with any number of spaces."""
+    return repr(
+        [
+            sorted((each.oid.dotted_string, str(each.value).lower().split()) for each in part)
+            for part in name.rdns
+        ]
+    )
 
 
 def _check_list(
@@ -339,7 +365,7 @@ def _check_list(
 
 def _has_signed(authority: x509.Certificate, crl: x509.CertificateRevocationList) -> bool:
     key = authority.public_key()
-    if authority.subject != crl.issuer or not isinstance(key, CrlKey):
+    if _plain(authority.subject) != _plain(crl.issuer) or not isinstance(key, CrlKey):
         return False
     try:
         return crl.is_signature_valid(key)

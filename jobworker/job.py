@@ -204,6 +204,10 @@ def validate(spec: JobSpec) -> None:
     if not spec.working_directory.startswith("/"):
         problem = f"{spec.working_directory!r} is relative; give an absolute path"
         raise InvalidRequestError("working_directory", problem)
+    count = len(spec.args) + len(spec.environment)
+    if count * POINTER_BYTES > LONGEST_STRINGS_BYTES:  # before each of them is looked at
+        problem = f"are {count} strings, more than a process can be given; pass them in a file"
+        raise InvalidRequestError("args and environment", problem)
     _check_string("working_directory", spec.working_directory)
     _check_string("command", spec.command)
     for number, arg in enumerate(spec.args):

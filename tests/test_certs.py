@@ -16,6 +16,10 @@ from threading import Barrier
 
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.name import _ASN1Type
 
 from jobworker import certs
 from jobworker.errors import CertificateError
@@ -567,8 +571,8 @@ def test_serial_numbers_in_any_usual_form(folder: Path, tmp_path: Path) -> None:
     revoked.write_text("# whom, when\n\n0A:1B  # alice\n0xFF\n  7\n")
     found = certs.read_revoked(revoked, folder / "ca-cert.pem")
     assert found.serials == {0xA1B, 0xFF, 7}
-    assert found.has(b"any issuer", 7)
-    assert not found.has(b"any issuer", 8)
+    assert found.has("any issuer", 7)
+    assert not found.has("any issuer", 8)
 
 
 @pytest.mark.parametrize(
@@ -601,6 +605,25 @@ def test_nothing_is_appended_to_a_list_of_the_authority(folder: Path, tmp_path: 
     assert revoked.read_bytes() == b"-----BEGIN X509 CRL-----\n"
 
 
+def test_a_list_that_writes_the_issuer_in_another_way(folder: Path, tmp_path: Path) -> None:
+    """As where a CA was renewed by another program: TLS takes both for the same name."""
+    authority = x509.load_pem_x509_certificate((folder / "ca-cert.pem").read_bytes())
+    key = serialization.load_pem_private_key((folder / "ca-key.pem").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    client = certs.validity_of((folder / "client-cert.pem").read_bytes())
+    now = datetime.now(UTC)
+    entry = x509.RevokedCertificateBuilder(client.serial, now).build()
+    issuer = x509.Name(
+        x509.NameAttribute(each.oid, f"{each.value!s} ".upper(), _type=_ASN1Type.PrintableString)
+        for each in authority.subject
+    )
+    builder = x509.CertificateRevocationListBuilder(issuer, now, now + timedelta(days=1))
+    crl = builder.add_revoked_certificate(entry).sign(key, hashes.SHA256())
+    (tmp_path / "crl.pem").write_bytes(crl.public_bytes(serialization.Encoding.PEM))
+    found = certs.read_revoked(tmp_path / "crl.pem", folder / "ca-cert.pem")
+    assert found.has(client.issuer, client.serial)
+
+
 @needs_openssl
 def test_a_list_that_openssl_makes(by_hand: Path, tmp_path: Path) -> None:
     (tmp_path / "index").touch()
@@ -620,5 +643,14 @@ def test_a_list_that_openssl_makes(by_hand: Path, tmp_path: Path) -> None:
     found = certs.read_revoked(tmp_path / "crl.pem", by_hand / "ca-cert.pem")
     client = certs.validity_of((by_hand / "client-cert.pem").read_bytes())
     assert found.has(client.issuer, client.serial)
-    assert not found.has(b"another issuer", client.serial)
+    assert not found.has("another issuer", client.serial)
     assert found.warnings == ()
+
+
+def test_a_name_is_not_given_out_twice(folder: Path) -> None:
+    """Else a user `admin` would have the jobs of the admin that every folder begins with."""
+    with pytest.raises(CertificateError, match="has the name 'admin' already"):
+        certs.make_client(folder, "admin", "user")
+    assert not (folder / "admin-cert.pem").exists()
+    certs.make_client(folder, "alice", "user")
+    certs.make_client(folder, "alice", "viewer", force=True)

@@ -287,3 +287,9 @@ def test_the_kernel_takes_what_is_valid(args: tuple[str, ...]) -> None:
 def test_the_kernel_does_not_take_longer_strings() -> None:
     with pytest.raises(OSError, match="too long"):
         subprocess.run(["true", longest("x") + "x"], check=True)
+
+
+def test_many_strings_are_refused_before_they_are_looked_at() -> None:
+    spec = JobSpec("true", args=("\0",) * 65_537)  # each of which would be refused
+    with pytest.raises(InvalidRequestError, match="65537 strings"):
+        validate(spec)

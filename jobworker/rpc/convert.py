@@ -19,6 +19,9 @@ from jobworker.pb import job_worker_pb2 as pb
 # Existing clients receive at most this much in one message.
 LARGEST_ANSWER_BYTES = 4 << 20
 
+# Characters, each of which may be 4 bytes, and each byte 3 on the wire, of 8 KiB in all.
+LONGEST_TEXT = 600
+
 COMMAND_ERRNO = "command-errno"  # in the trailing metadata of CreateJob
 
 CODES: dict[type[errors.JobWorkerError], grpc.StatusCode] = {
@@ -49,6 +52,15 @@ def code_of(error: errors.JobWorkerError | OSError) -> grpc.StatusCode:
     if isinstance(error, OSError):
         return CODES_OF_ERRNOS.get(error.errno or 0, grpc.StatusCode.INTERNAL)
     return CODES.get(type(error), grpc.StatusCode.INTERNAL)
+
+
+def text_of(error: errors.JobWorkerError | OSError) -> str:
+    """For a status and for the audit log. What a client has sent may be in it: cut, so that it fits
+    into the headers that clients take."""
+    text = str(error)
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[: LONGEST_TEXT // 2]} … {text[-LONGEST_TEXT // 2 :]}"
 
 
 def metadata_of(error: errors.JobWorkerError | OSError) -> tuple[tuple[str, str], ...]:

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 # What it may take to tell a revoked client so, before its connection is shut: one that reads
 # nothing never comes to the status, as that is behind the message that it does not read.
 REVOKED_SECONDS = 1.0
-# Lines about refused calls: at once, and then a second, for each client. Else who may do nothing
-# could fill the disk.
+# Lines about calls that did nothing, as they failed or were refused: at once, and then a second,
+# for each client. Else who may do nothing could fill the disk.
 REFUSALS_AT_ONCE = 100
 REFUSALS_PER_SECOND = 10.0
 
@@ -90,7 +90,7 @@ class Passport:
 
     identity: Identity
     serial: int
-    issuer: bytes
+    issuer: str
     expires: float  # seconds since the epoch
 
 
@@ -167,22 +167,24 @@ class Gate:
                         async with call.client.receiving:
                             request = await _receive(context)
                     answer = await method(request, access, context)
-                except asyncio.CancelledError:
-                    if call.ended_by is None:
-                        raise
-                    error: JobWorkerError | OSError = call.ended_by
+                except GivenUp as given_up:
+                    answer = given_up.answer
+                    raise
                 except (JobWorkerError, OSError) as caught:
-                    error = caught
+                    error: JobWorkerError | OSError = caught
                 else:
                     self._note(call, request, answer, "OK")
                     return answer
-                code = convert.code_of(error)
-                self._note(call, request, None, code.name, error)
-                await context.abort(code, str(error), convert.metadata_of(error))
             except asyncio.CancelledError:
-                # Nobody waits for the answer. What was asked for may happen all the same.
-                self._note(call, request, None, "CANCELLED")
-                raise
+                if call.ended_by is None:
+                    # Nobody waits for the answer. What was asked for may happen all the same.
+                    self._note(call, request, answer, "CANCELLED")
+                    raise
+                error = call.ended_by
+            code, text = convert.code_of(error), convert.text_of(error)
+            self._note(call, request, answer, code.name, error)
+            request = answer = None  # who takes no answer does not keep the server's memory
+            return await context.abort(code, text, convert.metadata_of(error))
 
         return handle
 
@@ -292,15 +294,20 @@ class Gate:
         if not self._audit.is_on:
             return
         subject = self._subjects.get(call.rpc)
-        if isinstance(error, REFUSALS) and (subject is None or request is None):
-            if self._may_note_refusal(call):
-                self._write(call, code, {"problem": str(error)})
-        elif subject is not None:
-            problem = {"problem": str(error)} if error else {}
-            for fields in subject(request, answer):
-                self._write(call, code, {**fields, **problem})
+        told = list(subject(request, answer)) if subject and request is not None else []
+        problem = {"problem": convert.text_of(error)} if error else {}
+        for fields in told:
+            # Of many jobs each has a code of its own.
+            self._write(call, fields if "code" in fields else {"code": code, **fields, **problem})
+        # What was done before it was ended does not tell why it was.
+        is_told = told and answer is None
+        if error and not is_told and (subject or isinstance(error, REFUSALS)):
+            self._write(call, {"code": code, **problem})
 
-    def _write(self, call: _Call, code: str, fields: Mapping[str, Any]) -> None:
+    def _write(self, call: _Call, fields: Mapping[str, Any]) -> None:
+        """fields: the code among them. What was or may have been done always has its line."""
+        if fields["code"] not in DONE and not self._may_note_failure(call):
+            return
         passport = call.passport
         self._audit.write(
             who=passport.identity.name if passport else "",
@@ -308,10 +315,10 @@ class Gate:
             serial=passport.identity.serial if passport else "",
             peer=connections.address_of(call.peer),
             rpc=call.rpc,
-            **{"code": code, **fields},
+            **fields,
         )
 
-    def _may_note_refusal(self, call: _Call) -> bool:
+    def _may_note_failure(self, call: _Call) -> bool:
         name = call.passport.identity.name if call.passport else ""
         refusals = self._refusals.setdefault(name, _Refusals())
         now = time.monotonic()
@@ -330,6 +337,16 @@ class Gate:
 CREATES = frozenset({"CreateJob", "CreateJobs"})
 
 REFUSALS = (PermissionDeniedError, ResourceExhaustedError, AuditError)
+DONE = frozenset({"OK", "CANCELLED"})
+
+
+class GivenUp(asyncio.CancelledError):
+    """The caller went away, or was ended, and something had been done by then: the answer that
+    nobody gets tells what, for the audit log."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
 
 
 class GuardedServices:

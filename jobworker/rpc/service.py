@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +20,17 @@ from jobworker.errors import InvalidRequestError, JobWorkerError
 from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
-from jobworker.rpc.gate import Gate, Subject
+from jobworker.rpc.gate import Gate, GivenUp, Subject
 
 SERVICE = "job_worker.JobService"
 PAGE_JOBS = 100
 CREATES_AT_ONCE = 64  # of one request: more would only wait for each other
+# Of one request: with a message of 4 MiB two million could be asked for.
+MOST_CREATES = 1000
 LARGEST_PAGE_JOBS = 1000
+# Read first, and then as many again as have fitted: of large ones few do, and others wait while
+# they are read.
+FIRST_JOBS = 25
 # What GetServerInfo keeps from those who may see their own jobs only.
 ABOUT_OTHERS = ("state_directory", "ended_jobs", "ended_log_bytes", "blocked_jobs")
 
@@ -48,24 +54,46 @@ class JobService:
         self._facts = facts
 
     async def create_job(self, request: pb.CreateJobReq, access: Access) -> pb.Job:
-        spec = convert.spec_from(request)
-        job = await self._manager.create(spec, request.stdin, access.caller)
+        creating = asyncio.ensure_future(self._create(request, access))
+        try:
+            job = await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            raise GivenUp(_shown(await creating, access)) from None
         return _shown(job, access)
 
     async def create_jobs(self, request: pb.CreateJobsReq, access: Access) -> pb.CreateJobsRes:
-        at_once = asyncio.Semaphore(CREATES_AT_ONCE)
+        count = len(request.jobs)
+        if count > MOST_CREATES:
+            problem = f"{count} are too many for one request; use at most {MOST_CREATES}"
+            raise InvalidRequestError("jobs", problem)
+        results = [pb.CreateJobsRes.Result() for _ in range(count)]
+        pending = deque(enumerate(request.jobs))
 
-        async def create(each: pb.CreateJobReq) -> pb.CreateJobsRes.Result:
-            async with at_once:
-                try:
-                    spec = convert.spec_from(each)
-                    job = await self._manager.create(spec, each.stdin, access.caller)
-                except JobWorkerError as error:
-                    code = convert.code_of(error).value[0]
-                    return pb.CreateJobsRes.Result(code=code, error=str(error))
-            return pb.CreateJobsRes.Result(id=str(job.id), status=job.status)
+        async def work() -> None:
+            while pending:
+                place, each = pending.popleft()
+                results[place] = await self._result_of(each, access)
 
-        return pb.CreateJobsRes(results=await asyncio.gather(*map(create, request.jobs)))
+        workers = asyncio.gather(*(work() for _ in range(min(CREATES_AT_ONCE, count))))
+        try:
+            await asyncio.shield(workers)
+        except asyncio.CancelledError:
+            pending.clear()
+            await workers  # what is begun goes on
+            raise GivenUp(pb.CreateJobsRes(results=results)) from None
+        return pb.CreateJobsRes(results=results)
+
+    async def _result_of(self, request: pb.CreateJobReq, access: Access) -> pb.CreateJobsRes.Result:
+        try:
+            job = await self._create(request, access)
+        except (JobWorkerError, OSError) as error:
+            code = convert.code_of(error).value[0]
+            return pb.CreateJobsRes.Result(code=code, error=convert.text_of(error))
+        return pb.CreateJobsRes.Result(id=str(job.id), status=job.status)
+
+    async def _create(self, request: pb.CreateJobReq, access: Access) -> Job:
+        spec = convert.spec_from(request)
+        return await self._manager.create(spec, request.stdin, access.caller)
 
     async def delete_job(self, request: pb.DeleteJobReq, access: Access) -> pb.DeleteJobRes:
         await self._manager.delete(await self._within_reach(request.id, access))
@@ -87,16 +115,8 @@ class JobService:
         return convert.stop_result_to(job)
 
     async def get_jobs(self, request: pb.EmptyRequest, access: Access) -> pb.Jobs:
-        answer = pb.Jobs()
-        before_id = None
-        while True:
-            page = await self._manager.page(before_id, LARGEST_PAGE_JOBS, owner=access.owner)
-            room_bytes = convert.LARGEST_ANSWER_BYTES - answer.ByteSize()
-            fitting = convert.jobs_within(page, room_bytes, partial(_shown, access=access))
-            answer.jobs.extend(fitting)
-            if len(fitting) < LARGEST_PAGE_JOBS:
-                return answer
-            before_id = page[-1].id
+        jobs, _ = await self._newest(access, owner=access.owner)
+        return pb.Jobs(jobs=jobs)
 
     async def list_jobs(self, request: pb.ListJobsReq, access: Access) -> pb.ListJobsRes:
         if request.page_size > LARGEST_PAGE_JOBS:
@@ -104,17 +124,37 @@ class JobService:
             raise InvalidRequestError("page_size", problem)
         if access.owner is not None and request.owner not in {"", access.owner}:
             return pb.ListJobsRes()  # as for an owner without jobs
-        jobs = await self._manager.page(
+        jobs, is_last = await self._newest(
+            access,
             before_id=_page_start(request.page_token),
-            count=request.page_size or PAGE_JOBS,
+            most=request.page_size or PAGE_JOBS,
             statuses=convert.statuses_from(request.statuses),
             name=request.name,
             owner=access.owner if access.owner is not None else request.owner or None,
         )
-        fitting = convert.jobs_within(jobs, show=partial(_shown, access=access))
-        is_last = len(fitting) == len(jobs) < (request.page_size or PAGE_JOBS)
-        token = "" if is_last or not fitting else fitting[-1].id
-        return pb.ListJobsRes(jobs=fitting, next_page_token=token)
+        token = "" if is_last or not jobs else jobs[-1].id
+        return pb.ListJobsRes(jobs=jobs, next_page_token=token)
+
+    async def _newest(
+        self, access: Access, before_id: int | None = None, most: int | None = None, **filters: Any
+    ) -> tuple[list[pb.Job], bool]:
+        """As many as fit into one answer, and whether there are no more. most: None: no limit."""
+        found: list[pb.Job] = []
+        room_bytes = convert.LARGEST_ANSWER_BYTES
+        while most is None or len(found) < most:
+            count = min(max(FIRST_JOBS, len(found)), LARGEST_PAGE_JOBS)
+            if most is not None:
+                count = min(count, most - len(found))
+            part = await self._manager.page(before_id, count, **filters)
+            fitting = convert.jobs_within(part, room_bytes, partial(_shown, access=access))
+            found += fitting
+            if len(fitting) < len(part):
+                return found, False
+            if len(part) < count:
+                return found, True
+            before_id = part[-1].id
+            room_bytes -= pb.Jobs(jobs=fitting).ByteSize()
+        return found, False
 
     async def get_server_info(self, request: pb.EmptyRequest, access: Access) -> pb.ServerInfo:
         manager, caller = self._manager, access.caller
@@ -264,25 +304,37 @@ def _stream(gate: Gate, rpc: str, method: StreamMethod, request_type: Any) -> An
 
 
 def _created(request: pb.CreateJobReq | None, answer: pb.Job | None) -> list[dict[str, Any]]:
-    fields = _asked(request) if request else {}
-    return [fields | {"job": answer.id, "status": answer.status} if answer else fields]
+    if request is None:
+        return []
+    made = _made(answer.id, answer.status) if answer else {}
+    return [_asked(request) | made]
 
 
 def _created_many(
     request: pb.CreateJobsReq | None, answer: pb.CreateJobsRes | None
 ) -> list[dict[str, Any]]:
     if request is None or answer is None:
-        return [_asked(each) for each in request.jobs] if request else [{}]
+        return []
     return [
-        _asked(each)
-        | {"job": result.id, "status": result.status}
-        | ({"code": CODE_NAMES[result.code], "problem": result.error} if result.code else {})
+        _asked(each) | _result(result)
         for each, result in zip(request.jobs, answer.results, strict=True)
+        if result.id or result.code  # else the call ended before it was begun
     ]
 
 
+def _result(result: pb.CreateJobsRes.Result) -> dict[str, Any]:
+    if result.code:
+        return {"code": CODE_NAMES[result.code], "problem": result.error}
+    return _made(result.id, result.status)
+
+
+def _made(job_id: str, status: str) -> dict[str, Any]:
+    """Also where the client did not wait for its answer."""
+    return {"code": "OK", "job": job_id, "status": status}
+
+
 def _named(request: pb.StopJobReq | pb.DeleteJobReq | None, _answer: Any) -> list[dict[str, Any]]:
-    return [{"job": request.id[:LONGEST_TOLD]} if request else {}]
+    return [{"job": request.id[:LONGEST_TOLD]}] if request else []
 
 
 def _asked(request: pb.CreateJobReq) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from jobworker.errors import StartupError
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
+# Looks in which files change, before they are read though they may change again: who revokes
+# certificates one after the other is not waited for.
+MOST_SETTLING = 4
 
 Signature = tuple[tuple[int, ...] | None, ...]
 
@@ -44,18 +47,20 @@ class WatchedFiles:
         self._on_outcome = on_outcome
         self._seen = self._signature()
         self._settling: Signature | None = None
+        self._settling_looks = 0
         apply(load())
 
     async def look(self, *, at_once: bool = False) -> None:
         """Reads them where they have changed, and have been the same for two looks: who writes
-        several files takes a moment. at_once: does not wait for that."""
+        several files takes a moment, and not for long. at_once: does not wait for that."""
         found = await asyncio.to_thread(self._signature)
         if found == self._seen:
-            self._settling = None
-        elif found == self._settling or at_once:
+            self._settling, self._settling_looks = None, 0
+        elif found == self._settling or at_once or self._settling_looks >= MOST_SETTLING:
             await self._read(found)
         else:
             self._settling = found
+            self._settling_looks += 1
 
     async def _read(self, found: Signature) -> None:
         problem, loaded = "", None
@@ -63,9 +68,11 @@ class WatchedFiles:
             loaded = await asyncio.to_thread(self._load)
         except StartupError as error:
             problem = str(error)
+        except Exception as error:  # noqa: BLE001 nothing in a file may end the watch of all
+            problem = repr(error)
         if await asyncio.to_thread(self._signature) != found:
             return  # written to meanwhile: the next look sees it
-        self._seen, self._settling = found, None
+        self._seen, self._settling, self._settling_looks = found, None, 0
         if problem:
             log.error("the %s cannot be used, so the old stay in force: %s", self._name, problem)
         else:

@@ -283,6 +283,24 @@ def test_a_header_that_never_ends(start_server: StartServer, mallory: str) -> No
         assert server.rss_bytes() - before < 50 * MEBIBYTE
 
 
+def test_what_a_client_sends_does_not_come_back_at_any_length(server: Server, mallory: str) -> None:
+    """Its own limit on headers would refuse an error with all of it."""
+    calls: list[tuple[grpc.StatusCode, Callable[[], object]]]
+    long = "\N{SNOWMAN}" * 500_000
+    with server.connect(mallory) as client:
+        calls = [
+            (grpc.StatusCode.NOT_FOUND, lambda: client.get(long)),
+            (grpc.StatusCode.INVALID_ARGUMENT, lambda: client.create(long)),
+            (grpc.StatusCode.INVALID_ARGUMENT, lambda: client.create("true", profile=long)),
+        ]
+        for code, call in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                call()
+            assert caught.value.code() is code
+        result = client.call("CreateJobs", pb.CreateJobsReq(jobs=[pb.CreateJobReq(command=long)]))
+        assert len(result.results[0].error) < 1000
+
+
 @pytest.mark.parametrize("size", [20_000, 1 << 16, 1 << 20])
 def test_large_metadata(server: Server, mallory: str, size: int) -> None:
     with channel(server.address, server.certs, mallory) as opened:

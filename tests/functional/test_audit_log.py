@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -122,6 +123,57 @@ def test_a_flood_of_refused_calls_is_counted(start_server: StartServer, path: Pa
 
     wait_until(lambda: told() == 400)
     assert len(calls(path, "CreateJob")) < 300
+
+
+def test_failures_of_who_may_create_are_counted_too(start_server: StartServer, path: Path) -> None:
+    """And what such a client sends does not make a line long."""
+    server = start_server(AUDIT_LOG=str(path))
+    with server.connect() as client:
+        client.call("CreateJobs", pb.CreateJobsReq(jobs=[pb.CreateJobReq()] * 1000))
+        for request in (lambda: client.stop("9" * 1_000_000), lambda: client.shell("exit 0")):
+            with contextlib.suppress(grpc.RpcError):
+                request()
+
+    def counts() -> list[int]:
+        return [line["count"] for line in lines(path) if "count" in line]
+
+    wait_until(lambda: sum(counts()) > 0)
+    assert len(calls(path, "CreateJobs")) < 300
+    assert len(calls(path, "CreateJobs")) + sum(counts()) in {1000, 1001}
+    # What was done is always told.
+    assert [line["code"] for line in calls(path, "CreateJob")] == ["OK"]
+    assert max(map(len, path.read_bytes().splitlines())) < 4000
+
+
+@pytest.mark.parametrize("how", ["cancelled", "revoked"])
+def test_jobs_of_a_call_that_is_given_up_have_their_lines(
+    start_server: StartServer, path: Path, tmp_path: Path, how: str
+) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.touch()
+    server = start_server(AUDIT_LOG=str(path), REVOKED=str(revoked))
+    if not (server.certs / "given-up-cert.pem").exists():
+        certs.make_client(server.certs, "given-up", "user")
+    with server.connect("given-up") as user, server.connect() as admin:
+        job = pb.CreateJobReq(command="sleep", args=["60"])
+        create: Any = user._channel.unary_unary(
+            "/job_worker.JobService/CreateJobs", pb.CreateJobsReq.SerializeToString
+        )
+        call = create.future(pb.CreateJobsReq(jobs=[job] * 1000), timeout=DEADLINE_SECONDS)
+        wait_until(lambda: admin.info().running_jobs > 0)
+        if how == "cancelled":
+            call.cancel()
+        else:
+            certs.revoke(revoked, server.certs / "given-up-cert.pem")
+            server.process.send_signal(signal.SIGHUP)
+            assert call.code() is grpc.StatusCode.PERMISSION_DENIED
+        wait_until(lambda: len(calls(path, "CreateJobs")) > 0)
+        running = {each.id for each in admin.jobs()}
+        assert 0 < len(running) < 1000
+        told = calls(path, "CreateJobs")
+        assert {line["job"] for line in told if line["code"] == "OK"} == running
+        if how == "revoked":
+            assert [line["code"] for line in told if line["code"] != "OK"] == ["PERMISSION_DENIED"]
 
 
 @pytest.mark.parametrize("how", ["SIGHUP", "by itself"])

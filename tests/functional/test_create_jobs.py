@@ -46,6 +46,15 @@ def test_none(client: Client) -> None:
     assert create_all(client) == []
 
 
+def test_too_many(client: Client) -> None:
+    before = len(client.jobs())
+    with pytest.raises(grpc.RpcError) as caught:
+        create_all(client, *[pb.CreateJobReq(command="true")] * 1001)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 1000" in str(caught.value.details())
+    assert len(client.jobs()) == before
+
+
 def test_a_viewer_may_not(server: Server) -> None:
     with server.connect("viewer") as viewer:
         with pytest.raises(grpc.RpcError) as caught:

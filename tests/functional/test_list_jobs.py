@@ -39,6 +39,17 @@ def test_pages(start_server: Callable[..., Server]) -> None:
         assert [job.id for job in client.jobs()] == newest_first
 
 
+def test_pages_that_are_read_in_parts(start_server: Callable[..., Server]) -> None:
+    with start_server().connect() as client:
+        bulk = pb.CreateJobsReq(jobs=[pb.CreateJobReq(command="true")] * 250)
+        created = [result.id for result in client.call("CreateJobs", bulk).results]
+        newest_first = sorted(created, key=int, reverse=True)
+        assert pages(client, page_size=1000) == [newest_first]
+        assert [len(page) for page in pages(client, page_size=120)] == [120, 120, 10]
+        assert ids(client, page_size=120) == newest_first
+        assert [job.id for job in client.jobs()] == newest_first
+
+
 def test_no_jobs(start_server: Callable[..., Server]) -> None:
     with start_server().connect() as client:
         assert client.jobs() == []

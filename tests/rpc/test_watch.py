@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
 
 from jobworker.errors import StartupError
-from jobworker.rpc.watch import WatchedFiles
+from jobworker.rpc.watch import MOST_SETTLING, WatchedFiles
 
 
 class Reading:
@@ -58,6 +59,28 @@ def test_a_change_is_read_once_it_has_settled(reading: Reading) -> None:
         reading.look()
     assert reading.read == ["1", "333"]
     assert reading.outcomes == [""]
+
+
+def test_who_writes_all_the_time_is_not_waited_for(reading: Reading) -> None:
+    for number in range(10, 10 + 2 * MOST_SETTLING):
+        reading.write(f"{number}", f"{number}")
+        os.utime(reading.paths[0], ns=(number, number))
+        reading.look()
+    assert len(reading.read) == 2
+
+
+def test_no_error_ends_the_watch(reading: Reading) -> None:
+    def fail() -> str:
+        raise ValueError("not what anybody thought of")
+
+    load, reading.files._load = reading.files._load, fail
+    reading.write("22", "22")
+    reading.look(at_once=True)
+    reading.files._load = load
+    reading.write("333", "333")
+    reading.look(at_once=True)
+    assert reading.read == ["1", "333"]
+    assert reading.outcomes == ["ValueError('not what anybody thought of')", ""]
 
 
 def test_who_asks_does_not_wait(reading: Reading) -> None:
