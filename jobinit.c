@@ -33,6 +33,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/fsuid.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
@@ -50,11 +51,13 @@
  * built on. */
 enum {
 	CALL_PIDFD_SEND_SIGNAL = 424, CALL_OPEN_TREE = 428, CALL_MOVE_MOUNT = 429,
-	CALL_PIDFD_OPEN = 434, CALL_CLOSE_RANGE = 436, CALL_MOUNT_SETATTR = 442,
+	CALL_PIDFD_OPEN = 434, CALL_CLOSE_RANGE = 436, CALL_OPENAT2 = 437,
+	CALL_MOUNT_SETATTR = 442,
 };
 enum { CLOSE_UNSHARED = 2 };         /* CLOSE_RANGE_UNSHARE */
 enum { CLONED_TREE = 1 };            /* OPEN_TREE_CLONE */
-enum { FROM_EMPTY_PATH = 4 };        /* MOVE_MOUNT_F_EMPTY_PATH */
+enum { FROM_EMPTY_PATH = 4, TO_EMPTY_PATH = 0x40 }; /* MOVE_MOUNT_{F,T}_EMPTY_PATH */
+enum { NO_MAGIC_LINKS = 2, NO_LINKS = 4, IN_ROOT = 0x10 }; /* RESOLVE_... of openat2 */
 enum { WHOLE_TREE = 0x8000 };        /* AT_RECURSIVE */
 enum { READ_ONLY = 1, NO_SUID = 2, NO_DEVICES = 4 }; /* MOUNT_ATTR_... */
 enum { SIGNAL_PROCESS_GROUP = 4 }; /* of pidfd_send_signal, since Linux 6.9 */
@@ -92,15 +95,16 @@ enum {
 
 struct header { uint16_t type, descriptors; uint32_t size; uint64_t job; };
 struct hello { uint32_t magic, version; int32_t pid, unused; };
-/* Then come the groups, 32 bits each, and then the strings: executable, directory, cgroup, for
- * each limit a file in the cgroup and what is to be written to it, arguments, variables. */
-struct start { uint32_t flags, arguments, variables, groups, uid, gid, limits, view; };
+/* Then come the groups, 32 bits each, and then the strings: executable, directory, cgroup, root,
+ * for each limit a file in the cgroup and what is to be written to it, for each bind its source,
+ * its destination, and "ro" or nothing, arguments, variables. */
+struct start { uint32_t flags, arguments, variables, groups, uid, gid, limits, view, binds; };
 struct to_signal { int32_t number, unused; };
 struct started { int32_t pid; uint32_t having; uint64_t started_ns; };
 struct failed {
 	uint32_t step;
 	int32_t error, wait_status;
-	uint32_t limit; /* which of the start's could not be written; 0: none of them */
+	uint32_t item; /* which of the start's limits, or binds, it was about; 0: none of them */
 	uint64_t ended_ns;
 };
 struct exited {
@@ -124,9 +128,10 @@ enum {
 	CONFINED = 8,  /* nothing that it executes gives it rights that its user has not */
 	MAKE_CGROUP = 16, /* there is none with that path yet; else the job joins it */
 	NO_NETWORK = 32,
-	KNOWN_FLAGS = MERGE_OUTPUT | HAS_INPUT | SET_USER | CONFINED | MAKE_CGROUP | NO_NETWORK,
+	READ_ONLY_FILES = 64, /* all but what each job has of its own, and the binds */
+	KNOWN_FLAGS = MERGE_OUTPUT | HAS_INPUT | SET_USER | CONFINED | MAKE_CGROUP | NO_NETWORK
+		      | READ_ONLY_FILES,
 };
-enum { READ_ONLY_ROOT = 1 }; /* view_asked.flags */
 enum { HAS_PIDFD = 1, HAS_STDOUT = 2, HAS_STDERR = 4 }; /* started.having, in this order */
 
 /* Of becoming a job, by the order in which they were invented. In `struct failed` STEP_EXEC
@@ -135,7 +140,8 @@ enum step {
 	STEP_FORK = 1, STEP_DESCRIPTORS, STEP_CGROUP, STEP_SESSION, STEP_OPEN_FILES_LIMIT,
 	STEP_OOM_SCORE, STEP_NAMESPACES, STEP_LIMITS, STEP_PRIVILEGES, STEP_USER, STEP_DIRECTORY,
 	STEP_CALL_FILTER, STEP_EXEC, STEP_PID_NAMESPACE, STEP_NETWORK, STEP_VIEW, STEP_PROC,
-	STEP_TMP, STEP_TERMINALS,
+	STEP_TMP, STEP_TERMINALS, STEP_ROOT, STEP_BIND_SOURCE, STEP_BIND_DESTINATION,
+	STEP_READ_ONLY,
 };
 
 enum {
@@ -155,6 +161,7 @@ enum {
 	OWN_DESCRIPTORS = 128, /* kept from jobs: for accept, /proc, and a packet's pidfds */
 	MOST_GROUPS = 65536,   /* NGROUPS_MAX */
 	MOST_VIEWS = 8,
+	MOST_BINDS = 32,
 	LONGEST_PROBLEM = 256,
 	OWN_FAILURE = 125,     /* exit code by hand, as of env(1) and its like */
 };
@@ -180,7 +187,7 @@ struct job {
 	int status_fd;            /* while STARTING */
 	int group_fd;             /* pidfd of a reaped leader whose group lives on */
 	int wait_status, error;
-	uint32_t limit;           /* as in `struct failed` */
+	uint32_t item;            /* as in `struct failed` */
 	uint8_t state, step;
 	uint8_t owes;             /* what the server is yet to be told */
 	bool is_owing;            /* in that queue */
@@ -403,13 +410,15 @@ static void remove_job(struct job *job)
 
 struct request {
 	const char *executable, *directory, *cgroup; /* cgroup: empty for none */
+	const char *root;                            /* empty: that of the view */
 	char **limits;                               /* file and value of each */
+	char **binds;                                /* source, destination and options of each */
 	char **arguments, **environment;             /* both end with NULL */
 	const gid_t *groups;
-	size_t limit_count, group_count;
+	size_t limit_count, bind_count, group_count;
 	uid_t uid;
 	gid_t gid;
-	bool merge_output, has_input, set_user, is_confined, make_cgroup, no_network;
+	bool merge_output, has_input, set_user, is_confined, make_cgroup, no_network, is_read_only;
 	const struct view *view; /* NULL: the machine's files as they are */
 	int input_fd; /* -1: /dev/null */
 	void *memory; /* of these arrays; the strings stay where they came in */
@@ -438,9 +447,9 @@ static int parse_start(char *data, size_t size, struct request *request)
 		return EBADMSG;
 	place = data + sizeof start + start.groups * sizeof(gid_t);
 	if (start.arguments < 1 || start.arguments > size || start.variables > size
-	    || start.limits > size)
+	    || start.limits > size || start.binds > MOST_BINDS)
 		return EBADMSG;
-	first = 3 + 2 * (size_t)start.limits; /* of the arguments */
+	first = 4 + 2 * (size_t)start.limits + 3 * start.binds; /* of the arguments */
 	count = first + start.arguments + start.variables;
 	strings = calloc(count + 2, sizeof *strings); /* a NULL behind each of the two lists */
 	if (!strings)
@@ -453,12 +462,21 @@ static int parse_start(char *data, size_t size, struct request *request)
 		free(strings);
 		return EBADMSG;
 	}
+	/* What is arranged is a copy of the view, with the rights of the job's user. */
+	if ((*strings[3] || start.binds || start.flags & READ_ONLY_FILES)
+	    && !(start.view && start.flags & CONFINED && start.flags & SET_USER)) {
+		free(strings);
+		return EINVAL;
+	}
 	*request = (struct request){
 		.executable = strings[0],
 		.directory = strings[1],
 		.cgroup = strings[2],
-		.limits = strings + 3,
+		.root = strings[3],
+		.limits = strings + 4,
 		.limit_count = start.limits,
+		.binds = strings + 4 + 2 * start.limits,
+		.bind_count = start.binds,
 		.arguments = strings + first,
 		.environment = strings + first + start.arguments + 1,
 		.groups = (gid_t *)(data + sizeof start), /* malloc has aligned it */
@@ -469,6 +487,7 @@ static int parse_start(char *data, size_t size, struct request *request)
 		.is_confined = start.flags & CONFINED,
 		.make_cgroup = start.flags & MAKE_CGROUP,
 		.no_network = start.flags & NO_NETWORK,
+		.is_read_only = start.flags & READ_ONLY_FILES,
 		.view = start.view ? &views[start.view - 1] : NULL,
 		.merge_output = start.flags & MERGE_OUTPUT,
 		.has_input = start.flags & HAS_INPUT,
@@ -635,7 +654,7 @@ static void make_filter(void)
 /* The child's ends. input -1: /dev/null. */
 struct ends { int input, output, errors, status; };
 
-struct step_failure { uint32_t step; int32_t error; uint32_t limit; };
+struct step_failure { uint32_t step; int32_t error; uint32_t item; };
 
 enum { REPORT_FD = 3, VIEW_FD = 4 };
 
@@ -862,6 +881,202 @@ static void complete_view(const struct request *request)
 	must(mount_terminals(), STEP_TERMINALS);
 }
 
+static bool change_attributes(int fd, const char *path, unsigned flags, uint64_t set, uint64_t clear)
+{
+	struct { uint64_t set, clear, propagation, user_namespace; } change = {set, clear, 0, 0};
+
+	return syscall(CALL_MOUNT_SETATTR, fd, path, flags, &change, sizeof change) == 0;
+}
+
+static bool set_attributes(int fd, const char *path, unsigned flags, uint64_t attributes)
+{
+	return change_attributes(fd, path, flags, attributes, 0);
+}
+
+/* ---- What one job asks for: a root of its own, binds, nothing that it can write to ----
+ *
+ * All of it is taken from the job's own view, so that no way leads to what that hides; by
+ * descriptors, so that what was looked up is what is mounted; through no symbolic link, which
+ * somebody could change meanwhile; and with the file rights of the job's user, so that it reaches
+ * nothing that it could not reach anyhow. Mounting takes another right, which these leave. */
+
+static void take_file_rights(uid_t uid, gid_t gid)
+{
+	setfsgid(gid);
+	setfsuid(uid);
+}
+
+/* path: below that folder, also where it begins with a slash or has `..`. */
+static int open_in(int folder, const char *path, int flags)
+{
+	struct { uint64_t flags, mode, resolve; } how = {
+		.flags = O_PATH | O_CLOEXEC | flags,
+		.resolve = NO_LINKS | NO_MAGIC_LINKS | IN_ROOT,
+	};
+
+	return syscall(CALL_OPENAT2, folder, path, &how, sizeof how);
+}
+
+/* All that is mounted there, as mounts that belong nowhere yet; closes fd. */
+static int copy_tree(int fd, uint64_t attributes)
+{
+	int tree = -1;
+
+	if (fd >= 0)
+		tree = syscall(CALL_OPEN_TREE, fd, "",
+			       CLONED_TREE | WHOLE_TREE | AT_EMPTY_PATH | O_CLOEXEC);
+	close_fd(&fd);
+	if (tree >= 0 && !set_attributes(tree, "", WHOLE_TREE | AT_EMPTY_PATH, attributes))
+		return -1;
+	return tree;
+}
+
+static bool put_tree(int tree, int place)
+{
+	return syscall(CALL_MOVE_MOUNT, tree, "", place, "", FROM_EMPTY_PATH | TO_EMPTY_PATH) == 0;
+}
+
+static void must_of(bool done, enum step step, size_t place)
+{
+	if (!done)
+		fail_with(REPORT_FD, (struct step_failure){step, errno, place + 1});
+}
+
+static void copy_sources(const struct request *request, int trees[])
+{
+	int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+	char **bind = request->binds;
+	uint64_t attributes;
+	size_t i;
+
+	for (i = 0; i < request->bind_count; i++, bind += 3) {
+		attributes = NO_SUID | NO_DEVICES | (*bind[2] ? READ_ONLY : 0);
+		trees[i] = copy_tree(open_in(root, bind[0], 0), attributes);
+		must_of(trees[i] >= 0, STEP_BIND_SOURCE, i);
+	}
+	close_fd(&root);
+}
+
+/* Becomes /. What the job has of its own comes with it, to where there are folders for it. */
+static bool change_root(const struct request *request)
+{
+	static const char *const own[] = {"/proc", "/dev", "/tmp", "/var/tmp"};
+	enum { COUNT = sizeof own / sizeof *own };
+	uint64_t attributes = NO_SUID | NO_DEVICES | (request->is_read_only ? READ_ONLY : 0);
+	int old = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC), trees[COUNT], root, place, i;
+
+	root = copy_tree(open_in(old, request->root, O_DIRECTORY), attributes);
+	if (root < 0)
+		return false;
+	for (i = 0; i < COUNT; i++)
+		trees[i] = copy_tree(open_in(old, own[i], O_DIRECTORY), 0);
+	/* It has to be somewhere, and this one is done with. */
+	place = open_in(old, "/proc", O_DIRECTORY);
+	if (place < 0 || !put_tree(root, place))
+		return false;
+	close_fd(&place);
+	for (i = 0; i < COUNT; i++) {
+		place = open_in(root, own[i], O_DIRECTORY);
+		if (place < 0 ? !is_absent() : trees[i] >= 0 && !put_tree(trees[i], place))
+			return false;
+		close_fd(&place);
+		close_fd(&trees[i]);
+	}
+	/* The old one is then mounted over the new one, and goes. */
+	return fchdir(root) == 0 && syscall(SYS_pivot_root, ".", ".") == 0
+	       && umount2(".", MNT_DETACH) == 0 && chdir("/") == 0 && close(root) == 0
+	       && close(old) == 0;
+}
+
+static bool make_files_read_only(void)
+{
+	static const char *const own[] = {
+		"/proc", "/tmp", "/var/tmp", "/dev/shm", "/dev/pts", NULL,
+	};
+	const char *const *path;
+
+	if (!set_attributes(AT_FDCWD, "/", WHOLE_TREE, READ_ONLY))
+		return false;
+	for (path = own; *path; path++)
+		if (!change_attributes(AT_FDCWD, *path, 0, 0, READ_ONLY) && !is_absent())
+			return false;
+	return true;
+}
+
+/* In the job's /tmp, which is its own and empty: anywhere else it would be made for others too. */
+static bool make_mount_point(int tmp, const char *path, int tree)
+{
+	char folder[PATH_MAX];
+	const char *slash = path;
+	struct stat info;
+
+	while ((slash = strchr(slash + 1, '/'))) {
+		snprintf(folder, sizeof folder, "%.*s", (int)(slash - path), path);
+		if (mkdirat(tmp, folder, 0755) < 0 && errno != EEXIST)
+			return false;
+	}
+	if (fstat(tree, &info) < 0)
+		return false;
+	if (S_ISDIR(info.st_mode))
+		return mkdirat(tmp, path, 0755) == 0 || errno == EEXIST;
+	return mknodat(tmp, path, S_IFREG | 0644, 0) == 0 || errno == EEXIST;
+}
+
+/* own_tmp: its device. */
+static void make_mount_points(const struct request *request, const int trees[], dev_t own_tmp)
+{
+	static const char tmp_path[] = "/tmp/";
+	int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC), tmp = open_in(root, "/tmp", O_DIRECTORY);
+	char **bind = request->binds;
+	struct stat info;
+	size_t i;
+
+	if (tmp >= 0 && fstat(tmp, &info) == 0 && info.st_dev == own_tmp)
+		for (i = 0; i < request->bind_count; i++, bind += 3)
+			if (!strncmp(bind[1], tmp_path, strlen(tmp_path)))
+				must_of(make_mount_point(tmp, bind[1] + strlen(tmp_path), trees[i]),
+					STEP_BIND_DESTINATION, i);
+	close_fd(&tmp);
+	close_fd(&root);
+}
+
+static void put_binds(const struct request *request, int trees[])
+{
+	int root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC), place;
+	char **bind = request->binds;
+	size_t i;
+
+	for (i = 0; i < request->bind_count; i++, bind += 3) {
+		place = open_in(root, bind[1], 0);
+		must_of(place >= 0 && put_tree(trees[i], place), STEP_BIND_DESTINATION, i);
+		close_fd(&place);
+		close_fd(&trees[i]);
+	}
+	close_fd(&root);
+}
+
+/* Before anything is read-only, lest the binds be so too; all mount points before any bind, lest
+ * they be made in what is bound. */
+static void arrange_files(const struct request *request)
+{
+	int trees[MOST_BINDS];
+	struct stat tmp;
+
+	must(setgroups(request->group_count, request->groups) == 0, STEP_USER);
+	take_file_rights(request->uid, request->gid);
+	must(stat("/tmp", &tmp) == 0, STEP_TMP);
+	copy_sources(request, trees);
+	if (*request->root)
+		must(change_root(request), STEP_ROOT);
+	else if (request->is_read_only)
+		must(make_files_read_only(), STEP_READ_ONLY);
+	if (request->bind_count) {
+		make_mount_points(request, trees, tmp.st_dev);
+		put_binds(request, trees);
+	}
+	take_file_rights(geteuid(), getegid());
+}
+
 /* Nothing of a job's that crashes is written anywhere, and it cannot come before others by a
  * real-time priority. What of its limits is higher than usual was given to the server. */
 static bool lower_limits(void)
@@ -933,6 +1148,9 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	/* After the namespaces, whose own is mounted; as long as there is the right to. */
 	if (request->view)
 		complete_view(request);
+	/* Of what is there then, as the job sees it. */
+	if (request->view && (*request->root || request->bind_count || request->is_read_only))
+		arrange_files(request);
 	if (request->is_confined)
 		must(lower_limits(), STEP_LIMITS);
 	/* Before the uid changes: afterwards nothing can be dropped. */
@@ -1040,7 +1258,7 @@ static int parse_view(const char *data, size_t size, struct view_request *reques
 	uint64_t count = 0;
 
 	memcpy(asked, data, sizeof *asked);
-	if (asked->flags & ~READ_ONLY_ROOT)
+	if (asked->flags)
 		return EOPNOTSUPP;
 	if (asked->number < 1 || asked->number > MOST_VIEWS)
 		return EINVAL;
@@ -1086,13 +1304,6 @@ static void need(bool done, const char *what, const char *path)
 {
 	if (!done)
 		report_view(errno, what, path, -1);
-}
-
-static bool set_attributes(int fd, const char *path, unsigned flags, uint64_t attributes)
-{
-	struct { uint64_t set, clear, propagation, user_namespace; } change = {.set = attributes};
-
-	return syscall(CALL_MOUNT_SETATTR, fd, path, flags, &change, sizeof change) == 0;
 }
 
 static void make_read_only(const char *path)
@@ -1360,8 +1571,6 @@ static _Noreturn void build_view(const struct view_request *request)
 	protect_paths(request);
 	hide_paths(request);
 	protect_kernel_files();
-	if (request->asked.flags & READ_ONLY_ROOT)
-		make_read_only("/");
 	report_view(0, "made", "", namespace_fd);
 }
 
@@ -1631,7 +1840,7 @@ static void resolve_start(struct job *job, bool is_dead)
 		job->state = DOOMED;
 		job->step = failure.step;
 		job->error = failure.error;
-		job->limit = failure.limit;
+		job->item = failure.item;
 	}
 }
 
@@ -1767,7 +1976,7 @@ static bool append_started(struct packet *packet, const struct job *job)
 static void append_ending(struct packet *packet, const struct job *job)
 {
 	struct failed failed = {
-		job->step, job->error, job->wait_status, job->limit, job->ended_ns,
+		job->step, job->error, job->wait_status, job->item, job->ended_ns,
 	};
 	struct exited exited = {
 		.wait_status = job->wait_status,

@@ -149,6 +149,13 @@ def _parse_paths(text: str) -> tuple[Path, ...]:
     return tuple(Path(os.path.normpath(name)) for name in names)
 
 
+def _parse_binds(text: str) -> tuple[str, ...]:
+    """`/srv/data, /usr/share:ro`."""
+    names = _parse_names(text)
+    _parse_paths(",".join(name.removesuffix(":ro") for name in names))
+    return names
+
+
 LAST_UID = (1 << 32) - 2
 
 
@@ -355,6 +362,21 @@ class Settings:
         65536,
         _parse_number(0),
         "How many files these may hold. 0: no limit.",
+    )
+    roots_allowed: tuple[Path, ...] = _setting(
+        "roots_allowed",
+        (),
+        _parse_paths,
+        "Folders which, or below which, a job's own root may be (`--root`).",
+        shown_default="none",
+    )
+    binds_allowed: tuple[str, ...] = _setting(
+        "binds_allowed",
+        (),
+        _parse_binds,
+        "Files and folders that jobs may have at other places too, or what is below them "
+        "(`--bind`); those with `:ro` read-only.",
+        shown_default="none",
     )
     log_max_bytes: int = _setting(
         "log_max_bytes",

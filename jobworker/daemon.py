@@ -20,6 +20,7 @@ from jobworker import __version__
 from jobworker.certs import check_server_files
 from jobworker.config import PROFILES, Settings
 from jobworker.engine.cgroup import CgroupTree
+from jobworker.engine.files import Allowed
 from jobworker.engine.isolation import Files, Isolation
 from jobworker.engine.jobinits import Jobinits
 from jobworker.engine.manager import Manager, Policy
@@ -220,6 +221,7 @@ def _isolation(settings: Settings) -> Isolation:
         settings.users_allowed,
         settings.strict_uids,
         _files(settings),
+        Allowed(settings.roots_allowed, settings.binds_allowed),
     )
     if isolation.problem:
         log.warning("jobs are not separated from the machine: %s", isolation.problem)
@@ -245,9 +247,9 @@ async def _try_isolation(isolation: Isolation, jobinits: Jobinits) -> None:
     problems = {}
     for profile, trial in isolation.trials().items():
         problems[profile] = await jobinits.try_out(trial)
-        if problems[profile]:
-            jobinits.drop_view(trial.view)
     isolation.take_results(problems)
+    if not isolation.views:
+        jobinits.drop_views()
     for profile, problem in isolation.problems.items():
         log.warning("jobs cannot have profile %s: %s", profile, problem)
 

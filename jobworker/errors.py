@@ -215,8 +215,7 @@ class JobinitError(JobWorkerError):
 
 class StartFailedError(JobWorkerError):
     """A job's command never ran: one step of starting it failed, or (`killed_by` is the signal,
-    `error_number` 0) it was killed before it came to its exec. about: what the step could not
-    write."""
+    `error_number` 0) it was killed before it came to its exec. about: on what the step failed."""
 
     def __init__(self, step: str, error_number: int, killed_by: int = 0, about: str = "") -> None:
         if killed_by:
@@ -224,7 +223,7 @@ class StartFailedError(JobWorkerError):
         else:
             problem = f"{os.strerror(error_number)} (errno {error_number})"
         if about:
-            problem = f"cannot write {about}: {problem}"
+            problem = f"{about}: {problem}"
         super().__init__(f"{step}: {problem}")
         self.step = step
         self.error_number = error_number

@@ -67,6 +67,27 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Bind:
+    """A file or a folder that a job finds at another place too. Both are absolute paths, without
+    `..`, and lead through no symbolic link."""
+
+    source: str  # of the machine's files
+    destination: str  # of the job's own; is there, or is below /tmp
+    read_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.destination}" + ":ro" * self.read_only
+
+    @classmethod
+    def parse(cls, text: str) -> Bind:
+        """Of SRC:DST[:ro]. Raises ValueError."""
+        source, *rest = text.split(":")
+        if not source or len(rest) not in {1, 2} or not rest[0] or rest[1:] not in ([], ["ro"]):
+            raise ValueError(f"{text!r}: use SRC:DST, or SRC:DST:ro")
+        return cls(source, rest[0], len(rest) == 2)
+
+
+@dataclass(frozen=True, slots=True)
 class JobSpec:
     """What a client asked to run, validated and resolved."""
 
@@ -84,6 +105,9 @@ class JobSpec:
     log_max_bytes: int = 0  # with the index; 0: no limit
     log_policy: LogPolicy = LogPolicy.RING
     network: str = ""  # as asked for in a request, one of NETWORKS in a job; empty: host
+    root: str = ""  # a folder that is its /; empty: the machine's files, as the profile shows them
+    read_only: bool = False  # its files, but for its own /tmp and the binds
+    binds: tuple[Bind, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +217,10 @@ POINTER_BYTES = 8  # each string also costs one
 LONGEST_NAME = 256
 LONGEST_STDIN_BYTES = 1 << 20
 LONGEST_TIMEOUT_MS = 1000 * 86400 * 365 * 10
+LONGEST_PATH_BYTES = 4096  # the kernel's PATH_MAX, with a NUL at its end
+MOST_BINDS = 32
+# Where what is bound would be in the way of what the server mounts there for each job.
+UNBINDABLE = ("/proc", "/dev", "/sys")
 
 
 def validate(spec: JobSpec) -> None:
@@ -210,6 +238,7 @@ def validate(spec: JobSpec) -> None:
         raise InvalidRequestError("args and environment", problem)
     _check_string("working_directory", spec.working_directory)
     _check_string("command", spec.command)
+    _check_files(spec)
     for number, arg in enumerate(spec.args):
         _check_string(f"args[{number}]", arg)
     for name, value in spec.environment.items():
@@ -247,6 +276,36 @@ def _check_limits(limits: Limits) -> None:
         if value < 0:
             problem = f"{value} is negative; use 0 for the server's default"
             raise InvalidRequestError(field_name, problem)
+
+
+def _check_files(spec: JobSpec) -> None:
+    if spec.root:
+        _check_path("root", spec.root)
+    if len(spec.binds) > MOST_BINDS:
+        problem = f"are {len(spec.binds)}; at most {MOST_BINDS} are taken"
+        raise InvalidRequestError("binds", problem)
+    for number, bind in enumerate(spec.binds):
+        _check_path(f"binds[{number}].source", bind.source)
+        destination = f"binds[{number}].destination"
+        _check_path(destination, bind.destination)
+        path = bind.destination.rstrip("/")
+        if not path:
+            raise InvalidRequestError(destination, "is /; give a root instead")
+        if any(path == top or path.startswith(top + "/") for top in UNBINDABLE):
+            problem = f"{bind.destination!r} is where a job has its own; give another place"
+            raise InvalidRequestError(destination, problem)
+
+
+def _check_path(field_name: str, path: str) -> None:
+    """That it is absolute, and that its text says where it leads, unless links are on the way."""
+    if not path.startswith("/"):
+        raise InvalidRequestError(field_name, f"{path!r} is not an absolute path; give one")
+    if any(part in {"", ".", ".."} for part in path.rstrip("/").split("/")[1:]):
+        problem = f"{path!r} has an empty part, `.` or `..`; give the path without"
+        raise InvalidRequestError(field_name, problem)
+    if "\0" in path or _size(path) > LONGEST_PATH_BYTES:
+        problem = f"has a NUL byte, or more than {LONGEST_PATH_BYTES - 1} bytes"
+        raise InvalidRequestError(field_name, problem)
 
 
 def _check_string(field_name: str, value: str) -> None:

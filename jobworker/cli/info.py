@@ -63,6 +63,8 @@ def _fields(info: ServerInfo) -> list[tuple[str, str]]:
         ("Limits", ", ".join(map(_controller, info.controllers))),
         ("Defaults", _defaults(info)),
         ("Isolation", _isolation(info)),
+        ("Roots", ", ".join(map(printable, info.roots_allowed))),
+        ("Binds", ", ".join(map(printable, info.binds_allowed))),
     ]
 
 
@@ -173,6 +175,8 @@ def _as_json(info: ServerInfo) -> dict[str, Any]:
             "default_user": info.default_user or None,
             "users": list(info.users),
             "problem": info.isolation_problem or None,
+            "roots_allowed": list(info.roots_allowed),
+            "binds_allowed": list(info.binds_allowed),
             "in_force": [asdict(profile) for profile in info.profile_details],
         },
         "ended_jobs": info.ended_jobs,

@@ -14,7 +14,7 @@ from jobworker.cli import display
 from jobworker.cli.connection import Connect, Function, speaks_to_server
 from jobworker.cli.display import duration, json_option, printable, size
 from jobworker.cli.job_id import JobId
-from jobworker.job import LONGEST_STDIN_BYTES, NETWORKS, Accounting, Job, Principal, Status
+from jobworker.job import LONGEST_STDIN_BYTES, NETWORKS, Accounting, Bind, Job, Principal, Status
 
 INT32_MAX = (1 << 31) - 1
 NEWEST_JOBS = 100
@@ -102,6 +102,13 @@ def _environment(_: click.Context, __: click.Parameter, values: tuple[str, ...])
     return {name: value for name, _separator, value in pairs}
 
 
+def _binds(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[Bind, ...]:
+    try:
+        return tuple(Bind.parse(_utf8(value)) for value in values)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 def job_options(function: Function) -> Function:
     """What a new job may be told: `create` and `run` take the same."""
     limit: Any = {"type": int, "default": 0, "callback": up_to(INT32_MAX)}
@@ -164,6 +171,25 @@ def job_options(function: Function) -> Function:
                 metavar="NETWORK",
                 help="host, or none: a loopback interface of its own.  [default: its profile's]",
             ),
+            click.option(
+                "--root",
+                default="",
+                metavar="DIR",
+                help="A folder of the server's that is the job's /.  [default: the server's /]",
+            ),
+            click.option(
+                "--read-only",
+                is_flag=True,
+                help="Lets it write to its own /tmp only, and to what is bound.",
+            ),
+            click.option(
+                "--bind",
+                "binds",
+                multiple=True,
+                callback=_binds,
+                metavar="SRC:DST[:ro]",
+                help="A file or folder of the server's at another place too; may be given again.",
+            ),
         ]
     ):
         function = decorate(function)
@@ -200,9 +226,10 @@ def create_command(
     Each line of --from is a JSON object. It must have a "command", and may have "args" (a list),
     "name", "environment" (an object), "working_directory", "merge_output", "limits" (with
     "cpu_percent", "memory_mib", "io_bytes_per_second"), "timeout_seconds", "user", "profile",
-    "network", and "stdin" or, for what is no text, "stdin_base64": the names of `get -o json`. A
-    line that cannot be read is an error before any job is made. In a pipe the ids are printed, one
-    a line; with -o json an object for each job. Exit code: 1 if a job was refused.
+    "network", "root", "read_only", "binds" (a list of "SRC:DST[:ro]"), and "stdin" or, for what is
+    no text, "stdin_base64": the names of `get -o json`. A line that cannot be read is an error
+    before any job is made. In a pipe the ids are printed, one a line; with -o json an object for
+    each job. Exit code: 1 if a job was refused.
     """
     if file is not None:
         if command or any(options.values()):
@@ -255,6 +282,9 @@ def _fields(job: Job) -> list[tuple[str, str]]:
         ("User", printable(spec.user)),
         ("Profile", printable(spec.profile)),
         ("Network", printable(spec.network)),
+        ("Root", printable(spec.root)),
+        ("Files", "read-only" if spec.read_only else ""),
+        ("Binds", ", ".join(printable(str(bind)) for bind in spec.binds)),
         ("Created by", _principal(job.created_by)),
         ("Started", _moment(job.started_ns)),
         ("Ended", _moment(job.ended_ns)),

@@ -17,6 +17,7 @@ from jobworker.cli.exit_codes import ExitCode, FailedError, code_of, message_of
 from jobworker.cli.jobs import read_file
 from jobworker.cli.progress import Progress, bar
 from jobworker.errors import CallError
+from jobworker.job import Bind
 
 if TYPE_CHECKING:
     from jobworker.client import Client, Created
@@ -190,6 +191,12 @@ def _environment(value: Any) -> dict[str, Any]:
     return {"environment": value}
 
 
+def _binds(value: Any) -> dict[str, Any]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError("must be a list of texts")
+    return {"binds": [Bind.parse(each) for each in value]}
+
+
 def _limits(value: Any) -> dict[str, Any]:
     return _options_of(_object_of(value, LIMITS, "limits"), LIMITS)
 
@@ -223,6 +230,9 @@ KEYS: dict[str, Reader] = {
     "user": _of_type("user", str, "a text"),
     "profile": _of_type("profile", str, "a text"),
     "network": _of_type("network", str, "a text"),
+    "root": _of_type("root", str, "a text"),
+    "read_only": _of_type("read_only", bool, "true or false"),
+    "binds": _binds,
     "stdin": _stdin,
     "stdin_base64": _stdin_base64,
 }

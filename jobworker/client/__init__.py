@@ -5,10 +5,11 @@ from jobworker.client.bulk import Created, Spec
 from jobworker.client.calls import Controller, CreateOptions, ProfileInfo, ServerInfo
 from jobworker.client.output import Chunk, Result, Run, Stream
 from jobworker.client.sync import Client
-from jobworker.job import Principal, Quota
+from jobworker.job import Bind, Principal, Quota
 
 __all__ = [
     "AsyncClient",
+    "Bind",
     "Chunk",
     "Client",
     "Controller",

@@ -20,6 +20,7 @@ from jobworker.errors import InvalidRequestError, RejectedError, UnsupportedErro
 from jobworker.job import (
     LONGEST_TIMEOUT_MS,
     Accounting,
+    Bind,
     Cause,
     Job,
     JobSpec,
@@ -92,6 +93,8 @@ class ServerInfo:
     users: tuple[str, ...]
     isolation_problem: str  # why no profile but "none" is there; empty: others are
     profile_details: tuple[ProfileInfo, ...]
+    roots_allowed: tuple[str, ...]  # folders which, or below which, a job's root may be
+    binds_allowed: tuple[str, ...]  # the same of sources of binds; with `:ro` read-only
     ended_jobs: int  # that are kept
     ended_log_bytes: int  # what their output takes
     disk_room_bytes: int  # what is left on the state folder's disk
@@ -126,6 +129,9 @@ class CreateOptions(TypedDict, total=False):
     user: str  # whom it runs as; empty: the server's choice
     profile: str  # how it is separated from the machine; empty: the server's choice
     network: str  # host, or none but a loopback interface; empty: the profile's
+    root: str  # a folder of the server's that is to be its /; empty: the server's /
+    read_only: bool  # its files, but for its own /tmp and the binds
+    binds: Collection[Bind]  # files and folders of the server's at other places too
 
 
 def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Job]:
@@ -195,6 +201,9 @@ def _spec_of(command: str, args: Iterable[str], options: CreateOptions) -> JobSp
         user=options.get("user", ""),
         profile=options.get("profile", ""),
         network=options.get("network", ""),
+        root=options.get("root", ""),
+        read_only=options.get("read_only", False),
+        binds=tuple(options.get("binds", ())),
     )
 
 
@@ -222,6 +231,12 @@ def _create_request(spec: JobSpec, stdin: bytes) -> pb.CreateJobReq:
         user=spec.user,
         profile=spec.profile,
         network=spec.network,
+        root=spec.root,
+        read_only=spec.read_only,
+        binds=[
+            pb.Bind(source=bind.source, destination=bind.destination, read_only=bind.read_only)
+            for bind in spec.binds
+        ],
     )
 
 
@@ -327,6 +342,8 @@ def _read_info(answer: bytes) -> ServerInfo:
             ProfileInfo(each.name, each.problem, tuple(each.measures))
             for each in message.profile_details
         ),
+        roots_allowed=tuple(message.roots_allowed),
+        binds_allowed=tuple(message.binds_allowed),
         ended_jobs=message.ended_jobs,
         ended_log_bytes=message.ended_log_bytes,
         disk_room_bytes=message.disk_room_bytes,
@@ -395,6 +412,9 @@ def _spec_from(message: pb.Job) -> JobSpec:
         user=message.user,
         profile=message.profile,
         network=message.network,
+        root=message.root,
+        read_only=message.read_only,
+        binds=tuple(Bind(bind.source, bind.destination, bind.read_only) for bind in message.binds),
     )
 
 

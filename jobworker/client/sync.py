@@ -92,7 +92,8 @@ class Client:
         """Starts a job; returns it once its command runs, or has failed to.
 
         options: max_cpu, max_memory, max_iobps, environment, working_directory, name,
-        merge_output, stdin, time_limit, user, profile, network; see CreateOptions.
+        merge_output, stdin, time_limit, user, profile, network, root, read_only, binds; see
+        CreateOptions.
         """
         return self._call(calls.create(command, args, options))
 

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 
+from jobworker.engine.files import NOT_SEEN
 from jobworker.engine.user import User
 from jobworker.errors import InvalidRequestError
 
@@ -27,19 +28,21 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOME_OF_THE_HOMELESS = "/tmp"  # noqa: S108 such as nobody, who could write nothing in `/`
 
 
-Sees = Callable[[str], bool]  # whether what is at a path here is there for the job too
+# Where this process finds what the job finds at a path; None: the job does not see it.
+Find = Callable[[str], str | None]
 
 
-def sees_all(_: str) -> bool:
-    return True
+def as_here(path: str) -> str | None:
+    return path
 
 
-def base_environment(job_id: int, user: User, sees: Sees = sees_all) -> dict[str, str]:
+def base_environment(job_id: int, user: User, find: Find = as_here) -> dict[str, str]:
     """The variables that every job gets; a request's own are stronger. Nothing of the
     server's environment is among them."""
+    home = find(user.home)
     return {
         "PATH": PATH,
-        "HOME": user.home if sees(user.home) and os.path.isdir(user.home) else HOME_OF_THE_HOMELESS,
+        "HOME": user.home if home and os.path.isdir(home) else HOME_OF_THE_HOMELESS,
         "USER": user.name,
         "LOGNAME": user.name,
         "SHELL": "/bin/sh",
@@ -64,13 +67,13 @@ def look_in_memory(path: str) -> os.stat_result:
         os.close(descriptor)
 
 
-def check_working_directory(path: str, sees: Sees = sees_all, look: Look = os.stat) -> None:
+def check_working_directory(path: str, find: Find = as_here, look: Look = os.stat) -> None:
     """Raises InvalidRequestError unless it is a directory that the user of this thread may
     enter, and that is there for the job."""
     if path == "/":  # the usual one
         return
-    mode = _mode_of(path, look)
-    if not sees(path):
+    found, mode = _find(path, find, look)
+    if found is None:
         raise InvalidRequestError("working_directory", f"{path!r} is not there: {NOT_SEEN}")
     if isinstance(mode, OSError):
         problem = f"{path!r}: {mode.strerror}; give a directory that exists on the server"
@@ -78,7 +81,7 @@ def check_working_directory(path: str, sees: Sees = sees_all, look: Look = os.st
     if not stat.S_ISDIR(mode):
         problem = f"{path!r} is not a directory; give one that exists on the server"
         raise InvalidRequestError("working_directory", problem)
-    if not os.access(path, os.X_OK, effective_ids=True):
+    if not os.access(found, os.X_OK, effective_ids=True):
         problem = f"{path!r} cannot be entered by the job's user; give one that can"
         raise InvalidRequestError("working_directory", problem)
 
@@ -87,7 +90,7 @@ def resolve(
     command: str,
     environment: Mapping[str, str],
     working_directory: str,
-    sees: Sees = sees_all,
+    find: Find = as_here,
     look: Look = os.stat,
 ) -> str:
     """The absolute path of the executable that a shell in the job's place would find, with
@@ -97,7 +100,7 @@ def resolve(
     """
     if "/" in command:
         path = os.path.normpath(os.path.join(working_directory, command))
-        number, problem = _problem_with(path, sees, look)
+        number, problem = _problem_with(path, find, look)
         if problem:
             raise InvalidRequestError("command", f"{command!r} {problem}", number)
         return path
@@ -106,7 +109,7 @@ def resolve(
     best_number, best_problem = errno.ENOENT, ""
     for folder in search.split(":"):
         path = os.path.join(working_directory, folder, command)
-        number, problem = _problem_with(path, sees, look)
+        number, problem = _problem_with(path, find, look)
         if not problem:
             return path
         if problem != NOT_FOUND:
@@ -121,8 +124,15 @@ def resolve(
     )
 
 
+def _find(path: str, find: Find, look: Look) -> tuple[str | None, int | OSError]:
+    """Where it is, and its mode."""
+    mode = _mode_of(path, look)  # first, as `find` may block
+    found = find(path)
+    return found, mode if found in {None, path} else _mode_of(found or "", look)
+
+
 def _mode_of(path: str, look: Look) -> int | OSError:
-    """Or why it has none. Before anything else that looks at the path: raises BlockingIOError."""
+    """Or why it has none. Raises BlockingIOError."""
     try:
         return look(path).st_mode
     except BlockingIOError:
@@ -133,13 +143,12 @@ def _mode_of(path: str, look: Look) -> int | OSError:
 
 NOT_FOUND = "does not exist on the server"
 NOT_REGULAR = "is not a regular file"
-NOT_SEEN = "this job's profile does not show it"
 
 
-def _problem_with(path: str, sees: Sees, look: Look) -> tuple[int, str]:
+def _problem_with(path: str, find: Find, look: Look) -> tuple[int, str]:
     """Why this file cannot be executed, as errno and in words; 0 and no word where it can."""
-    mode = _mode_of(path, look)
-    if not sees(path):
+    found, mode = _find(path, find, look)
+    if found is None:
         return errno.ENOENT, f"is not there: {NOT_SEEN}"
     if isinstance(mode, FileNotFoundError | NotADirectoryError):
         return errno.ENOENT, NOT_FOUND
@@ -149,7 +158,7 @@ def _problem_with(path: str, sees: Sees, look: Look) -> tuple[int, str]:
         is_directory = stat.S_ISDIR(mode)
         number = errno.EISDIR if is_directory else errno.EACCES
         return number, "is a directory; give the program in it" if is_directory else NOT_REGULAR
-    if not os.access(path, os.X_OK, effective_ids=True):
+    if not os.access(found, os.X_OK, effective_ids=True):
         remedy = "use chmod +x, or name its interpreter as the command"
         return errno.EACCES, f"is not executable by its user; {remedy}"
     return 0, ""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jobworker.engine.files import REPLACED, Allowed, JobFiles, is_in_any
 from jobworker.engine.jobinit import Identity, StartRequest, View
 from jobworker.engine.user import User, find_user, own_user
 from jobworker.errors import InvalidRequestError, ResourceExhaustedError, SettingError
@@ -25,10 +26,7 @@ class Profile(enum.StrEnum):
     NONE = "none"  # a cgroup only, as the server's user: for commands that are trusted
 
 
-VIEW_NUMBERS = {Profile.DEFAULT: 1, Profile.STRICT: 2}
-
-# What each confined job has of its own, or anew: nothing in these is the machine's.
-REPLACED = ("/proc", "/dev", "/run", "/tmp", "/var/tmp")  # noqa: S108
+VIEW_NUMBER = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +38,16 @@ class Files:
     hidden: tuple[Path, ...] = ()
     read_only: tuple[Path, ...] = ()
 
-    def view(self, profile: Profile) -> View:
+    def view(self) -> View:
         hidden = _outermost(self.hidden)
         return View(
-            number=VIEW_NUMBERS[profile],
+            number=VIEW_NUMBER,
             tmp_bytes=self.tmp_bytes,
             tmp_inodes=self.tmp_inodes,
             hidden=hidden,
             read_only=tuple(
-                path for path in _outermost(self.read_only) if not _is_in_any(path, hidden)
+                path for path in _outermost(self.read_only) if not is_in_any(path, hidden)
             ),
-            is_read_only=profile is Profile.STRICT,
         )
 
 
@@ -58,13 +55,9 @@ def _outermost(paths: Iterable[Path]) -> tuple[str, ...]:
     """Without what is not there for a confined job anyhow; symbolic links followed."""
     found: list[str] = []
     for path in sorted({os.path.realpath(path) for path in paths}):
-        if not _is_in_any(path, (*REPLACED, *found)):
+        if not is_in_any(path, (*REPLACED, *found)):
             found.append(path)
     return tuple(found)
-
-
-def _is_in_any(path: str, folders: Iterable[str]) -> bool:
-    return any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +68,8 @@ class Confinement:
     user: User
     network: str = "host"
     view: View | None = None  # None: this machine's files as they are
+    files: JobFiles | None = None  # the same
+    is_read_only: bool = False  # all files but its own and what is bound
 
     @property
     def identity(self) -> Identity | None:
@@ -86,14 +81,12 @@ class Confinement:
     def is_confined(self) -> bool:
         return self.profile is not Profile.NONE
 
-    def sees(self, path: str) -> bool:
-        """Whether what this process finds at a path is what the job would find there."""
-        if self.view is None:
-            return True
-        real = os.path.realpath(path)
-        if real in REPLACED:  # another one is there
-            return True
-        return not _is_in_any(real, (*REPLACED, *self.view.hidden)) or real.startswith("/dev/")
+    def find(self, path: str) -> str | None:
+        """As JobFiles.find."""
+        return self.files.find(path) if self.files else path
+
+
+NOTHING_ALLOWED = Allowed()
 
 
 class Isolation:
@@ -107,6 +100,7 @@ class Isolation:
         users_allowed: Iterable[str] = (),
         strict_uids: range | None = None,
         files: Files = Files(),
+        allowed: Allowed = NOTHING_ALLOWED,
     ) -> None:
         """profile: of a job that asks for none; empty: the default one, where this process has
         the rights that it takes. The others: what a job may ask for.
@@ -127,9 +121,8 @@ class Isolation:
             raise SettingError("JOB_WORKER_STRICT_UIDS", "", problem, "give FIRST-LAST")
         self._uids_in_use: set[int] = set()
         self._last_uid = 0
-        self._views = {
-            profile: files.view(profile) for profile in self.profiles if profile in VIEW_NUMBERS
-        }
+        self._view = files.view()
+        self.allowed = allowed
         self.job_user = self.own_user
         if not self.problem:
             self.job_user = _job_user(job_user)
@@ -142,7 +135,8 @@ class Isolation:
 
     @property
     def views(self) -> list[View]:
-        return list(self._views.values())
+        """Those that jobs are to be started with."""
+        return [self._view] if self.profiles - {Profile.NONE} else []
 
     def trials(self) -> dict[Profile, StartRequest]:
         """A job for each profile that confines, which shows whether this machine lets it."""
@@ -157,10 +151,11 @@ class Isolation:
                 merge_output=True,
                 identity=self._confinement(profile, self._trial_user(profile), "").identity,
                 is_confined=True,
-                view=view.number,
+                view=self._view.number,
                 has_network=profile is not Profile.STRICT,
+                is_read_only=profile is Profile.STRICT,
             )
-            for profile, view in self._views.items()
+            for profile in sorted(self.profiles - {Profile.NONE})
         }
 
     def take_results(self, problems: Mapping[Profile, str]) -> None:
@@ -199,7 +194,27 @@ class Isolation:
 
     def _confinement(self, profile: Profile, user: User, network: str) -> Confinement:
         default_network = "none" if profile is Profile.STRICT else "host"
-        return Confinement(profile, user, network or default_network, self._views.get(profile))
+        confinement = Confinement(profile, user, network or default_network)
+        if profile is Profile.NONE:
+            return confinement
+        files = JobFiles(self._view.hidden)
+        is_read_only = profile is Profile.STRICT
+        return replace(confinement, view=self._view, files=files, is_read_only=is_read_only)
+
+    def arrange(self, confinement: Confinement, request: JobSpec) -> Confinement:
+        """With the files that the job asks for. Raises InvalidRequestError where it may not have
+        them."""
+        if confinement.files is None:
+            asked = {"root": request.root, "read_only": request.read_only, "binds": request.binds}
+            for field in (name for name, value in asked.items() if value):
+                problem = "profile none separates a job from nothing; choose another, or leave it"
+                raise InvalidRequestError(field, f"{problem} out")
+            return confinement
+        root = self.allowed.root(request.root) if request.root.strip("/") else ""
+        binds = tuple(self.allowed.bind(bind, n) for n, bind in enumerate(request.binds))
+        files = replace(confinement.files, root=root.rstrip("/"), binds=binds)
+        is_read_only = confinement.is_read_only or request.read_only
+        return replace(confinement, files=files, is_read_only=is_read_only)
 
     def _check_network(self, profile: Profile, network: str) -> None:
         if network and network not in NETWORKS:
@@ -213,8 +228,8 @@ class Isolation:
 
     def measures(self, profile: Profile) -> list[str]:
         """What is in force for a job with this profile, for people."""
-        view = self._views.get(profile)
-        if view is None:
+        view = self._view
+        if profile is Profile.NONE:
             return ["its own cgroup and nothing else", f"as {self.own_user.name}"]
         is_strict = profile is Profile.STRICT
         limit = f" of {view.tmp_bytes >> 20} MiB" if view.tmp_bytes else ""

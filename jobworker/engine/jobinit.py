@@ -22,6 +22,7 @@ from typing import Any
 
 from jobworker.engine.pace import Pace
 from jobworker.errors import JobinitError, StartFailedError, StartupError, StateFolderError
+from jobworker.job import Bind
 
 log = logging.getLogger(__name__)
 
@@ -62,21 +63,22 @@ class Tell(enum.IntEnum):
 
 
 HEADER = struct.Struct("=HHIQ")  # type, number of descriptors, size of the body, job id
-# flags, arguments, variables, groups, uid, gid, limits, view; then the groups, then the strings
-START_BODY = struct.Struct("=IIIIIIII")
+# flags, arguments, variables, groups, uid, gid, limits, view, binds; then the groups, then the
+# strings
+START_BODY = struct.Struct("=IIIIIIIII")
 # number, flags, bytes and inodes of /tmp, paths that are hidden, read-only; then the paths
 VIEW_BODY = struct.Struct("=IIQIII4x")
 SIGNAL_BODY = struct.Struct("=ii")  # number, -
 # A later jobinit may append to these: what is behind them is ignored.
 HELLO_BODY = struct.Struct("=IIi4x")  # magic, version, pid
 STARTED_BODY = struct.Struct("=iIQ")  # pid, which descriptors, started_ns
-FAILED_BODY = struct.Struct("=IiiIQ")  # step, errno, wait status, which limit, ended_ns
+FAILED_BODY = struct.Struct("=IiiIQ")  # step, errno, wait status, which limit or bind, ended_ns
 EXITED_BODY = struct.Struct("=i4xQQQQ")  # wait status, ended_ns, user µs, system µs, RSS in KiB
 REFUSED_BODY = struct.Struct("=Ii")  # type of the message, errno
 VIEW_TOLD_BODY = struct.Struct("=Ii")  # number, errno; then which step of it failed
 
 MERGE_OUTPUT, HAS_INPUT, SET_USER, CONFINED, MAKE_CGROUP, NO_NETWORK = 1, 2, 4, 8, 16, 32
-READ_ONLY_ROOT = 1
+READ_ONLY_FILES = 64
 HAS_PIDFD, HAS_STDOUT, HAS_STDERR = 1, 2, 4
 
 SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -101,6 +103,10 @@ STEPS = {
     17: "/proc",
     18: "/tmp",  # noqa: S108
     19: "terminals",
+    20: "root",
+    21: "source of a bind",
+    22: "destination of a bind",
+    23: "read-only files",
 }
 
 
@@ -134,6 +140,10 @@ class StartRequest:
     is_confined: bool = False  # it can gain no rights that its user has not
     view: int = 0  # the number of a View that has been made; 0: the machine's files as they are
     has_network: bool = True
+    # These take a view and an identity.
+    root: str = ""  # a folder of the view; empty: the view's own
+    binds: tuple[Bind, ...] = ()
+    is_read_only: bool = False  # all but what the job has of its own, and the binds
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +155,6 @@ class View:
     tmp_inodes: int  # files in these
     hidden: tuple[str, ...] = ()  # paths; each may be absent
     read_only: tuple[str, ...] = ()  # the same
-    is_read_only: bool = False  # all but what each job has of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +198,17 @@ class Failed:
     step: str
     error_number: int
     killed_by: int  # the signal that came before the exec; 0: the step failed
-    limit: int  # which of its request's could not be written, from 1 on; 0: none of them
+    item: int  # which of its request's limits, or binds, it was about, from 1 on; 0: none
     ended_ns: int
 
     def error(self, request: StartRequest | None = None) -> StartFailedError:
-        """request: where it is known, the file that could not be written is named."""
+        """request: where it is known, what the step was about is named."""
         about = ""
-        if request and 0 < self.limit <= len(request.limits):
-            name, value = request.limits[self.limit - 1]
-            about = f"{value!r} to {request.cgroup}/{name}"
+        if request and self.step == "cgroup" and 0 < self.item <= len(request.limits):
+            name, value = request.limits[self.item - 1]
+            about = f"cannot write {value!r} to {request.cgroup}/{name}"
+        elif request and self.step.endswith("bind") and 0 < self.item <= len(request.binds):
+            about = f"binds[{self.item - 1}], {request.binds[self.item - 1]}"
         return StartFailedError(self.step, self.error_number, self.killed_by, about)
 
 
@@ -348,7 +359,7 @@ class Jobinit:
         paths = [*view.hidden, *view.read_only]
         body = VIEW_BODY.pack(
             view.number,
-            READ_ONLY_ROOT * view.is_read_only,
+            0,
             view.tmp_bytes,
             view.tmp_inodes,
             len(view.hidden),
@@ -610,16 +621,20 @@ class Jobinit:
 
 def _encode_start(request: StartRequest) -> bytes:
     variables = [f"{name}={value}" for name, value in request.environment.items()]
-    strings = [request.executable, request.working_directory, request.cgroup or ""]
+    strings = [request.executable, request.working_directory, request.cgroup or "", request.root]
     for limit in request.limits:
         strings += limit
+    for bind in request.binds:
+        strings += [bind.source, bind.destination, "ro" * bind.read_only]
     strings += [*request.argv, *variables]
     who = request.identity or Identity(0, 0, ())
     flags = MERGE_OUTPUT * request.merge_output | HAS_INPUT * bool(request.stdin)
     flags |= SET_USER * bool(request.identity) | CONFINED * request.is_confined
     flags |= MAKE_CGROUP * request.makes_cgroup | NO_NETWORK * (not request.has_network)
     counts = (len(request.argv), len(variables), len(who.groups))
-    head = START_BODY.pack(flags, *counts, who.uid, who.gid, len(request.limits), request.view)
+    flags |= READ_ONLY_FILES * request.is_read_only
+    items = (len(request.limits), request.view, len(request.binds))
+    head = START_BODY.pack(flags, *counts, who.uid, who.gid, *items)
     head += struct.pack(f"={len(who.groups)}I", *who.groups)
     return head + os.fsencode("\0".join(strings)) + b"\0"
 
@@ -689,9 +704,9 @@ def _decode_exited(job_id: int, body: bytes) -> Exited:
 
 
 def _decode_failed(job_id: int, body: bytes) -> Failed:
-    step, number, wait_status, limit, ended_ns = FAILED_BODY.unpack_from(body)
+    step, number, wait_status, item, ended_ns = FAILED_BODY.unpack_from(body)
     killed_by = 0 if number else wait_status & 0x7F
-    return Failed(job_id, STEPS.get(step, f"step {step}"), number, killed_by, limit, ended_ns)
+    return Failed(job_id, STEPS.get(step, f"step {step}"), number, killed_by, item, ended_ns)
 
 
 def _close_all(descriptors: Iterable[int]) -> None:

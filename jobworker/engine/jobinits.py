@@ -158,9 +158,9 @@ class Jobinits:
             await self._end_trial(started)
         return ""
 
-    def drop_view(self, number: int) -> None:
-        """No job is to be started with it."""
-        self._views = tuple(view for view in self._views if view.number != number)
+    def drop_views(self) -> None:
+        """No job is to be started with one."""
+        self._views = ()
 
     async def _end_trial(self, started: Started | None) -> None:
         """Also one that an earlier server has left."""

@@ -538,6 +538,7 @@ class Manager:
         limits = self._limits_in_force(request.limits)
         self._ledger(client.name).check(client.quota, limits)
         confinement = self.isolation.choose(request.profile, request.user, request.network)
+        confinement = self.isolation.arrange(confinement, request)
         _check_choice(client, request, confinement)
         path, limit_files = await self._check_on_machine(request, limits, confinement)
         confinement = self.isolation.assign(confinement)
@@ -548,6 +549,8 @@ class Manager:
             user=confinement.user.name,
             profile=confinement.profile,
             network=confinement.network,
+            root=request.root if confinement.files and confinement.files.root else "",
+            read_only=confinement.is_read_only,
             log_max_bytes=self.policy.log_max_bytes,
             log_policy=self.policy.log_policy,
         )
@@ -626,7 +629,9 @@ class Manager:
     ) -> tuple[str, LimitFiles]:
         """The path of the executable, and the files that put these limits in force."""
         # Every look at a filesystem may block; but mostly nobody need be asked who could.
-        if self._mounts.are_local() and not limits.io_bytes_per_second:
+        files = confinement.files
+        is_arranged = files is not None and files.is_arranged
+        if self._mounts.are_local() and not limits.io_bytes_per_second and not is_arranged:
             with contextlib.suppress(BlockingIOError):
                 return self._look_on_machine(request, limits, confinement, look_in_memory)
         return await asyncio.to_thread(self._look_on_machine, request, limits, confinement, os.stat)
@@ -634,13 +639,15 @@ class Manager:
     def _look_on_machine(
         self, request: JobSpec, limits: Limits, confinement: Confinement, look: Look
     ) -> tuple[str, LimitFiles]:
-        folder = request.working_directory
+        folder, find = request.working_directory, confinement.find
+        with file_rights_of(confinement.user):
+            if confinement.files and confinement.files.is_arranged:
+                confinement.files.check()
+            check_working_directory(folder, find, look)
+            path = resolve(request.command, request.environment, folder, find, look)
+        folder = find(folder) or folder
         self.cgroups.check(request.limits, folder)
         limit_files = self.cgroups.limit_files(limits, folder)
-        with file_rights_of(confinement.user):
-            sees = confinement.sees
-            check_working_directory(folder, sees, look)
-            path = resolve(request.command, request.environment, folder, sees, look)
         return path, limit_files
 
     def _start_request(
@@ -657,7 +664,7 @@ class Manager:
             job_id=job.id,
             executable=spec.command,
             argv=(argv0, *spec.args),
-            environment=base_environment(job.id, confinement.user, confinement.sees)
+            environment=base_environment(job.id, confinement.user, confinement.find)
             | dict(spec.environment),
             working_directory=spec.working_directory,
             cgroup=str(cgroup.path) if cgroup else None,
@@ -669,6 +676,9 @@ class Manager:
             is_confined=confinement.is_confined,
             view=confinement.view.number if confinement.view else 0,
             has_network=confinement.network != "none",
+            root=confinement.files.root if confinement.files else "",
+            binds=confinement.files.binds if confinement.files else (),
+            is_read_only=confinement.is_read_only,
         )
 
     def _started(self, live: _LiveJob, started: Started) -> None:

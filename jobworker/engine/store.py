@@ -35,7 +35,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from jobworker.engine.pace import Pace
 from jobworker.errors import StateFolderError, StoreError
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, LogPolicy, Principal, Status
+from jobworker.job import (
+    Accounting,
+    Bind,
+    Cause,
+    Job,
+    JobSpec,
+    Limits,
+    LogPolicy,
+    Principal,
+    Status,
+)
 
 log = logging.getLogger(__name__)
 
@@ -813,7 +823,8 @@ def _values(by: Principal | None) -> tuple[str, ...] | None:
 
 
 def _spec_text(spec: JobSpec) -> str:
-    return _encode(_fields(spec) | {"limits": _fields(spec.limits)})
+    binds = [(bind.source, bind.destination, bind.read_only) for bind in spec.binds]
+    return _encode(_fields(spec) | {"limits": _fields(spec.limits), "binds": binds})
 
 
 _encode = json.JSONEncoder().encode
@@ -858,7 +869,9 @@ def _job_from(row: tuple[Any, ...]) -> Job:
 
 
 def _spec_from(fields: dict[str, Any]) -> JobSpec:
-    spec = JobSpec(**fields | {"args": tuple(fields["args"]), "limits": Limits(**fields["limits"])})
+    binds = tuple(Bind(*values) for values in fields.get("binds", ()))
+    inner = {"args": tuple(fields["args"]), "limits": Limits(**fields["limits"]), "binds": binds}
+    spec = JobSpec(**fields | inner)
     return dataclasses.replace(spec, log_policy=LogPolicy(spec.log_policy))
 
 

@@ -42,7 +42,7 @@ class EmptyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class CreateJobReq(_message.Message):
-    __slots__ = ("command", "args", "maxCPU", "maxMemory", "maxIOBPS", "environment", "working_directory", "name", "merge_output", "stdin", "timeout_milliseconds", "user", "profile", "network")
+    __slots__ = ("command", "args", "maxCPU", "maxMemory", "maxIOBPS", "environment", "working_directory", "name", "merge_output", "stdin", "timeout_milliseconds", "user", "profile", "network", "root", "read_only", "binds")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,9 @@ class CreateJobReq(_message.Message):
     USER_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     NETWORK_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    READ_ONLY_FIELD_NUMBER: _ClassVar[int]
+    BINDS_FIELD_NUMBER: _ClassVar[int]
     command: str
     args: _containers.RepeatedScalarFieldContainer[str]
     maxCPU: int
@@ -78,7 +81,20 @@ class CreateJobReq(_message.Message):
     user: str
     profile: str
     network: str
-    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., name: _Optional[str] = ..., merge_output: _Optional[bool] = ..., stdin: _Optional[bytes] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ..., network: _Optional[str] = ...) -> None: ...
+    root: str
+    read_only: bool
+    binds: _containers.RepeatedCompositeFieldContainer[Bind]
+    def __init__(self, command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., environment: _Optional[_Mapping[str, str]] = ..., working_directory: _Optional[str] = ..., name: _Optional[str] = ..., merge_output: _Optional[bool] = ..., stdin: _Optional[bytes] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ..., network: _Optional[str] = ..., root: _Optional[str] = ..., read_only: _Optional[bool] = ..., binds: _Optional[_Iterable[_Union[Bind, _Mapping]]] = ...) -> None: ...
+
+class Bind(_message.Message):
+    __slots__ = ("source", "destination", "read_only")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    DESTINATION_FIELD_NUMBER: _ClassVar[int]
+    READ_ONLY_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    destination: str
+    read_only: bool
+    def __init__(self, source: _Optional[str] = ..., destination: _Optional[str] = ..., read_only: _Optional[bool] = ...) -> None: ...
 
 class CreateJobsReq(_message.Message):
     __slots__ = ("jobs",)
@@ -142,7 +158,7 @@ class StopJobRes(_message.Message):
     def __init__(self, id: _Optional[str] = ..., status: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain", "max_pids", "timeout_milliseconds", "user", "profile", "network", "lost_bytes", "output_problem", "created_by", "stopped_by", "environment_withheld")
+    __slots__ = ("id", "command", "args", "maxCPU", "maxMemory", "maxIOBPS", "status", "startTime", "endTime", "exitCode", "name", "cause", "signal", "failed_step", "failed_errno", "detail", "created_time_ns", "start_time_ns", "end_time_ns", "accounting", "stdout_bytes", "stderr_bytes", "working_directory", "environment", "merge_output", "cleanup_uncertain", "max_pids", "timeout_milliseconds", "user", "profile", "network", "root", "read_only", "binds", "lost_bytes", "output_problem", "created_by", "stopped_by", "environment_withheld")
     class EnvironmentEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +197,9 @@ class Job(_message.Message):
     USER_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     NETWORK_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    READ_ONLY_FIELD_NUMBER: _ClassVar[int]
+    BINDS_FIELD_NUMBER: _ClassVar[int]
     LOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     CREATED_BY_FIELD_NUMBER: _ClassVar[int]
@@ -217,12 +236,15 @@ class Job(_message.Message):
     user: str
     profile: str
     network: str
+    root: str
+    read_only: bool
+    binds: _containers.RepeatedCompositeFieldContainer[Bind]
     lost_bytes: int
     output_problem: str
     created_by: Principal
     stopped_by: Principal
     environment_withheld: bool
-    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ..., max_pids: _Optional[int] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ..., network: _Optional[str] = ..., lost_bytes: _Optional[int] = ..., output_problem: _Optional[str] = ..., created_by: _Optional[_Union[Principal, _Mapping]] = ..., stopped_by: _Optional[_Union[Principal, _Mapping]] = ..., environment_withheld: _Optional[bool] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., command: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., maxCPU: _Optional[int] = ..., maxMemory: _Optional[int] = ..., maxIOBPS: _Optional[int] = ..., status: _Optional[str] = ..., startTime: _Optional[str] = ..., endTime: _Optional[str] = ..., exitCode: _Optional[int] = ..., name: _Optional[str] = ..., cause: _Optional[_Union[Cause, str]] = ..., signal: _Optional[int] = ..., failed_step: _Optional[str] = ..., failed_errno: _Optional[int] = ..., detail: _Optional[str] = ..., created_time_ns: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., end_time_ns: _Optional[int] = ..., accounting: _Optional[_Union[Accounting, _Mapping]] = ..., stdout_bytes: _Optional[int] = ..., stderr_bytes: _Optional[int] = ..., working_directory: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., merge_output: _Optional[bool] = ..., cleanup_uncertain: _Optional[bool] = ..., max_pids: _Optional[int] = ..., timeout_milliseconds: _Optional[int] = ..., user: _Optional[str] = ..., profile: _Optional[str] = ..., network: _Optional[str] = ..., root: _Optional[str] = ..., read_only: _Optional[bool] = ..., binds: _Optional[_Iterable[_Union[Bind, _Mapping]]] = ..., lost_bytes: _Optional[int] = ..., output_problem: _Optional[str] = ..., created_by: _Optional[_Union[Principal, _Mapping]] = ..., stopped_by: _Optional[_Union[Principal, _Mapping]] = ..., environment_withheld: _Optional[bool] = ...) -> None: ...
 
 class Principal(_message.Message):
     __slots__ = ("name", "role", "serial")
@@ -316,7 +338,7 @@ class ListJobsRes(_message.Message):
     def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids", "default_profile", "profiles", "default_user", "users", "ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes", "log_max_bytes", "log_policy", "blocked_jobs", "profile_details", "isolation_problem", "quota", "quota_used")
+    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids", "default_profile", "profiles", "default_user", "users", "ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes", "log_max_bytes", "log_policy", "blocked_jobs", "profile_details", "roots_allowed", "binds_allowed", "isolation_problem", "quota", "quota_used")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     START_TIME_NS_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
@@ -342,6 +364,8 @@ class ServerInfo(_message.Message):
     LOG_POLICY_FIELD_NUMBER: _ClassVar[int]
     BLOCKED_JOBS_FIELD_NUMBER: _ClassVar[int]
     PROFILE_DETAILS_FIELD_NUMBER: _ClassVar[int]
+    ROOTS_ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    BINDS_ALLOWED_FIELD_NUMBER: _ClassVar[int]
     ISOLATION_PROBLEM_FIELD_NUMBER: _ClassVar[int]
     QUOTA_FIELD_NUMBER: _ClassVar[int]
     QUOTA_USED_FIELD_NUMBER: _ClassVar[int]
@@ -370,10 +394,12 @@ class ServerInfo(_message.Message):
     log_policy: str
     blocked_jobs: int
     profile_details: _containers.RepeatedCompositeFieldContainer[ProfileInfo]
+    roots_allowed: _containers.RepeatedScalarFieldContainer[str]
+    binds_allowed: _containers.RepeatedScalarFieldContainer[str]
     isolation_problem: str
     quota: Quota
     quota_used: Quota
-    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ..., default_profile: _Optional[str] = ..., profiles: _Optional[_Iterable[str]] = ..., default_user: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ..., ended_jobs: _Optional[int] = ..., ended_log_bytes: _Optional[int] = ..., disk_room_bytes: _Optional[int] = ..., disk_reserve_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., log_policy: _Optional[str] = ..., blocked_jobs: _Optional[int] = ..., profile_details: _Optional[_Iterable[_Union[ProfileInfo, _Mapping]]] = ..., isolation_problem: _Optional[str] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., quota_used: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ..., default_profile: _Optional[str] = ..., profiles: _Optional[_Iterable[str]] = ..., default_user: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ..., ended_jobs: _Optional[int] = ..., ended_log_bytes: _Optional[int] = ..., disk_room_bytes: _Optional[int] = ..., disk_reserve_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., log_policy: _Optional[str] = ..., blocked_jobs: _Optional[int] = ..., profile_details: _Optional[_Iterable[_Union[ProfileInfo, _Mapping]]] = ..., roots_allowed: _Optional[_Iterable[str]] = ..., binds_allowed: _Optional[_Iterable[str]] = ..., isolation_problem: _Optional[str] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., quota_used: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
 
 class Quota(_message.Message):
     __slots__ = ("running_jobs", "total_cpu", "total_memory", "creates_per_second")

@@ -13,7 +13,7 @@ import grpc
 from jobworker import errors
 from jobworker.engine.isolation import Isolation
 from jobworker.errors import InvalidRequestError, JobNotFoundError
-from jobworker.job import Accounting, Job, JobSpec, Limits, Principal, Quota, Status
+from jobworker.job import Accounting, Bind, Job, JobSpec, Limits, Principal, Quota, Status
 from jobworker.pb import job_worker_pb2 as pb
 
 # Existing clients receive at most this much in one message.
@@ -94,6 +94,9 @@ def spec_from(request: pb.CreateJobReq) -> JobSpec:
         user=request.user,
         profile=request.profile,
         network=request.network,
+        root=request.root,
+        read_only=request.read_only,
+        binds=tuple(Bind(bind.source, bind.destination, bind.read_only) for bind in request.binds),
     )
 
 
@@ -144,11 +147,18 @@ def job_to(job: Job, *, shows_environment: bool = True) -> pb.Job:
         user=spec.user,
         profile=spec.profile,
         network=spec.network,
+        root=spec.root,
+        read_only=spec.read_only,
+        binds=map(_bind_to, spec.binds),
         lost_bytes=job.lost_bytes,
         output_problem=job.output_problem,
         created_by=_principal_to(job.created_by),
         stopped_by=_principal_to(job.stopped_by),
     )
+
+
+def _bind_to(bind: Bind) -> pb.Bind:
+    return pb.Bind(source=bind.source, destination=bind.destination, read_only=bind.read_only)
 
 
 def _principal_to(principal: Principal | None) -> pb.Principal | None:

@@ -184,6 +184,8 @@ class JobService:
             users=_choices(manager.isolation.user_names, caller.users),
             isolation_problem=manager.isolation.problem,
             profile_details=convert.profiles_to(manager.isolation),
+            roots_allowed=manager.isolation.allowed.roots,
+            binds_allowed=manager.isolation.allowed.binds,
             ended_jobs=usage.ended_jobs,
             ended_log_bytes=usage.ended_log_bytes,
             disk_room_bytes=usage.disk_room_bytes,
