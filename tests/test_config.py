@@ -39,6 +39,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "users_allowed": ("daemon,www-data", ("daemon", "www-data")),
     "strict_uids": ("3000000-3065535", range(3000000, 3065536)),
     "hidden": ("/srv/secret, /opt//own/", (Path("/srv/secret"), Path("/opt/own"))),
+    "roots_allowed": ("/srv/r, /srv/q/", (Path("/srv/r"), Path("/srv/q"))),
+    "binds_allowed": ("/srv/a,/srv/b:ro", ("/srv/a", "/srv/b:ro")),
     "tmp_size": ("1GiB", 1 << 30),
     "tmp_files": ("1000", 1000),
     "log_max_bytes": ("10M", 10 << 20),
@@ -306,7 +308,7 @@ def test_the_default_that_is_shown_is_the_default() -> None:
     for field, option in options():
         # Those depend on the user, and on this one `none` is no value.
         no_value = {"clients", "state_dir", "profile", "users_allowed", "strict_uids"}
-        no_value |= {"revoked", "audit_log"}
+        no_value |= {"revoked", "audit_log", "roots_allowed", "binds_allowed"}
         if option.name not in no_value:
             assert option.parse(option.shown_default) == getattr(Settings(), field.name)
 

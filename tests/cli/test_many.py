@@ -17,6 +17,7 @@ from cli.program import Program
 from client.old_server import OldServer
 from functional.server import Server
 from jobworker.cli.many import Line, read_lines
+from jobworker.job import Bind
 
 
 def write(folder: Path, *jobs: dict[str, Any]) -> str:
@@ -41,6 +42,9 @@ def test_all_that_a_line_may_say() -> None:
         "user": "u",
         "profile": "p",
         "network": "none",
+        "root": "/r",
+        "read_only": True,
+        "binds": ["/a:/b", "/c:/d:ro"],
         "stdin": "ä",
     }
     options = {
@@ -55,6 +59,9 @@ def test_all_that_a_line_may_say() -> None:
         "user": "u",
         "profile": "p",
         "network": "none",
+        "root": "/r",
+        "read_only": True,
+        "binds": [Bind("/a", "/b"), Bind("/c", "/d", read_only=True)],
         "stdin": "ä".encode(),
     }
     assert read_lines(json.dumps(job).encode()) == [Line(1, "cat", ["-", "ä"], options)]

@@ -13,6 +13,7 @@ from jobworker.client.calls import ProfileInfo, nanoseconds
 from jobworker.errors import RejectedError, UnsupportedError
 from jobworker.job import (
     Accounting,
+    Bind,
     Cause,
     Job,
     JobSpec,
@@ -42,6 +43,9 @@ def an_ended_job() -> Job:
         user="nobody",
         profile="none",
         network="host",
+        root="/srv/root",
+        read_only=True,
+        binds=(Bind("/srv/a", "/mnt"), Bind("/srv/b", "/tmp/b", read_only=True)),
     )
     running = transition.started(transition.created(7, spec, NOON_NS + 1), NOON_NS + 2)
     ended = transition.ended(running, 9, OomKills(by_limit=1, killed=1), NOON_NS + 3)
@@ -162,6 +166,9 @@ def test_needs_are_what_was_added_to_the_contract() -> None:
         "user": "nobody",
         "profile": "none",
         "network": "none",
+        "root": "/srv/root",
+        "read_only": True,
+        "binds": [Bind("/srv/a", "/mnt")],
     }
     assert set(calls.create("true", [], all_new).needs) == all_new.keys()
     assert calls.stop(1, 0, None).needs == ()
@@ -181,6 +188,8 @@ def test_all_that_a_server_tells_of_itself_arrives() -> None:
     """Every field has a value that is not its default."""
     message = pb.ServerInfo(default_profile="default", profiles=["default", "none"])
     message.users.append("daemon")
+    message.roots_allowed.append("/srv/root")
+    message.binds_allowed.append("/srv/a:ro")
     fields: Any = pb.ServerInfo.DESCRIPTOR.fields
     for number, field in enumerate(fields, 1):
         if not field.is_repeated and field.message_type is None:

@@ -38,7 +38,7 @@ from jobworker.errors import (
     UnsupportedError,
     WrongStateError,
 )
-from jobworker.job import Cause, Limits, Status
+from jobworker.job import Bind, Cause, Limits, Status
 
 PAGE = Path(__file__).parents[2] / "docs" / "sdk.md"
 
@@ -523,6 +523,9 @@ def test_what_an_old_server_would_ignore_is_an_error(connect: Connect, certifica
             ("user", lambda: client.create("true", user="nobody")),
             ("profile", lambda: client.run("true", profile="none")),
             ("network", lambda: client.run("true", network="none")),
+            ("root", lambda: client.create("true", root="/srv")),
+            ("read_only", lambda: client.create("true", read_only=True)),
+            ("binds", lambda: client.create("true", binds=[Bind("/srv", "/mnt")])),
             ("DeleteJob", lambda: client.delete(job.id)),
             ("merge_output", lambda: client.run("true", merge_output=True)),
             ("signal", lambda: client.stop(job.id, signal=2)),

@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -46,6 +47,7 @@ from jobworker.engine.jobinit import (
     dial,
 )
 from jobworker.errors import JobinitError, StartFailedError, StartupError, StateFolderError
+from jobworker.job import Bind
 
 SOURCE = Path(__file__).parents[2] / "jobinit.c"
 DEADLINE_SECONDS = 30
@@ -1344,6 +1346,64 @@ def test_a_view_is_what_confined_jobs_see(launcher: Launcher, tmp_path: Path) ->
 
 
 @as_root
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"root": "/srv", "view": 0},
+        {"binds": (Bind("/srv", "/mnt"),), "view": 0},
+        {"is_read_only": True, "view": 0},
+        {"root": "/srv", "is_confined": False},
+        {"root": "/srv", "identity": None},
+        {"binds": (Bind("/srv", "/mnt"),) * 33},
+    ],
+    ids=str,
+)
+def test_files_are_arranged_in_a_view_only(launcher: Launcher, fields: dict[str, Any]) -> None:
+    async def scenario(server: Server) -> None:
+        await server.jobinit.make_view(SMALL)
+        with pytest.raises(JobinitError, match="refused"):
+            await server.start("/bin/true", **confined(**fields))
+
+    launcher.run(scenario)
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("fields", "step", "number"),
+    [
+        ({"root": "/srv/no/such"}, "root", errno.ENOENT),
+        ({"root": "/etc/passwd"}, "root", errno.ENOTDIR),
+        ({"root": "/proc/self/root"}, "root", errno.ELOOP),
+        ({"binds": (Bind("/no", "/mnt"),)}, "source of a bind", errno.ENOENT),
+        ({"binds": (Bind("/etc", "/no"),)}, "destination of a bind", errno.ENOENT),
+        ({"binds": (Bind("/etc", "/proc/self/root"),)}, "destination of a bind", errno.ELOOP),
+        ({"binds": (Bind("/etc/passwd", "/mnt"),)}, "destination of a bind", errno.ENOTDIR),
+        ({"binds": (Bind("CLOSED/x", "/mnt"),)}, "source of a bind", errno.EACCES),
+        ({"binds": (Bind("/etc", "CLOSED/x"),)}, "destination of a bind", errno.EACCES),
+    ],
+)
+def test_files_that_cannot_be_arranged(
+    launcher: Launcher, fields: dict[str, Any], step: str, number: int
+) -> None:
+    """Also what the job's user cannot reach, whatever is there."""
+    before = Path("/proc/self/mountinfo").read_text()
+    with tempfile.TemporaryDirectory(dir="/srv") as closed:
+        for bind in fields.get("binds", ()):
+            paths = (path.replace("CLOSED", closed) for path in (bind.source, bind.destination))
+            fields = {"binds": (Bind("/etc", "/tmp/first"), Bind(*paths))}
+
+        async def scenario(server: Server) -> None:
+            await server.jobinit.make_view(SMALL)
+            with pytest.raises(StartFailedError) as caught:
+                await server.start("/bin/true", **confined(**fields))
+            assert (caught.value.step, caught.value.error_number) == (step, number)
+            assert ("binds[1]" in str(caught.value)) == ("binds" in fields)
+
+        launcher.run(scenario)
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+@as_root
 def test_a_view_that_cannot_be_made_says_what_could_not_be_done(launcher: Launcher) -> None:
     async def scenario(server: Server) -> None:
         path = "/" + 300 * "x"
@@ -1455,9 +1515,9 @@ def _packet(kind: int, job_id: int, body: bytes = b"", descriptors: int = 0) -> 
 def _start_body(
     *argv: str, flags: int = 0, arguments: int = -1, variables: int = 0, groups: int = 0
 ) -> bytes:
-    strings = [argv[0], "/", "", *argv]
+    strings = [argv[0], "/", "", "", *argv]
     counts = (len(argv) if arguments < 0 else arguments, variables, groups)
-    head = struct.pack("=IIIIIIII", flags, *counts, 65534, 65534, 0, 0)
+    head = struct.pack("=IIIIIIIII", flags, *counts, 65534, 65534, 0, 0, 0)
     return head + "".join(string + "\0" for string in strings).encode()
 
 
@@ -1564,16 +1624,18 @@ def _memfd(data: bytes) -> int:
 
 # Starts whose strings name no program, and no cgroup that could be made: random ones might.
 START_BODIES = st.builds(
-    lambda flags, arguments, variables, groups, limits, view, strings: (
-        struct.pack("=IIIIIIII", flags, arguments, variables, groups, 65534, 65534, limits, view)
+    lambda flags, arguments, variables, groups, limits, view, binds, strings: (
+        struct.pack("=IIII", flags, arguments, variables, groups)
+        + struct.pack("=IIIII", 65534, 65534, limits, view, binds)
         + strings
     ),
-    st.integers(0, 63) | st.integers(0, 2**32 - 1),
+    st.integers(0, 127) | st.integers(0, 2**32 - 1),
     st.integers(0, 1) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
     st.integers(0, 5) | st.integers(0, 2**32 - 1),
+    st.integers(0, 2) | st.integers(0, 2**32 - 1),
     st.lists(st.sampled_from([b"\0", b"/no/no", b"x/x\0"])).map(b"".join),
 )
 PACKETS = (

@@ -24,6 +24,7 @@ from jobworker.engine.store import EndedJob, EndedTotals, Store
 from jobworker.errors import StateFolderError, StoreError
 from jobworker.job import (
     Accounting,
+    Bind,
     Cause,
     Job,
     JobSpec,
@@ -53,6 +54,9 @@ FULL = Job(
         log_max_bytes=1 << 20,
         log_policy=LogPolicy.HEAD,
         network="none",
+        root="/srv/root",
+        read_only=True,
+        binds=(Bind("/srv/a", "/mnt"), Bind("/srv/b", "/tmp/b", read_only=True)),
     ),
     status=Status.STOPPED,
     created_ns=1_700_000_000_000_000_001,

@@ -272,6 +272,11 @@ static int play_epoll_wait(int epoll, struct epoll_event *events, int room, int 
 #define umount2(...) play()
 #define symlink(...) play()
 #define mknod(...) play()
+#define mkdirat(folder, path, ...) play_path(path)
+#define mknodat(folder, path, ...) play_path(path)
+#define fchdir(...) play()
+#define setfsuid(...) play()
+#define setfsgid(...) play()
 #define pivot_root(...) play()
 #define ioctl(...) play()
 #define setsid play

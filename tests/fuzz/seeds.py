@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobworker.engine.jobinit import LONGEST_INLINE_START_BYTES, Identity, Jobinit, StartRequest
+from jobworker.job import Bind
 
 RECORD = struct.Struct("=BI")  # how, the length of what follows; see jobinit_messages.c
 EVENT = 128
@@ -39,6 +40,8 @@ def _requests() -> Iterator[dict[str, Any]]:
     yield {"cgroup": "/sys/fs/cgroup/job-1", "makes_cgroup": True, "limits": limits}
     yield {"stdin": b"input"}
     yield {"identity": Identity(1000, 1000, ()), "is_confined": True}
+    arranged = {"root": "/srv", "binds": (Bind("/a", "/tmp/b"), Bind("/c", "/d", read_only=True))}
+    yield {"identity": Identity(1, 1, ()), "is_confined": True, "view": 1} | arranged
     yield {"identity": Identity(65534, 65534, (1, 2, 3)), "stdin": b"x", "environment": {"A": "b"}}
     yield {"argv": ("x" * (LONGEST_INLINE_START_BYTES + 1),)}
     yield {"argv": ("x" * (LONGEST_INLINE_START_BYTES + 1),), "stdin": b"input"}

@@ -1,0 +1,122 @@
+"""Where a job's paths lead on this machine, and what may be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobworker.engine.files import Allowed, JobFiles
+from jobworker.errors import InvalidRequestError
+from jobworker.job import Bind
+
+ALLOWED = Allowed(
+    roots=[Path("/srv/roots")], binds=["/srv/data", "/srv/shared:ro", "/srv/shared/own"]
+)
+
+
+@pytest.mark.parametrize("path", ["/srv/roots", "/srv/roots/a", "/srv/roots/a/b"])
+def test_roots_that_are_allowed(path: str) -> None:
+    assert ALLOWED.root(path) == path
+
+
+@pytest.mark.parametrize("path", ["/srv", "/", "/srv/roots2", "/srv/root"])
+def test_roots_that_are_not(path: str) -> None:
+    with pytest.raises(InvalidRequestError, match="ROOTS_ALLOWED"):
+        ALLOWED.root(path)
+    with pytest.raises(InvalidRequestError, match="ROOTS_ALLOWED"):
+        Allowed().root(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "read_only", "problem"),
+    [
+        ("/srv/data", False, ""),
+        ("/srv/data/a", True, ""),
+        ("/srv/shared", True, ""),
+        ("/srv/shared/own/a", False, ""),
+        ("/srv/shared", False, "ask for it with :ro"),
+        ("/srv/shared/other", False, "ask for it with :ro"),
+        ("/srv", True, "BINDS_ALLOWED"),
+        ("/srv/database", True, "BINDS_ALLOWED"),
+        ("/", True, "BINDS_ALLOWED"),
+    ],
+)
+def test_binds_that_are_allowed(source: str, *, read_only: bool, problem: str) -> None:
+    bind = Bind(source, "/mnt", read_only)
+    if not problem:
+        assert ALLOWED.bind(bind, 0) == bind
+        return
+    with pytest.raises(InvalidRequestError, match=problem) as caught:
+        ALLOWED.bind(bind, 3)
+    assert caught.value.field == "binds[3].source"
+
+
+def test_what_the_setting_names_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    allowed = Allowed(roots=[tmp_path / "link"])
+    for name in ("link", "real"):
+        assert allowed.root(f"{tmp_path}/{name}/a") == f"{tmp_path}/real/a"
+        assert allowed.root(f"{tmp_path}/{name}") == f"{tmp_path}/real"
+
+
+def test_everything_can_be_allowed() -> None:
+    assert Allowed(roots=[Path("/")]).root("/srv/a") == "/srv/a"
+
+
+# Where paths lead. tmp_path is in /tmp, which no job would see: so these do not ask for `find`.
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("usr/bin", "mnt", "etc"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    return tmp_path / "root"
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "leads_to"),
+    [
+        ("usr/bin", "/link/sh", "/usr/bin/sh"),
+        ("/usr/bin", "/link/../x", "/usr/x"),
+        ("../../../usr", "/link", "/usr"),
+        ("/mnt/there", "/link", "/etc/x"),
+        ("/link", "/link", "/link"),
+        ("none", "/link/a", "/none/a"),
+    ],
+)
+def test_links_are_followed_in_the_jobs_root(
+    root: Path, target: str, path: str, leads_to: str
+) -> None:
+    (root / "link").symlink_to(target)
+    (root.parent / "data/there").symlink_to("/etc/x")
+    files = JobFiles(root=str(root), binds=(Bind(f"{root.parent}/data", "/mnt"),))
+    assert files.real_path(path) == leads_to
+
+
+def test_where_the_job_would_find_it() -> None:
+    files = JobFiles(
+        hidden=("/srv/data/hidden",),
+        root="/srv/root",
+        binds=(Bind("/srv/data", "/mnt"), Bind("/srv/more", "/mnt/more"), Bind("/srv", "/tmp/a")),
+    )
+    for path, found in {
+        "/": "/srv/root/",
+        "/usr/bin/sh": "/srv/root/usr/bin/sh",
+        "/run/x": "/srv/root/run/x",
+        "/mnt": "/srv/data",
+        "/mnt/x": "/srv/data/x",
+        "/mnt2": "/srv/root/mnt2",
+        "/mnt/more/x": "/srv/more/x",
+        "/tmp/a/x": "/srv/x",
+        "/tmp": "/tmp",
+        "/dev/null": "/dev/null",
+        "/tmp/b": None,
+        "/proc/1": None,
+        "/mnt/hidden": None,
+        "/mnt/hidden/x": None,
+        "/tmp/a/data/hidden": None,
+    }.items():
+        assert files.find(path) == found, path
