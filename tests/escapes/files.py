@@ -135,6 +135,19 @@ def read_through_a_symbolic_link(scene: Scene) -> str:
 
 
 @attack()
+def read_by_another_name(scene: Scene) -> str:
+    """The folder that the server's own is in is bound: what is hidden there is not in it."""
+    names = (os.path.relpath(path, scene["shared"]) for path in secrets(scene))
+    return first_of(partial(read_attempt, f"{scene['bound']}/{name}") for name in names)
+
+
+@attack()
+def write_to_what_is_bound_read_only(scene: Scene) -> str:
+    """It is a folder that all may write to."""
+    return create_attempt(scene["fixed"])
+
+
+@attack()
 def read_through_a_hard_link(scene: Scene) -> str:
     with tempfile.TemporaryDirectory(dir=scene["shared"]) as folder:
         os.link(scene["key"], f"{folder}/link")

@@ -52,6 +52,9 @@ SETTINGS: dict[str, Any] = {
     "LINGER": "100ms",
 }
 
+BOUND = "/mnt"
+SYSTEM = ("usr", "etc", "bin", "sbin", "lib", "lib64")
+
 # Another job, and what it leaves where others could find it.
 VICTIM = """
 import ctypes, os, signal, sys
@@ -77,6 +80,7 @@ class Role:
 
     profile: str
     user: str = ""  # empty: that of the profile
+    is_arranged: bool = False  # with a root of its own, and binds
 
 
 # Where nothing defends: what is held then, only the kernel's own rules hold.
@@ -130,8 +134,11 @@ class Stage:
             names = [each.name for each in self._made_as(role)]
             is_defended = role not in UNDEFENDED.values()
             scene = self._surroundings | victim | {"attacks": names, "is_defended": is_defended}
+            scene |= {"bound": BOUND if role.is_arranged else str(self._folder)}
+            scene |= {"fixed": f"{BOUND}/writable" if role.is_arranged else str(self._folder)}
+            arranged = _arranged(self._folder) if role.is_arranged else {}
             job = self.client.create(
-                *PYTHON, stdin=program(scene), profile=role.profile, user=role.user
+                *PYTHON, stdin=program(scene), profile=role.profile, user=role.user, **arranged
             )
             output = self._output(job.id)
             assert self.client.get(job.id).status == "COMPLETED", output
@@ -370,6 +377,32 @@ def _programs(folder: Path) -> dict[str, Any]:
     return {**paths, "writable": str(writable), "shared": str(folder)}
 
 
+def may_be_arranged(folder: Path) -> dict[str, Any]:
+    """Settings that allow what `_arranged` asks for."""
+    return {
+        "ROOTS_ALLOWED": str(folder),
+        "BINDS_ALLOWED": f"{folder}:ro," + ",".join(f"/{name}:ro" for name in SYSTEM),
+    }
+
+
+def _arranged(folder: Path) -> dict[str, Any]:
+    """A root in which the system is bound; and, twice, the folder that the server's is in."""
+    root = folder / "root"
+    binds = [pb.Bind(source=str(folder), destination=place) for place in (BOUND, str(folder))]
+    for name in ("proc", "dev", "tmp", "var/tmp", BOUND[1:], str(folder)[1:]):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for name in SYSTEM:
+        own, copy = Path("/", name), root / name
+        if own.is_symlink() and not copy.is_symlink():
+            copy.symlink_to(own.readlink())
+        elif own.is_dir() and not own.is_symlink():
+            copy.mkdir(exist_ok=True)
+            binds.append(pb.Bind(source=str(own), destination=str(own)))
+    for bind in binds:
+        bind.read_only = True
+    return {"root": str(root), "binds": binds}
+
+
 def _sockets(stack: contextlib.ExitStack, folder: Path) -> dict[str, Any]:
     """Of daemons that let all in."""
     name = folder.name
@@ -456,11 +489,11 @@ def carry(
 # What is claimed
 
 
-def got_through(stage: Stage, area: str, profile: str) -> list[str]:
+def got_through(stage: Stage, area: str, profile: str, *, is_arranged: bool = False) -> list[str]:
     """The attacks that this profile should hold, and does not; and why so."""
     return [
         f"{name}: {verdict.word}, {verdict.reason}"
-        for name, verdict in stage.verdicts(Role(profile)).items()
+        for name, verdict in stage.verdicts(Role(profile, is_arranged=is_arranged)).items()
         if name.startswith(f"{area}: ")
         and profile in ATTACKS[name].held_by
         and verdict.word not in {"refused", "missing"}

@@ -28,6 +28,7 @@ from escapes.stage import (
     carry,
     got_through,
     marked,
+    may_be_arranged,
     not_shown,
     program,
     public_folder,
@@ -44,7 +45,7 @@ CONFINING = [profile for profile in Profile if profile is not Profile.NONE]
 @pytest.fixture(scope="module")
 def stage(certificates: Path) -> Iterator[Stage]:
     with public_folder() as folder:
-        server = Server(folder, certificates, launcher=APART, **SETTINGS)
+        server = Server(folder, certificates, launcher=APART, **SETTINGS, **may_be_arranged(folder))
         with server.connect() as client:
             stage = Stage(server, client, folder, is_own_kernel=False)
             with stage.set_up():
@@ -56,6 +57,14 @@ def stage(certificates: Path) -> Iterator[Stage]:
 @pytest.mark.parametrize("profile", CONFINING)
 def test_it_holds(stage: Stage, profile: str, area: str) -> None:
     found = got_through(stage, area, profile)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("area", AREA_NAMES)
+@pytest.mark.parametrize("profile", CONFINING)
+def test_it_holds_in_a_root_of_its_own(stage: Stage, profile: str, area: str) -> None:
+    """With binds of the system, and of the folder that the server's own is in."""
+    found = got_through(stage, area, profile, is_arranged=True)
     assert not found, "\n".join(found)
 
 

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from escapes.stage import AREA_NAMES, SETTINGS, Stage, carry, got_through, not_shown, public_folder
+from escapes.stage import (
+    AREA_NAMES,
+    SETTINGS,
+    Stage,
+    carry,
+    got_through,
+    may_be_arranged,
+    not_shown,
+    public_folder,
+)
 from jobworker.engine.isolation import Profile
 from jobworker.pb import job_worker_pb2 as pb
 from kernel.inside.conftest import serving
@@ -32,7 +41,7 @@ def stage(certificates: Path) -> Iterator[Stage]:
     }
     with (
         public_folder() as folder,
-        serving(folder, certificates, **SETTINGS, **limits) as server,
+        serving(folder, certificates, **SETTINGS, **limits, **may_be_arranged(folder)) as server,
         server.connect() as client,
     ):
         stage = Stage(server, client, folder, is_own_kernel=True)
@@ -44,6 +53,14 @@ def stage(certificates: Path) -> Iterator[Stage]:
 @pytest.mark.parametrize("profile", CONFINING)
 def test_it_holds(stage: Stage, profile: str, area: str) -> None:
     found = got_through(stage, area, profile)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("area", AREA_NAMES)
+@pytest.mark.parametrize("profile", CONFINING)
+def test_it_holds_in_a_root_of_its_own(stage: Stage, profile: str, area: str) -> None:
+    """With binds of the system, and of the folder that the server's own is in."""
+    found = got_through(stage, area, profile, is_arranged=True)
     assert not found, "\n".join(found)
 
 
