@@ -1022,7 +1022,7 @@ static bool make_mount_point(int tmp, const char *path, int tree)
 	return mknodat(tmp, path, S_IFREG | 0644, 0) == 0 || errno == EEXIST;
 }
 
-/* own_tmp: its device. */
+/* own_tmp: its device: who can write to the root's folder may take ours off it. */
 static void make_mount_points(const struct request *request, const int trees[], dev_t own_tmp)
 {
 	static const char tmp_path[] = "/tmp/";

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -217,7 +218,7 @@ def test_a_source_that_becomes_a_link_is_not_followed(client: Client, place: Pla
     (swapped / "file").write_text("harmless\n")
     command = ["python3", "-c", SWAP, str(swapped), str(place.private)]
     ends = set()
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as swap:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as swap, killing(swap):
         assert swap.stdout and swap.stdout.readline()
         for _ in range(50):
             try:
@@ -226,8 +227,15 @@ def test_a_source_that_becomes_a_link_is_not_followed(client: Client, place: Pla
                 continue
             assert output in {b"harmless\n", b""}
             ends.add((job.status, job.failed_step))
-        swap.kill()
     assert ends <= {("COMPLETED", ""), ("FAILED", "source of a bind")}
+
+
+@contextlib.contextmanager
+def killing(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 SWAP = """
