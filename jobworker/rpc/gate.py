@@ -184,7 +184,10 @@ class Gate:
             code, text = convert.code_of(error), convert.text_of(error)
             self._note(call, request, answer, code.name, error)
             request = answer = None  # who takes no answer does not keep the server's memory
-            return await context.abort(code, text, convert.metadata_of(error))
+            try:
+                await context.abort(code, text, convert.metadata_of(error))
+            except grpc.aio.InternalError:  # the connection has ended, and nobody is to be told
+                raise asyncio.CancelledError from None
 
         return handle
 

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from jobworker import errors
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Principal, Status
+from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Principal, Quota, Status
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
 
@@ -148,3 +148,8 @@ def test_codes_of_what_the_machine_refuses() -> None:
     assert convert.code_of(OSError(errno.EMFILE, "x")) is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert convert.code_of(OSError(errno.EBADMSG, "x")) is grpc.StatusCode.DATA_LOSS
     assert convert.code_of(OSError(errno.EIO, "x")) is grpc.StatusCode.INTERNAL
+
+
+def test_what_is_used_may_be_more_than_any_limit() -> None:
+    most = (1 << 31) - 1  # of one job
+    assert convert.quota_to(Quota(total_cpu=6000 * most, total_memory=6000 * most)).total_cpu > most
