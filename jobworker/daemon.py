@@ -231,7 +231,7 @@ def _files(settings: Settings) -> Files:
     hidden += [file for file in own if file]
     code = [Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent]
     if os.geteuid() != 0:  # its jobs have its own user
-        hidden += _homes()
+        hidden += [settings.cgroup_base, *_homes()]
         code.append(Path(sys.base_prefix))
     return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), tuple(code))
 
