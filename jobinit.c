@@ -1684,10 +1684,8 @@ static pid_t fork_into_user_namespace(int user_fd, enum step *step)
 	return job.pid;
 }
 
-static pid_t fork_job(const struct request *request, enum step *step)
+static pid_t fork_confined(const struct request *request, enum step *step)
 {
-	if (!request->is_confined)
-		return fork();
 	if (request->view && request->view->user_fd >= 0)
 		return fork_into_user_namespace(request->view->user_fd, step);
 	return fork_into_namespace(step);
@@ -1702,7 +1700,7 @@ static void start_job(struct job *job, const struct request *request)
 
 	if (make_pipes(&pipes, request->merge_output)
 	    && watch(EPOLL_CTL_ADD, pipes.status[0], EPOLLIN, (uintptr_t)job))
-		pid = fork_job(request, &step);
+		pid = request->is_confined ? fork_confined(request, &step) : fork();
 	if (pid < 0) {
 		int error = errno;
 
