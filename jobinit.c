@@ -1673,7 +1673,7 @@ static pid_t fork_into_user_namespace(int user_fd, enum step *step)
 	if (between < 0)
 		job.error = errno;
 	close(ends[1]);
-	/* Were it killed before it tells, the job would find its own pipe closed, and go no further. */
+	/* Were it killed before it tells, the job would find its pipe closed as it joins its cgroup. */
 	if (between > 0 && read(ends[0], &job, sizeof job) < 0)
 		job.error = errno;
 	close(ends[0]);

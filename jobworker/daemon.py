@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -233,7 +234,18 @@ def _files(settings: Settings) -> Files:
     if os.geteuid() != 0:  # its jobs have its own user
         hidden += [settings.cgroup_base, *_homes()]
         code.append(Path(sys.base_prefix))
+        code += _writable_above([*hidden, *code])
     return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), tuple(code))
+
+
+def _writable_above(paths: Iterable[Path]) -> set[Path]:
+    """For each the outermost folder that this user may write: who renames what is in there puts
+    other files where the next server looks for its own."""
+    found: set[Path] = set()
+    for path in paths:
+        for each in (path.absolute(), path.resolve()):
+            found.update([folder for folder in each.parents if os.access(folder, os.W_OK)][-1:])
+    return found
 
 
 def _homes() -> list[Path]:

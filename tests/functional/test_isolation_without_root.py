@@ -110,6 +110,14 @@ def test_what_is_the_servers_is_hidden(client: Client, server: Server, folder: P
     assert (job.exitCode, output.count(b"Permission denied")) == (1, 3), output
 
 
+def test_nothing_is_put_in_the_place_of_the_servers_files(client: Client, server: Server) -> None:
+    """Whose folder belongs to the user, too: renamed, the next server would find others."""
+    around = server.state.parent
+    _, output = client.run(f"touch {around}/x; mv {server.certs} {around}/y; mkdir {around}/z")
+    assert output.count(b"Read-only file system") + output.count(b"busy") == 3, output
+    assert server.certs.exists() and not (around / "z").exists()
+
+
 def test_it_sees_its_own_processes_only(client: Client) -> None:
     _, output = client.run("echo $$; cd /proc; for p in [0-9]*; do echo $p; done")
     assert output.split() == [b"2", b"1", b"2"]
