@@ -17,6 +17,7 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <linux/audit.h>
+#include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <limits.h>
@@ -206,6 +207,7 @@ static unsigned job_count;
  * each job gets a copy. */
 struct view {
 	int fd;        /* of their namespace; -1: not made */
+	int user_fd;   /* of the user namespace that owns it; -1: it is jobinit's own */
 	int report_fd; /* of the process that is making them; -1: none is */
 	char tmp_options[96];
 	bool is_owed;  /* the server is to be told how it went */
@@ -1105,6 +1107,16 @@ static bool renounce_privileges(void)
 	return true;
 }
 
+/* In a user namespace that a server made which is not root, a job has all capabilities, and
+ * would keep them up to its exec. */
+static bool drop_capabilities(void)
+{
+	static const struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3];
+	struct __user_cap_header_struct version_3 = {.version = _LINUX_CAPABILITY_VERSION_3};
+
+	return syscall(SYS_capset, &version_3, none) == 0;
+}
+
 /* The groups first, as only root may change them. With the uid go all capabilities. */
 static bool become_user(const struct request *request)
 {
@@ -1158,6 +1170,8 @@ static _Noreturn void become_job(const struct request *request, const struct end
 		must(renounce_privileges(), STEP_PRIVILEGES);
 	if (request->set_user)
 		must(become_user(request), STEP_USER);
+	else if (request->is_confined)
+		must(drop_capabilities(), STEP_PRIVILEGES);
 	/* Last, as with the rights and the view of the job. Both may hang, for long. */
 	must(chdir(request->directory) == 0, STEP_DIRECTORY);
 	/* Nothing but the exec may come after it. */
@@ -1272,11 +1286,15 @@ static int parse_view(const char *data, size_t size, struct view_request *reques
 	return count == (uint64_t)asked->hidden + asked->read_only ? 0 : EBADMSG;
 }
 
-static _Noreturn void report_view(int error, const char *what, const char *path, int fd)
+enum { VIEW_NAMESPACES = 2 }; /* of mounts, and of users where that is not jobinit's */
+
+static _Noreturn void report_view(int error, const char *what, const char *path,
+				  const int fds[VIEW_NAMESPACES])
 {
 	struct view_report report = {.error = error};
+	size_t size = (fds && fds[1] >= 0 ? 2 : 1) * sizeof *fds;
 	union {
-		char room[CMSG_SPACE(sizeof fd)];
+		char room[CMSG_SPACE(VIEW_NAMESPACES * sizeof *fds)];
 		struct cmsghdr align;
 	} control;
 	struct iovec part = {&report, sizeof report};
@@ -1284,18 +1302,18 @@ static _Noreturn void report_view(int error, const char *what, const char *path,
 	ssize_t sent;
 
 	snprintf(report.problem, sizeof report.problem, "%s %s", what, path);
-	if (fd >= 0) {
+	if (fds) {
 		control.align.cmsg_level = SOL_SOCKET;
 		control.align.cmsg_type = SCM_RIGHTS;
-		control.align.cmsg_len = CMSG_LEN(sizeof fd);
-		memcpy(CMSG_DATA(&control.align), &fd, sizeof fd);
+		control.align.cmsg_len = CMSG_LEN(size);
+		memcpy(CMSG_DATA(&control.align), fds, size);
 		message.msg_control = control.room;
-		message.msg_controllen = sizeof control.room;
+		message.msg_controllen = CMSG_SPACE(size);
 	}
 	sent = sendmsg(REPORT_FD, &message, MSG_NOSIGNAL);
 	/* Until jobinit has let go of the older view. This process lets go of it last, as with it
 	 * may go file systems that the machine has unmounted meanwhile, and that can take long. */
-	while (sent >= 0 && read(REPORT_FD, &fd, 1) < 0 && errno == EINTR)
+	while (sent >= 0 && read(REPORT_FD, &report, 1) < 0 && errno == EINTR)
 		;
 	_exit(sent < 0 ? OWN_FAILURE : 0);
 }
@@ -1303,7 +1321,7 @@ static _Noreturn void report_view(int error, const char *what, const char *path,
 static void need(bool done, const char *what, const char *path)
 {
 	if (!done)
-		report_view(errno, what, path, -1);
+		report_view(errno, what, path, NULL);
 }
 
 static void make_read_only(const char *path)
@@ -1523,7 +1541,9 @@ static void hide_paths(const struct view_request *request)
 			need(bind_mount(S_ISDIR(info.st_mode) ? HIDDEN_FOLDER : HIDDEN_FILE, path),
 			     "hide", path);
 		else
-			need(is_absent(), "look at", path);
+			/* What its user cannot reach, a job in a user namespace cannot either. */
+			need(is_absent() || (is_in_user_namespace && errno == EACCES),
+			     "look at", path);
 	}
 }
 
@@ -1540,20 +1560,50 @@ static void protect_kernel_files(void)
 			     mount_lines[i].point);
 }
 
+static void write_own(const char *path, const char *text)
+{
+	need(write_file(path, text), "write", path);
+}
+
+/* For who is not root: in it this process may mount, and nothing outside of it may it do that it
+ * could not before. Users and groups keep their numbers; those of others have none. */
+static int enter_user_namespace(void)
+{
+	char uid[32], gid[32];
+	int fd;
+
+	snprintf(uid, sizeof uid, "%u %u 1", (unsigned)geteuid(), (unsigned)geteuid());
+	snprintf(gid, sizeof gid, "%u %u 1", (unsigned)getegid(), (unsigned)getegid());
+	need(unshare(CLONE_NEWUSER) == 0, "make", "a user namespace");
+	/* The files belong to root while the process is not dumpable. */
+	prctl(PR_SET_DUMPABLE, 1);
+	write_own("/proc/self/uid_map", uid);
+	/* Who could leave a group could gain what its members are kept from. */
+	write_own("/proc/self/setgroups", "deny");
+	write_own("/proc/self/gid_map", gid);
+	prctl(PR_SET_DUMPABLE, 0);
+	fd = open("/proc/self/ns/user", O_RDONLY | O_CLOEXEC);
+	need(fd >= 0, "open", "/proc/self/ns/user");
+	return fd;
+}
+
 /* The steps, in an order that matters. */
 static _Noreturn void build_view(const struct view_request *request)
 {
 	char resolver[PATH_MAX];
-	int namespace_fd, resolver_fd = -1, found[NODES];
+	int namespaces[VIEW_NAMESPACES] = {-1, -1}, resolver_fd = -1, found[NODES];
 	size_t i;
 
 	umask(0);
+	/* It owns what is made from here on. */
+	if (geteuid() != 0)
+		namespaces[1] = enter_user_namespace();
 	/* Before anything is mounted, nothing of it may reach the machine: not as this process is
 	 * in its namespace, and not as mounts propagate. */
 	need(unshare(CLONE_NEWNS) == 0, "unshare", "the mounts");
 	need(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0, "make private:", "/");
-	namespace_fd = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
-	need(namespace_fd >= 0, "open", "/proc/self/ns/mnt");
+	namespaces[0] = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+	need(namespaces[0] >= 0, "open", "/proc/self/ns/mnt");
 	/* While all is there. */
 	look_for_user_namespace();
 	read_mounts();
@@ -1571,12 +1621,13 @@ static _Noreturn void build_view(const struct view_request *request)
 	protect_paths(request);
 	hide_paths(request);
 	protect_kernel_files();
-	report_view(0, "made", "", namespace_fd);
+	report_view(0, "made", "", namespaces);
 }
 
 static void fail_view(struct view *view, int error, const char *problem)
 {
 	close_fd(&view->fd); /* what an older one shows may not be what is wanted now */
+	close_fd(&view->user_fd);
 	view->error = error;
 	snprintf(view->problem, sizeof view->problem, "%s", problem);
 	view->is_owed = server_fd >= 0;
@@ -1618,7 +1669,7 @@ static void take_view(struct view *view)
 {
 	struct view_report report = {.error = 0};
 	union {
-		char room[CMSG_SPACE(sizeof(int))];
+		char room[CMSG_SPACE(VIEW_NAMESPACES * sizeof(int))];
 		struct cmsghdr align;
 	} control;
 	struct iovec part = {&report, sizeof report};
@@ -1644,6 +1695,8 @@ static void take_view(struct view *view)
 	} else {
 		fail_view(view, 0, "");
 		memcpy(&view->fd, CMSG_DATA(header), sizeof view->fd);
+		if (header->cmsg_len == CMSG_LEN(VIEW_NAMESPACES * sizeof(int)))
+			memcpy(&view->user_fd, CMSG_DATA(header) + sizeof(int), sizeof(int));
 	}
 	unwatch_and_close(&view->report_fd); /* last: its maker waits for that */
 }
@@ -1728,8 +1781,8 @@ static void fail_start(struct job *job, enum step step, int error)
  * What the job leaves behind becomes a child of this one; with the last of these it ends, and
  * were it to end before, all of them would.
  *
- * It is not in the job's cgroup, which is empty once the job is gone. Root's, not dumpable, with
- * no descriptor open, it gives nothing away to a job that finds it in /proc. */
+ * It is not in the job's cgroup, which is empty once the job is gone. Not dumpable, with no
+ * descriptor open, it gives nothing away to a job that finds it in /proc. */
 static _Noreturn void be_first_in_namespace(void)
 {
 	static const struct timespec patience = {FIRST_PROCESS_SECONDS, 0};
@@ -1740,6 +1793,7 @@ static _Noreturn void be_first_in_namespace(void)
 	 * would keep all pipes of all jobs open. */
 	if (syscall(CALL_CLOSE_RANGE, 0, ~0u, CLOSE_UNSHARED) < 0)
 		_exit(OWN_FAILURE);
+	prctl(PR_SET_DUMPABLE, 0); /* also where it came to a user namespace, which may change it */
 	prctl(PR_SET_NAME, "jobinit: pid 1");
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, NULL);
@@ -1785,6 +1839,67 @@ static pid_t fork_into_namespace(enum step *step)
 	return pid;
 }
 
+struct sibling { pid_t pid; uint32_t step; int32_t error; };
+
+/* Returns in the job only. */
+static void make_siblings(int user_fd, int report_fd)
+{
+	struct sibling job = {.pid = -1, .step = STEP_PID_NAMESPACE};
+	pid_t first = -1;
+
+	if (setns(user_fd, CLONE_NEWUSER) == 0 && unshare(CLONE_NEWPID) == 0)
+		first = syscall(SYS_clone, CLONE_PARENT | CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
+	if (first == 0)
+		be_first_in_namespace();
+	if (first > 0) {
+		job.step = STEP_FORK;
+		job.pid = syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
+	}
+	if (job.pid == 0)
+		return;
+	job.error = errno;
+	if (first > 0)
+		kill(first, job.pid > 0 ? SIGCHLD : SIGKILL);
+	_exit(write(report_fd, &job, sizeof job) < 0 ? OWN_FAILURE : 0);
+}
+
+/* As fork_into_namespace, for a view that a user namespace owns. Nobody comes back from one: so a
+ * process enters it that makes the two as children of ours, and ends. It does nothing that could
+ * hang, so it is waited for. */
+static pid_t fork_into_user_namespace(int user_fd, enum step *step)
+{
+	struct sibling job = {.pid = -1, .step = STEP_FORK, .error = EPIPE};
+	int ends[2];
+	pid_t between;
+
+	if (pipe2(ends, O_CLOEXEC) < 0)
+		return -1;
+	between = fork();
+	if (between == 0) {
+		make_siblings(user_fd, ends[1]);
+		return 0;
+	}
+	if (between < 0)
+		job.error = errno;
+	close(ends[1]);
+	/* Were it killed before it tells, the job would find its pipe closed as it joins its cgroup. */
+	if (between > 0 && read(ends[0], &job, sizeof job) < 0)
+		job.error = errno;
+	close(ends[0]);
+	if (between > 0)
+		waitpid(between, NULL, 0);
+	*step = job.step;
+	errno = job.error;
+	return job.pid;
+}
+
+static pid_t fork_confined(const struct request *request, enum step *step)
+{
+	if (request->view && request->view->user_fd >= 0)
+		return fork_into_user_namespace(request->view->user_fd, step);
+	return fork_into_namespace(step);
+}
+
 static void start_job(struct job *job, const struct request *request)
 {
 	enum step step = STEP_FORK;
@@ -1794,7 +1909,7 @@ static void start_job(struct job *job, const struct request *request)
 
 	if (make_pipes(&pipes, request->merge_output)
 	    && watch(EPOLL_CTL_ADD, pipes.status[0], EPOLLIN, (uintptr_t)job))
-		pid = request->is_confined ? fork_into_namespace(&step) : fork();
+		pid = request->is_confined ? fork_confined(request, &step) : fork();
 	if (pid < 0) {
 		int error = errno;
 
@@ -2508,7 +2623,7 @@ static void prepare_confinement(void)
 	unsigned i;
 
 	for (i = 0; i < MOST_VIEWS; i++)
-		views[i].fd = views[i].report_fd = -1;
+		views[i].fd = views[i].user_fd = views[i].report_fd = -1;
 	while (prctl(PR_CAPBSET_READ, capability_count) >= 0)
 		capability_count++;
 	own_pid_namespace_fd = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);

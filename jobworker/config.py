@@ -311,7 +311,7 @@ class Settings:
         "unprivileged user that can gain no other rights, with processes, /tmp and /dev of its "
         "own. strict: the same as a user of its own, without a network, all other files "
         "read-only. none: a cgroup only, as the server's user.",
-        shown_default="default for root, else none",
+        shown_default="default; none where a server that is not root can have no user namespace",
     )
     profiles_allowed: tuple[str, ...] = _setting(
         "profiles_allowed",

@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from jobworker.engine.manager import Manager, Policy
 from jobworker.engine.output import Output
 from jobworker.engine.retention import Keep, Retention
 from jobworker.engine.store import Store
+from jobworker.engine.user import own_user
 from jobworker.errors import JobinitError, SettingError, StartupError, StateFolderError
 from jobworker.job import Limits, LogPolicy
 from jobworker.roles import Clients
@@ -214,7 +216,7 @@ def _disk_reserve_bytes(setting: str, disk_bytes: int) -> int:
 
 
 def _isolation(settings: Settings) -> Isolation:
-    isolation = Isolation(
+    return Isolation(
         settings.profile,
         settings.profiles_allowed,
         settings.job_user,
@@ -223,9 +225,6 @@ def _isolation(settings: Settings) -> Isolation:
         _files(settings),
         Allowed(settings.roots_allowed, settings.binds_allowed),
     )
-    if isolation.problem:
-        log.warning("jobs are not separated from the machine: %s", isolation.problem)
-    return isolation
 
 
 def _files(settings: Settings) -> Files:
@@ -233,8 +232,29 @@ def _files(settings: Settings) -> Files:
     hidden = [settings.state_dir, *settings.hidden, *_private_files(settings.cert_path)]
     own = (settings.file, settings.clients, settings.revoked, settings.audit_log)
     hidden += [file for file in own if file]
-    code = (Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent)
-    return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), code)
+    code = [Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent]
+    if os.geteuid() != 0:  # its jobs have its own user
+        hidden += [settings.cgroup_base, *_homes()]
+        code.append(Path(sys.base_prefix))
+        code += _writable_above([*hidden, *code])
+    return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), tuple(code))
+
+
+def _writable_above(paths: Iterable[Path]) -> set[Path]:
+    """For each the outermost folder that this user may write: who renames what is in there puts
+    other files where the next server looks for its own."""
+    found: set[Path] = set()
+    for path in paths:
+        for each in (path.absolute(), path.resolve()):
+            found.update([folder for folder in each.parents if os.access(folder, os.W_OK)][-1:])
+    return found
+
+
+def _homes() -> list[Path]:
+    """Of this process' user: keys are there, and what others of its programs run when they start.
+    Not what is only called so, as /usr/sbin is daemon's."""
+    homes = {Path(home) for home in (own_user().home, os.environ.get("HOME", "")) if home}
+    return [home for home in homes if home.is_dir() and home.stat().st_uid == os.geteuid()]
 
 
 def _private_files(folder: Path) -> list[Path]:
@@ -250,6 +270,8 @@ async def _try_isolation(isolation: Isolation, jobinits: Jobinits) -> None:
     isolation.take_results(problems)
     if not isolation.views:
         jobinits.drop_views()
+    if isolation.problem:
+        log.warning("jobs are not separated from the machine: %s", isolation.problem)
     for profile, problem in isolation.problems.items():
         log.warning("jobs cannot have profile %s: %s", profile, problem)
 

@@ -103,7 +103,8 @@ class Isolation:
         allowed: Allowed = NOTHING_ALLOWED,
     ) -> None:
         """profile: of a job that asks for none; empty: the default one, where this process has
-        the rights that it takes. The others: what a job may ask for.
+        the rights that it takes; without root's, where its trial shows so. The others: what a
+        job may ask for.
 
         Users are looked up here, once. Raises SettingError where one does not exist, or where
         this process has not the rights that a profile takes.
@@ -111,9 +112,12 @@ class Isolation:
         self.problem = _problem()
         self.problems: dict[Profile, str] = {}  # of those that were to be allowed, and cannot be
         self.profile = Profile(profile) if profile else self._best()
+        self._may_fall_back = not profile and not _is_root()
         self.own_user = own_user()
         if self.profile is not Profile.NONE and self.problem:
             raise SettingError("JOB_WORKER_PROFILE", profile, self.problem, NONE_OR_ROOT)
+        if self.profile is Profile.STRICT and not _is_root():
+            raise SettingError("JOB_WORKER_PROFILE", profile, NO_OTHER_USERS, NONE_OR_ROOT)
         self.profiles = {self.profile, *self._usable(map(Profile, profiles_allowed))}
         self._strict_uids = strict_uids
         if Profile.STRICT in self.profiles and strict_uids is None:
@@ -124,7 +128,7 @@ class Isolation:
         self._view = files.view()
         self.allowed = allowed
         self.job_user = self.own_user
-        if not self.problem:
+        if _is_root() and not self.problem:
             self.job_user = _job_user(job_user)
         self._users = {name: _find("USERS_ALLOWED", name) for name in users_allowed}
 
@@ -160,12 +164,20 @@ class Isolation:
 
     def take_results(self, problems: Mapping[Profile, str]) -> None:
         """Of the trials; empty: none. Raises SettingError where the server's own profile cannot
-        be had: jobs that count on it must not run without."""
+        be had: jobs that count on it must not run without. Where nobody has set one, a server
+        that is not root has none, and this is its `problem`."""
         problem = problems.get(self.profile)
+        if problem and self._may_fall_back:
+            self.problem = f"the server is not root, and cannot confine its jobs: {problem}"
+            self.profile = Profile.NONE
+            self.profiles = {Profile.NONE}
+            return
         if problem:
-            raise SettingError("JOB_WORKER_PROFILE", self.profile, problem, NONE_OR_ROOT)
-        self.problems = {profile: problem for profile, problem in problems.items() if problem}
-        self.profiles -= set(self.problems)
+            remedy = NONE_OR_ROOT if _is_root() else USER_NAMESPACES
+            raise SettingError("JOB_WORKER_PROFILE", self.profile, problem, remedy)
+        failed = {profile: problem for profile, problem in problems.items() if problem}
+        self.problems |= failed
+        self.profiles -= set(failed)
 
     def _trial_user(self, profile: Profile) -> User:
         if profile is Profile.STRICT and self._strict_uids:
@@ -234,10 +246,13 @@ class Isolation:
         is_strict = profile is Profile.STRICT
         limit = f" of {view.tmp_bytes >> 20} MiB" if view.tmp_bytes else ""
         uids = self._strict_uids
+        user = self.job_user.name
+        if not _is_root():
+            user += ", the server's own user, in a user namespace"
         return [
             f"as a user of its own, {uids[0]} to {uids[-1]}"
             if is_strict and uids
-            else f"as {self.job_user.name}",
+            else f"as {user}",
             "no privileges, and no way to gain any",
             "a filter of system calls",
             "its own process ids, mounts, IPC, host name and cgroup root",
@@ -295,7 +310,11 @@ class Isolation:
         return Profile.NONE if self.problem else Profile.DEFAULT
 
     def _usable(self, profiles: Iterable[Profile]) -> Iterable[Profile]:
-        return (each for each in profiles if each is Profile.NONE or not self.problem)
+        for each in profiles:
+            if each is Profile.STRICT and not _is_root():
+                self.problems[each] = NO_OTHER_USERS
+            elif each is Profile.NONE or not self.problem:
+                yield each
 
 
 # What confining takes (linux/capability.h).
@@ -312,13 +331,25 @@ SECCOMP = "/proc/sys/kernel/seccomp/actions_avail"
 NONE_OR_ROOT = "run the server as root, with these rights, or set it to none"
 
 
+USER_NAMESPACES = (
+    "allow user namespaces (kernel.unprivileged_userns_clone, user.max_user_namespaces, "
+    f"kernel.apparmor_restrict_unprivileged_userns), or {NONE_OR_ROOT}"
+)
+NO_OTHER_USERS = "the server is not root, so it has no other users for its jobs"
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0
+
+
 def _problem() -> str:
-    """Why this process can confine no job; empty where it can."""
-    if os.geteuid() != 0:
-        return "the server is not root, so that its jobs run as its own user"
-    missing = [name for number, name in CAPABILITIES.items() if not _has_capability(number)]
-    if missing:
-        return f"the server is root, but lacks {', '.join(missing)}"
+    """Why this process can confine no job; empty where it can, or where a trial is to show it."""
+    if _is_root():
+        missing = [name for number, name in CAPABILITIES.items() if not _has_capability(number)]
+        if missing:
+            return f"the server is root, but lacks {', '.join(missing)}"
+    elif not os.path.exists("/proc/self/ns/user"):
+        return "the server is not root, and this kernel has no user namespaces"
     if not os.path.exists(SECCOMP):
         return "this kernel has no seccomp filters"
     return ""

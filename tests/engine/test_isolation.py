@@ -83,18 +83,53 @@ def test_settings_that_cannot_be_used(settings: dict[str, object], name: str) ->
         Isolation(**settings)  # type: ignore[arg-type]
 
 
-def test_a_server_that_is_not_root_says_so_and_does_not_pretend(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+# A server that is not root
+
+
+@pytest.fixture
+def without_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 65534)
-    isolation = Isolation(profiles_allowed=["default"], users_allowed=["root"])
-    assert "not root" in isolation.problem
-    assert isolation.profiles == {Profile.NONE}
-    assert isolation.choose("", "").user.uid == 65534
+
+
+@pytest.mark.usefixtures("without_root")
+def test_without_root_jobs_are_confined_as_the_servers_user() -> None:
+    isolation = Isolation(profiles_allowed=["none"], users_allowed=["root"], job_user="daemon")
+    isolation.take_results({Profile.DEFAULT: ""})
+    confinement = isolation.choose("", "")
+    assert confinement.profile is Profile.DEFAULT
+    assert (confinement.user.uid, confinement.identity) == (65534, None)
+    assert isolation.problem == ""
     with pytest.raises(InvalidRequestError, match="user"):
         isolation.choose("", "root")
-    with pytest.raises(SettingError, match="PROFILE"):
-        Isolation(profile="default")
+
+
+@pytest.mark.usefixtures("without_root")
+def test_without_root_a_default_that_fails_its_trial_is_none() -> None:
+    isolation = Isolation(profiles_allowed=["default"])
+    isolation.take_results({Profile.DEFAULT: "no namespace"})
+    assert isolation.profiles == {Profile.NONE}
+    assert isolation.choose("", "").profile is Profile.NONE
+    assert "not root" in isolation.problem and "no namespace" in isolation.problem
+    with pytest.raises(InvalidRequestError, match="profile"):
+        isolation.choose("default", "")
+
+
+@pytest.mark.usefixtures("without_root")
+def test_without_root_one_that_was_asked_for_must_not_fail() -> None:
+    isolation = Isolation(profile="default")
+    with pytest.raises(SettingError, match=r"no namespace.*max_user_namespaces"):
+        isolation.take_results({Profile.DEFAULT: "no namespace"})
+
+
+@pytest.mark.usefixtures("without_root")
+def test_without_root_there_is_no_profile_strict() -> None:
+    uids = range(3000000, 3000003)
+    with pytest.raises(SettingError, match="no other users"):
+        Isolation(profile="strict", strict_uids=uids)
+    isolation = Isolation(profiles_allowed=["strict"], strict_uids=uids)
+    isolation.take_results({Profile.DEFAULT: ""})
+    assert isolation.profiles == {Profile.DEFAULT}
+    assert "no other users" in isolation.problems[Profile.STRICT]
 
 
 @as_root

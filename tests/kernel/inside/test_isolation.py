@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from escapes.stage import public_folder
 from functional.server import Client, Server
 from jobworker.pb import job_worker_pb2 as pb
+from kernel.inside.conftest import USER, delegated_directory, serving
 
 MEMORY_MIB = 60
 
@@ -54,3 +56,20 @@ def test_the_cgroup_is_empty_once_the_job_is_gone(client: Client) -> None:
     assert len(path.read_text().split()) == 1
     client.stop(job.id)
     assert not path.exists()
+
+
+def test_a_server_that_is_not_root_confines_its_jobs(certificates: Path) -> None:
+    with (
+        public_folder() as folder,
+        delegated_directory(USER) as cgroup,
+        serving(
+            folder, certificates, cgroup, USER, PROFILE="default", CGROUP_BASE=str(cgroup)
+        ) as server,
+        server.connect() as client,
+    ):
+        script = f"echo $$; id -u; grep CapEff /proc/self/status; ls {server.state} {server.certs}"
+        _, output = client.run(script + " 2>&1")
+        assert output.split()[:4] == [b"2", str(USER).encode(), b"CapEff:", b"0" * 16]
+        assert output.count(b"Permission denied") == 2
+        job, output = client.run("head -c 100M /dev/zero > /tmp/a; echo survived", maxMemory=50)
+        assert (b"survived" not in output, job.cause) == (True, pb.OUT_OF_MEMORY)

@@ -1,0 +1,257 @@
+"""What separates the jobs of a server that is not root from the machine, and from that server."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from escapes.stage import AREA_NAMES, SETTINGS, Stage, carry, got_through, public_folder
+from functional.server import Client, Server
+from functional.test_isolation import first_processes, mounts_of, status_of, wait_until
+from functional.unprivileged import USER, StartServer, servers
+
+APART = ["unshare", "--mount", "--uts", "--ipc", "--propagation=private"]
+
+
+# The kernel lets it, but delivers none: see the test of these signals.
+HARMLESS = {"processes: kill process 1: worked, may signal process 1"}
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with public_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path, certificates: Path) -> Iterator[StartServer]:
+    with servers(folder, certificates) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def server(start: StartServer) -> Server:
+    """With the default profile, as it is without any setting."""
+    return start(PROFILE="", PROFILES_ALLOWED="none,strict")
+
+
+# Whom it runs as
+
+
+def test_it_is_confined_by_default(client: Client, server: Server) -> None:
+    info = client.info()
+    assert info.default_profile == "default"
+    assert list(info.profiles) == ["default", "none"]
+    assert info.isolation_problem == ""
+    in_force = {each.name: "; ".join(each.measures) for each in info.profile_details}
+    assert f"as {USER}, the server's own user, in a user namespace" in in_force["default"]
+
+
+def test_it_has_the_servers_user_and_no_rights_beside(client: Client) -> None:
+    status = status_of(client)
+    assert {status[f"Cap{which}"][0] for which in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == (["1"], ["2"])
+    assert status["Uid"] == status["Gid"] == [str(USER)] * 4
+    # One that it is in and that has no number in the namespace.
+    assert sorted(status["Groups"]) == [str(USER), "65534"]
+
+
+def test_profile_none_is_outside_of_the_namespace(client: Client) -> None:
+    status = status_of(client, profile="none")
+    assert sorted(status["Groups"]) == [str(USER), str(USER + 1)]
+    assert (status["NoNewPrivs"], status["Seccomp"]) == (["0"], ["0"])
+    _, output = client.run("readlink /proc/self/ns/user", profile="none")
+    assert output.decode().strip() == os.readlink("/proc/self/ns/user")
+
+
+def test_it_is_in_a_user_namespace_that_it_can_not_leave_or_add_to(client: Client) -> None:
+    _, output = client.run(
+        "readlink /proc/self/ns/user; cat /proc/self/uid_map /proc/self/setgroups"
+    )
+    namespace, *rest = output.decode().split()
+    assert namespace != os.readlink("/proc/self/ns/user")
+    assert rest == [str(USER), str(USER), "1", "deny"]
+    job, _ = client.run("unshare -U true || nsenter -t 1 -U true")
+    assert job.exitCode != 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"user": "nobody"}, {"user": "0"}, {"profile": "strict"}, {"working_directory": "STATE"}],
+    ids=str,
+)
+def test_what_it_may_not_have(client: Client, server: Server, fields: dict[str, str]) -> None:
+    fields = {name: value.replace("STATE", str(server.state)) for name, value in fields.items()}
+    with pytest.raises(grpc.RpcError) as caught:
+        client.create("true", **fields)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (caught.value.details() or "").startswith(next(iter(fields)))
+
+
+# What it sees
+
+
+def test_what_is_the_servers_is_hidden(client: Client, server: Server, folder: Path) -> None:
+    """All of it belongs to the user that the job has."""
+    (folder / "home" / ".profile").write_text("secret")
+    places = (server.state, server.certs, folder / "home")
+    for place in places:
+        _, output = client.run(f"ls -A {place}; chmod 700 {place}; ls -A {place}; touch {place}/x")
+        assert output.count(b"Permission denied") == 3, output
+        assert output.count(b"Read-only file system") == 1, output
+        assert b"ls -A" not in client.run(f"ls {place}", profile="none")[1]
+    script = f"cat {folder}/home/.profile {server.certs}/server-key.pem {server.state}/jobs.db"
+    job, output = client.run(script)
+    assert (job.exitCode, output.count(b"Permission denied")) == (1, 3), output
+
+
+def test_nothing_is_put_in_the_place_of_the_servers_files(client: Client, server: Server) -> None:
+    """Whose folder belongs to the user, too: renamed, the next server would find others."""
+    around = server.state.parent
+    _, output = client.run(f"touch {around}/x; mv {server.certs} {around}/y; mkdir {around}/z")
+    assert output.count(b"Read-only file system") + output.count(b"busy") == 3, output
+    assert server.certs.exists() and not (around / "z").exists()
+
+
+def test_it_sees_its_own_processes_only(client: Client) -> None:
+    _, output = client.run("echo $$; cd /proc; for p in [0-9]*; do echo $p; done")
+    assert output.split() == [b"2", b"1", b"2"]
+    _, output = client.run("cat /proc/1/environ /proc/1/maps; ls /proc/1/fd /proc/1/root/ 2>&1")
+    assert b"jobinit" not in output and b"etc" not in output
+
+
+def test_its_folders_and_devices_are_its_own(client: Client) -> None:
+    script = "touch /tmp/x /var/tmp/y /dev/shm/z && ls -A /tmp; head -c 1 /dev/zero | wc -c"
+    _, output = client.run(script + "; echo > /dev/null; echo $HOME; ls /run; touch /dev/x")
+    assert output.split()[:5] == [b"x", b"y", b"z", b"1", b"/"]
+    assert output.count(b"Read-only") == 1
+    program = "import os, pty; print(os.ttyname(pty.openpty()[1]), os.listdir('/dev/pts'))"
+    _, output = client.run("exec python3 -", stdin=program.encode())
+    assert output == b"/dev/pts/0 ['0', 'ptmx']\n"
+
+
+def test_nothing_in_its_view_gives_rights(client: Client) -> None:
+    mounts = mounts_of(client)
+    for point, (filesystem, flags) in mounts.items():
+        if filesystem != "devtmpfs":  # a single one of the machine's harmless devices
+            assert "nosuid" in flags, point
+            assert "nodev" in flags or filesystem in {"tmpfs", "devpts"}, point
+    for point in ("/sys", "/dev", "/run", "/proc/sys"):
+        assert "ro" in mounts[point][1], point
+
+
+def test_it_can_have_no_network(client: Client) -> None:
+    _, output = client.run("cat /proc/net/dev | tail -n +3", network="none")
+    assert [line.split(b":")[0].strip() for line in output.splitlines()] == [b"lo"]
+
+
+def test_its_output_can_be_opened_again(client: Client) -> None:
+    job, output = client.run("echo out > /dev/stdout; echo err > /dev/stderr")
+    assert output in {b"out\nerr\n", b"err\nout\n"}
+    assert job.exitCode == 0
+
+
+def test_signals_do_nothing_to_the_first_process_of_its_namespace(client: Client) -> None:
+    """Which has the same user."""
+    script = "for s in KILL STOP SEGV CHLD TERM; do kill -$s 1 || exit; done; sleep 0.1 & wait $!"
+    job, output = client.run(f"{script}; echo goes on")
+    assert (job.exitCode, output) == (0, b"goes on\n")
+
+
+# How it ends
+
+
+def test_all_of_it_ends_with_it(client: Client, server: Server) -> None:
+    job = client.shell(
+        "setsid sleep 1000 & trap 'exit 7' TERM; echo ready; while sleep 0.05; do :; done"
+    )
+    next(client.stream(job.id))
+    client.stop(job.id)
+    assert client.wait(job.id).exitCode == 7
+    wait_until(lambda: not first_processes(server.jobinit_pid()))
+    job, _ = client.run("kill -ABRT $$; sleep 60")
+    assert job.signal == signal.SIGABRT
+
+
+def test_a_program_that_is_none_fails_to_start(client: Client, folder: Path) -> None:
+    program = folder / "program"
+    program.write_text("#!/no/such/interpreter\n")
+    program.chmod(0o755)
+    job = client.create(str(program))
+    assert "exec" in client.wait(job.id).detail
+
+
+# The server's start
+
+
+@pytest.fixture
+def start_other(certificates: Path) -> Iterator[StartServer]:
+    with public_folder() as folder, servers(folder, certificates) as start:
+        yield start
+
+
+def test_the_next_server_takes_it_over(start_other: StartServer) -> None:
+    server = start_other(PROFILE="default", STOP_JOBS="no")
+    with server.connect() as client:
+        job = client.shell("trap 'exit 5' TERM; echo ready; while sleep 0.05; do :; done")
+        next(client.stream(job.id))
+    server.stop(signal.SIGKILL)
+    server = start_other(PROFILE="default")
+    with server.connect() as client:
+        assert client.run("echo new")[1] == b"new\n"
+        client.stop(job.id)
+        assert client.wait(job.id).exitCode == 5
+
+
+def test_where_the_kernel_allows_none_it_says_so(certificates: Path) -> None:
+    """As to who is in a chroot."""
+    script = 'mkdir -p "$0" && mount --rbind / "$0" && exec chroot "$0" "$@"'
+    with public_folder() as folder:
+        launcher = ["sh", "-c", script, f"{folder}/root"]
+        with servers(folder, certificates, launcher) as start:
+            server = start(PROFILE="")
+            assert "jobs are not separated from the machine: the server is not root" in server.log
+            with server.connect() as client:
+                info = client.info()
+                assert (info.default_profile, list(info.profiles)) == ("none", ["none"])
+                assert "make a user namespace" in info.isolation_problem
+                assert client.run("id -u")[1] == f"{USER}\n".encode()
+            server.stop()
+            with pytest.raises(AssertionError, match="max_user_namespaces"):
+                start(PROFILE="default")
+
+
+def test_it_does_not_pretend_to_be_strict(start_other: StartServer) -> None:
+    with pytest.raises(AssertionError, match="has no other users for its jobs"):
+        start_other(PROFILE="strict", STRICT_UIDS="3000000-3000009")
+
+
+# Attacks
+
+
+@pytest.fixture(scope="module")
+def stage(certificates: Path) -> Iterator[Stage]:
+    with public_folder() as folder, servers(folder, certificates, APART) as start:
+        server = start(**SETTINGS)
+        with server.connect() as client:
+            stage = Stage(server, client, folder, is_own_kernel=False)
+            with stage.set_up():
+                yield stage
+
+
+@pytest.mark.parametrize("area", AREA_NAMES)
+def test_attacks_fail(stage: Stage, area: str) -> None:
+    found = [each for each in got_through(stage, area, "default") if each not in HARMLESS]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", ["daemons", "zombies", "signals upwards", "names left behind"])
+def test_nothing_is_left_of(stage: Stage, name: str) -> None:
+    with stage.leaving_nothing() as mark:
+        job = carry(stage, name, mark, "default", is_stopped=False)
+    assert job.exitCode == 0
