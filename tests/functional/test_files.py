@@ -105,7 +105,7 @@ def refusal(client: Client, **fields: Any) -> str:
 def test_what_is_bound_is_there_too(client: Client, place: Place, profile: str) -> None:
     script = "cat /mnt/file /tmp/a/b/file; echo x > /mnt/made; echo x > /tmp/a/b/made; ls /tmp/a"
     binds = [bind(place.data, "/mnt"), bind(place.shared, "/tmp/a/b", read_only=True)]
-    job, output = client.run(script, profile=profile, binds=binds)
+    job, output = client.run(script, profile=profile, binds=binds, merge_output=True)
     lines = output.decode().splitlines()
     assert lines[:2] == ["in data", "in shared"]
     assert "Read-only file system" in output.decode()
