@@ -154,6 +154,13 @@ static int play_openat(int folder, const char *path, int flags, ...)
 	return play_open(path, flags);
 }
 
+/* Of jobinit's own are only pairs: this is a child's, whose close is played too. */
+static int play_socket(int family, int type, int protocol)
+{
+	(void)family, (void)type, (void)protocol;
+	return play() < 0 ? -1 : null_fd;
+}
+
 static int play_close(int fd)
 {
 	return level || fd == null_fd ? 0 : close(fd);
@@ -261,6 +268,7 @@ static int play_epoll_wait(int epoll, struct epoll_event *events, int room, int 
 #define open play_open
 #define openat play_openat
 #define close play_close
+#define socket play_socket
 #define write play_write
 #define dup2 play_dup2
 #define dup3 play_dup3
@@ -301,6 +309,7 @@ static int play_epoll_wait(int epoll, struct epoll_event *events, int room, int 
 #undef _exit
 #undef open
 #undef close
+#undef socket
 #undef write
 #undef syscall
 #undef prctl
@@ -647,6 +656,7 @@ static void set_up(void)
 	listen_for_servers();
 	make_filter();
 	raise_open_files_limit();
+	prepare_confinement();
 	watch_events();
 	forbid_the_rest();
 }
