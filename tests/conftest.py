@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,11 @@ def pytest_configure() -> None:
     many machines, there is the one that outlives a restart."""
     if shutil.disk_usage(tempfile.gettempdir()).free < ROOM_BYTES:
         os.environ["TMPDIR"] = tempfile.tempdir = "/var/tmp"
+    # A shell without job control starts what runs in its background with SIGINT ignored, nohup
+    # does so with SIGHUP; and what is ignored stays so in all that tests start.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
