@@ -417,10 +417,11 @@ def test_a_start_without_a_record_is_ended_before_its_command_runs(
     with server.connect() as client:
         cgroup = Path(client.info().cgroup)
         (cgroup / "cgroup.freeze").write_text("1")
-        client.create_soon("sleep", "61")
+        starting = client.create_soon("sleep", "61")  # a call that nobody holds is cancelled
         wait_for(cgroup / "job-1")
         jobinit = server.jobinit_pid()
         server.stop(signal.SIGKILL)
+        assert starting.exception() is not None
     for path in server.state.glob("jobs.db*"):
         path.unlink()
     server = start_server(STOP_JOBS="no")
