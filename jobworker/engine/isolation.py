@@ -216,11 +216,18 @@ class Isolation:
     def arrange(self, confinement: Confinement, request: JobSpec) -> Confinement:
         """With the files that the job asks for. Raises InvalidRequestError where it may not have
         them."""
+        asked = {"root": request.root, "read_only": request.read_only, "binds": request.binds}
+        for field in (name for name, value in asked.items() if value):
+            if confinement.files is None:
+                problem = (
+                    "profile none separates a job from nothing; choose another, or leave it out"
+                )
+                raise InvalidRequestError(field, problem)
+            # jobinit takes the rights of another user for it.
+            if not _is_root():
+                problem = "the server is not root, and can arrange no files for a job; leave it out"
+                raise InvalidRequestError(field, problem)
         if confinement.files is None:
-            asked = {"root": request.root, "read_only": request.read_only, "binds": request.binds}
-            for field in (name for name, value in asked.items() if value):
-                problem = "profile none separates a job from nothing; choose another, or leave it"
-                raise InvalidRequestError(field, f"{problem} out")
             return confinement
         root = self.allowed.root(request.root) if request.root.strip("/") else ""
         binds = tuple(self.allowed.bind(bind, n) for n, bind in enumerate(request.binds))

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -14,6 +15,7 @@ from escapes.stage import AREA_NAMES, SETTINGS, Stage, carry, got_through, publi
 from functional.server import Client, Server
 from functional.test_isolation import first_processes, mounts_of, status_of, wait_until
 from functional.unprivileged import USER, StartServer, servers
+from jobworker.pb import job_worker_pb2 as pb
 
 APART = ["unshare", "--mount", "--uts", "--ipc", "--propagation=private"]
 
@@ -206,6 +208,22 @@ def test_the_next_server_takes_it_over(start_other: StartServer) -> None:
         assert client.run("echo new")[1] == b"new\n"
         client.stop(job.id)
         assert client.wait(job.id).exitCode == 5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"root": "/usr"},
+        {"read_only": True},
+        {"binds": [pb.Bind(source="/usr", destination="/mnt")]},
+    ],
+)
+def test_files_are_not_arranged(start_other: StartServer, fields: dict[str, Any]) -> None:
+    server = start_other(PROFILE="default", ROOTS_ALLOWED="/usr", BINDS_ALLOWED="/usr")
+    with server.connect() as client, pytest.raises(grpc.RpcError) as caught:
+        client.call("CreateJob", pb.CreateJobReq(command="true", **fields))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "the server is not root" in (caught.value.details() or "")
 
 
 def test_where_the_kernel_allows_none_it_says_so(certificates: Path) -> None:
