@@ -292,8 +292,7 @@ class Jobinit:
         self._viewing: dict[int, asyncio.Future[None]] = {}
         self._adopting: asyncio.Future[list[Held]] | None = None
         self._held: dict[int, Held] = {}  # what came so far, while adopting
-        self._recorded: list[int] = []
-        self._pace = Pace(self._send_recorded)
+        self._recorded: Pace[int] = Pace(self._send_recorded)
         self._unsent: deque[tuple[bytes, tuple[int, ...]]] = deque()  # packet, and memfds
         self._loop.add_reader(connection.fileno(), self._receive)
 
@@ -340,7 +339,7 @@ class Jobinit:
         memfds = _memfds_with([body] * is_long + [request.stdin] * bool(request.stdin))
         future: asyncio.Future[Started] = self._loop.create_future()
         self._starting[request.job_id] = (request, future)
-        self._send_recorded()  # first, as it gives back descriptors
+        self._recorded.act()  # first, as it gives back descriptors
         self._send(Ask.START, request.job_id, b"" if is_long else body, memfds)
         return await future
 
@@ -381,26 +380,24 @@ class Jobinit:
     def acknowledge(self, job_id: int) -> None:
         """The ending is recorded: jobinit forgets the job, and closes its pipe ends. That may
         wait a little, so that it is not woken for each."""
-        self._recorded.append(job_id)
-        self._pace.ask(may_wait=True)
+        self._recorded.add(job_id, may_wait=True)
 
-    def _send_recorded(self) -> None:
-        for job_id in self._recorded:
+    def _send_recorded(self, job_ids: list[int]) -> None:
+        for job_id in job_ids:
             self._send(Ask.ACKNOWLEDGE, job_id)
-        self._recorded.clear()
 
     async def adopt(self) -> list[Held]:
         """All jobs that jobinit holds. To be called by a server that has just connected,
         before it starts any; jobinit tells nothing of older jobs without it."""
         self._require_connection()
         self._adopting = self._loop.create_future()
-        self._send_recorded()
+        self._recorded.act()
         self._send(Ask.LIST, 0)
         return await self._adopting
 
     async def close(self) -> None:
         """jobinit goes on for as long as it holds a job."""
-        self._send_recorded()
+        self._recorded.act()
         self._disconnect(JobinitError("the connection to jobinit is closed"))
 
     def _require_connection(self) -> None:
@@ -587,9 +584,7 @@ class Jobinit:
             future.set_exception(JobinitError(f"{step}: {os.strerror(number)}"))
 
     def _fail_views(self, error: JobinitError) -> None:
-        for future in self._viewing.values():
-            if not future.done():
-                future.set_exception(error)
+        _fail(self._viewing.values(), error)
         self._viewing.clear()
 
     # The end
@@ -608,15 +603,17 @@ class Jobinit:
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
         self._drop_unsent()
-        waiting: list[asyncio.Future[Any] | None]
         starting = [future for _, future in self._starting.values()]
-        waiting = [self._greeted, self._adopting, *starting]
-        for future in waiting:
-            if future and not future.done():
-                future.set_exception(error)
+        _fail([self._greeted, self._adopting, *starting], error)
         self._starting.clear()
         self._fail_views(error)
         self._drop_held()
+
+
+def _fail(waiting: Iterable[asyncio.Future[Any] | None], error: JobinitError) -> None:
+    for future in waiting:
+        if future and not future.done():
+            future.set_exception(error)
 
 
 def _encode_start(request: StartRequest) -> bytes:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 # What may wait waits so long at the most, since something was handed over last.
 COMPANY_SECONDS = 0.005
 
 
-class Pace:
+class Pace(Generic[T]):
     """Of one kind of thing; belongs to the running event loop."""
 
-    def __init__(self, hand_over: Callable[[], None]) -> None:
-        """hand_over: takes all that has gathered."""
+    def __init__(self, hand_over: Callable[[list[T]], None]) -> None:
+        """hand_over: takes all that has gathered, in order; never nothing."""
         self._hand_over = hand_over
         self._loop = asyncio.get_running_loop()
+        self._gathered: list[T] = []
         self._is_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._acted_at = 0.0
 
-    def ask(self, *, may_wait: bool) -> None:
-        """Something has come. It is handed over at the end of this turn of the loop, with all
-        that comes in it; what may wait waits for company, where there has been some lately."""
+    def add(self, thing: T, *, may_wait: bool) -> None:
+        """It is handed over at the end of this turn of the loop, with all that comes in it; what
+        may wait waits for company, where there has been some lately."""
+        self._gathered.append(thing)
         seconds = self._acted_at + COMPANY_SECONDS - self._loop.time() if may_wait else 0.0
         if seconds <= 0 and not self._is_due:
             self._is_due = True
@@ -31,10 +36,12 @@ class Pace:
             self._timer = self._loop.call_later(seconds, self.act)
 
     def act(self) -> None:
-        """Now."""
+        """Now, if there is anything."""
         self._is_due = False
         if self._timer:
             self._timer.cancel()
             self._timer = None
-        self._acted_at = self._loop.time()
-        self._hand_over()
+        if self._gathered:
+            gathered, self._gathered = self._gathered, []
+            self._acted_at = self._loop.time()
+            self._hand_over(gathered)

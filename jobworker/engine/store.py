@@ -371,9 +371,8 @@ class _Writer:
         self._last_run = last_run
         self._loop = loop
         self._is_closing = False
-        self._gathered: list[_Write] = []
-        self._pace = Pace(self._hand_over)
         self._queue: queue.SimpleQueue[list[_Write] | None] = queue.SimpleQueue()
+        self._pace: Pace[_Write] = Pace(self._queue.put)
         # A daemon, as the next one: a server that ends in an error does not wait for them.
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
@@ -384,14 +383,8 @@ class _Writer:
         if self._is_closing or not self._thread.is_alive():
             raise StoreError("job records cannot be written: the store is closed")
         future = self._loop.create_future()
-        self._gathered.append(_Write(statement, rows, future))
-        self._pace.ask(may_wait=may_wait)
+        self._pace.add(_Write(statement, rows, future), may_wait=may_wait)
         return future
-
-    def _hand_over(self) -> None:
-        if self._gathered:
-            self._queue.put(self._gathered)
-            self._gathered = []
 
     def stop_taking(self) -> None:
         self._is_closing = True

@@ -33,9 +33,8 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.get_running_loop()
-        self._gathered: list[_Call] = []
-        self._pace = Pace(self._hand_over)
         self._queue: queue.SimpleQueue[list[_Call] | None] = queue.SimpleQueue()
+        self._pace: Pace[_Call] = Pace(self._queue.put)
         self._thread = threading.Thread(target=self._run, name=name)
         self._thread.start()
 
@@ -43,8 +42,7 @@ class Worker:
         """It is called in the thread, after all that was asked for before; also where the future
         is cancelled."""
         future: asyncio.Future[T] = self._loop.create_future()
-        self._gathered.append(_Call(function, future))
-        self._pace.ask(may_wait=True)
+        self._pace.add(_Call(function, future), may_wait=True)
         return future
 
     async def close(self) -> None:
@@ -52,11 +50,6 @@ class Worker:
         self._pace.act()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
-
-    def _hand_over(self) -> None:
-        if self._gathered:
-            self._queue.put(self._gathered)
-            self._gathered = []
 
     def _run(self) -> None:
         while calls := self._queue.get():

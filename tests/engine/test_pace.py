@@ -12,20 +12,12 @@ from jobworker.engine.pace import Pace
 
 
 class Gathered:
-    """As its users have: what came, and what was handed over together."""
+    """What was handed over together."""
 
     def __init__(self) -> None:
-        self.waiting: list[int] = []
         self.handed: list[list[int]] = []
-        self.pace = Pace(self._hand_over)
-
-    def add(self, number: int, *, may_wait: bool) -> None:
-        self.waiting.append(number)
-        self.pace.ask(may_wait=may_wait)
-
-    def _hand_over(self) -> None:
-        self.handed.append(self.waiting)
-        self.waiting = []
+        self.pace: Pace[int] = Pace(self.handed.append)
+        self.add = self.pace.add
 
 
 def run(test: Callable[[Gathered], Awaitable[None]]) -> None:
@@ -59,11 +51,12 @@ def test_what_may_wait_goes_with_what_may_not(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "COMPANY_SECONDS", 1000.0)
 
     async def test(gathered: Gathered) -> None:
-        gathered.pace.act()
+        gathered.add(0, may_wait=False)
+        await asyncio.sleep(0)
         gathered.add(1, may_wait=True)
         gathered.add(2, may_wait=True)
         await asyncio.sleep(0)
-        assert gathered.waiting == [1, 2]
+        assert gathered.handed[1:] == []
         gathered.add(3, may_wait=False)
         await asyncio.sleep(0)
         assert gathered.handed[1:] == [[1, 2, 3]]
@@ -73,10 +66,11 @@ def test_what_may_wait_goes_with_what_may_not(monkeypatch: pytest.MonkeyPatch) -
 
 def test_it_does_not_wait_for_ever() -> None:
     async def test(gathered: Gathered) -> None:
-        gathered.pace.act()
+        gathered.add(0, may_wait=False)
+        await asyncio.sleep(0)
         gathered.add(1, may_wait=True)
         async with asyncio.timeout(10):
-            while gathered.waiting:
+            while not gathered.handed[1:]:
                 await asyncio.sleep(0.001)
         assert gathered.handed[1:] == [[1]]
 
