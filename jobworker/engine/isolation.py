@@ -87,6 +87,7 @@ class Confinement:
 
 
 NOTHING_ALLOWED = Allowed()
+SEPARATES_NOTHING = "profile none separates a job from nothing; choose another, or leave it out"
 
 
 class Isolation:
@@ -219,10 +220,7 @@ class Isolation:
         asked = {"root": request.root, "read_only": request.read_only, "binds": request.binds}
         for field in (name for name, value in asked.items() if value):
             if confinement.files is None:
-                problem = (
-                    "profile none separates a job from nothing; choose another, or leave it out"
-                )
-                raise InvalidRequestError(field, problem)
+                raise InvalidRequestError(field, SEPARATES_NOTHING)
             # jobinit takes the rights of another user for it.
             if not _is_root():
                 problem = "the server is not root, and can arrange no files for a job; leave it out"
@@ -240,8 +238,7 @@ class Isolation:
             problem = f"{network!r} is not known; use {_alternatives(NETWORKS)}"
             raise InvalidRequestError("network", problem)
         if network == "none" and profile is Profile.NONE:
-            problem = "profile none separates a job from nothing; choose another, or leave it out"
-            raise InvalidRequestError("network", problem)
+            raise InvalidRequestError("network", SEPARATES_NOTHING)
         if network == "host" and profile is Profile.STRICT:
             raise InvalidRequestError("network", "profile strict has none; leave it out")
 
