@@ -1577,46 +1577,47 @@ cdef struct Source:
 def read_message(int directory, uint64_t job, uint64_t end, uint64_t offset,
                  uint64_t max_bytes, int stream=0, uint64_t segment_bytes=SEGMENT_BYTES):
     cdef uint64_t first = offset - offset % segment_bytes
-    cdef uint64_t limit = min(end, first + segment_bytes)
-    cdef Source segment, index
     cdef int error
     if offset >= end:
         return None, offset
-    segment.cached_only = index.cached_only = False
-    with nogil:
-        error = open_sources(directory, job, first, &segment, &index)
-        if error == ENOENT:
-            limit = min(end, find_segment(directory, job, first + segment_bytes))
-    if error == ENOENT:
-        return lost_message(offset, limit)  # its segment was dropped
-    if error:
-        raise_damage(error, f"{job}.{first}")
     try:
-        return source_message(&segment, &index, first, limit, end, offset, max_bytes, stream)
-    except OSError as damage:
-        raise_damage(damage.errno, f"{job}.{first}")
-    finally:
-        close(segment.fd)
-        close(index.fd)
+        return segment_message(directory, job, first, end, offset, max_bytes, stream,
+                               segment_bytes, False)
+    except OSError as problem:
+        error = problem.errno
+    if error != ENOENT:
+        raise_damage(error, f"{job}.{first}")
+    with nogil:
+        end = min(end, find_segment(directory, job, first + segment_bytes))
+    return lost_message(offset, end)  # its segment was dropped
 
 
 def read_cached(int directory, uint64_t job, uint64_t end, uint64_t offset,
                 uint64_t max_bytes, int stream=0, uint64_t segment_bytes=SEGMENT_BYTES):
     cdef uint64_t first = offset - offset % segment_bytes
-    cdef uint64_t limit = min(end, first + segment_bytes)
-    cdef Source segment, index
-    cdef int error
     if offset >= end:
         return None, offset
-    segment.cached_only = index.cached_only = True
+    try:
+        return segment_message(directory, job, first, end, offset, max_bytes, stream,
+                               segment_bytes, True)
+    except OSError:
+        return None
+
+
+cdef object segment_message(int directory, uint64_t job, uint64_t first, uint64_t end,
+                            uint64_t offset, uint64_t max_bytes, int stream,
+                            uint64_t segment_bytes, bint cached_only):
+    """As `source_message`. Raises OSError, with ENOENT where the segment is not there."""
+    cdef Source segment, index
+    cdef int error
+    segment.cached_only = index.cached_only = cached_only
     with nogil:
         error = open_sources(directory, job, first, &segment, &index)
     if error:
-        return None
+        raise OSError(error, "")
     try:
-        return source_message(&segment, &index, first, limit, end, offset, max_bytes, stream)
-    except OSError:
-        return None
+        return source_message(&segment, &index, first, min(end, first + segment_bytes), end,
+                              offset, max_bytes, stream)
     finally:
         close(segment.fd)
         close(index.fd)
