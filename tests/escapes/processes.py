@@ -118,26 +118,25 @@ class Part(ctypes.Structure):
 
 @against_each
 def read_the_memory(pid: int) -> str:
-    """From an address that is not mapped: that is looked at after the permission."""
-    room = ctypes.create_string_buffer(8)
-    ours = Part(ctypes.cast(room, ctypes.c_void_p), 8)
-    theirs = Part(ctypes.c_void_p(8), 8)
-    result = libc.process_vm_readv(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
-    if result < 0 and ctypes.get_errno() == errno.EFAULT:
-        return f"may read the memory of {pid}"
-    return f"read {checked(result, 'process_vm_readv')} bytes of {pid}"
+    return _copy_the_memory(pid, "process_vm_readv")
 
 
 @against_each
 def write_the_memory(pid: int) -> str:
-    """No byte is written: the address is not mapped."""
+    return _copy_the_memory(pid, "process_vm_writev")
+
+
+def _copy_the_memory(pid: int, name: str) -> str:
+    """At an address that is not mapped: that is looked at after the permission, and no byte is
+    read or written."""
     room = ctypes.create_string_buffer(8)
     ours = Part(ctypes.cast(room, ctypes.c_void_p), 8)
     theirs = Part(ctypes.c_void_p(8), 8)
-    result = libc.process_vm_writev(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
+    call = getattr(libc, name)
+    result = call(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
     if result < 0 and ctypes.get_errno() == errno.EFAULT:
-        return f"may write the memory of {pid}"
-    return f"wrote {checked(result, 'process_vm_writev')} bytes of {pid}"
+        return f"{name} may reach the memory of {pid}"
+    return f"{name} of {checked(result, name)} bytes of {pid}"
 
 
 @against_each
