@@ -64,6 +64,18 @@ LONGEST_CROWD_SECONDS = 4.0
 CROWD_SAID_SECONDS = 10.0
 
 
+class _WithoutTracebacks(logging.Filter):
+    """A client's bytes that are no text are a line in the log, as nothing is wrong here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError):
+            record.exc_info = None
+        return True
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_WithoutTracebacks())
+
+
 class RpcServer:
     """Listens from `start` to `stop`."""
 

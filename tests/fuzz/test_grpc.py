@@ -46,9 +46,6 @@ PROPER = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
-# What grpc itself says of a method's name that is no text.
-NOT_UTF_8 = re.compile(r"Invalid encoding on .*\nTraceback \(.*\n.*\nUnicodeDecodeError: .*\n")
-
 # Messages, from their descriptors: a field that is added is sent from then on.
 
 INTEGERS = {
@@ -133,7 +130,8 @@ def check_unharmed(server: Server) -> None:
     with server.connect() as client:
         assert client.info().version
     assert server.process.poll() is None
-    assert "Traceback" not in NOT_UTF_8.sub("", server.log), server.log
+    # grpc prints a traceback of its own when a client hangs up before it has an error's status.
+    assert not re.search(r'File ".*/jobworker/', server.log), server.log
 
 
 @pytest.mark.parametrize("method", list(SERVICE.methods), ids=lambda method: method.name)
@@ -224,13 +222,21 @@ def frame(kind: int, flags: int, stream: int, payload: bytes, length: int | None
     return struct.pack(">I", size)[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
+def headers_of_a_call(chance: random.Random) -> bytes:
+    """Those of one that is right, or one whose values are any bytes: HTTP/2 lets them be."""
+    if chance.random() < 0.5:
+        return HEADERS_OF_A_CALL
+    value = chance.choice([b"GetServerInfo", b"job-worker", b"grpc", b"trailers"])
+    return HEADERS_OF_A_CALL.replace(value, chance.randbytes(len(value)))
+
+
 def any_frames(chance: random.Random) -> bytes:
     """Some that are right, some that are nearly so."""
     made = []
     for _ in range(chance.randrange(1, 12)):
         payload = chance.randbytes(chance.choice([0, 0, 1, 4, 5, 8, 50, 2000]))
         if chance.random() < 0.3:
-            payload = HEADERS_OF_A_CALL
+            payload = headers_of_a_call(chance)
         length = chance.choice([None, None, None, None, 0, 1, 2**14, 2**24 - 1])
         kind = chance.choice([*range(11), 1, 1, 0, 255])
         stream = chance.choice([0, 1, 1, 1, 2, 3, 5, 2**31 - 1, 2**32 - 1])
@@ -270,6 +276,21 @@ def tls(certificates: Path, *, certified: bool, protocols: list[str]) -> ssl.SSL
     if protocols:
         context.set_alpn_protocols(protocols)
     return context
+
+
+def test_a_method_that_is_no_text_is_one_call_that_fails(attacked: Server) -> None:
+    # Some releases of grpcio decode the name where calls are accepted, and then accept no more.
+    context = tls(attacked.certs, certified=True, protocols=["h2"])
+    headers = HEADERS_OF_A_CALL.replace(b"GetServerInfo", b"\xf2" * 13)
+    plain = socket.create_connection(("127.0.0.1", attacked.port), timeout=CALL_SECONDS)
+    with context.wrap_socket(plain, server_hostname="job-worker") as connection:
+        connection.sendall(PREFACE + SETTINGS + frame(1, 4, 1, headers) + frame(0, 1, 1, b"\0" * 5))
+        answered = b""
+        while b"grpc-status" not in answered:
+            received = connection.recv(1 << 16)
+            assert received, f"it hung up after {answered!r}"
+            answered += received
+    check_unharmed(attacked)
 
 
 def throw(server: Server, chance: random.Random, context: ssl.SSLContext | None) -> None:
