@@ -2,7 +2,7 @@
 
 Each carries what it is about in fields, and a message that says what is wrong and what
 to do. `jobworker.rpc.convert` maps those of the server to gRPC status codes, in one
-place, and `jobworker.client.connection` maps those to the errors of a call.
+place, and `jobworker.client.failures` maps those to the errors of a call.
 """
 
 from __future__ import annotations

@@ -234,9 +234,9 @@ def create_command(
     if file is not None:
         if command or any(options.values()):
             raise click.UsageError("--from has all about its jobs in the file: leave the rest out")
-        from jobworker.cli.many import create_all
+        from jobworker.cli.many import create_all, read_lines
 
-        create_all(connect, file, as_json)
+        create_all(connect, read_lines(read_file(file)), as_json)
         return
     if not command:
         raise click.UsageError("Missing argument 'COMMAND...'")

@@ -14,7 +14,6 @@ import click
 from jobworker.cli import display
 from jobworker.cli.connection import Connect
 from jobworker.cli.exit_codes import ExitCode, FailedError, code_of, message_of
-from jobworker.cli.jobs import read_file
 from jobworker.cli.progress import Progress, bar
 from jobworker.errors import CallError
 from jobworker.job import Bind
@@ -36,8 +35,7 @@ class Line:
     options: dict[str, Any]  # of `Client.create`
 
 
-def create_all(connect: Connect, file: str, as_json: bool) -> None:
-    lines = read_lines(read_file(file))
+def create_all(connect: Connect, lines: Sequence[Line], as_json: bool) -> None:
     report = Report(as_json)
     with connect() as client:
         failure = _create_all(client, lines, report)

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeAlias, TypeVar, Unpack
 
 import grpc
 
-from jobworker.client import calls, connection
+from jobworker.client import calls, connection, failures
 from jobworker.client.bulk import Bulk, Created, Spec
 from jobworker.client.calls import Call, CreateOptions, Listing, ServerInfo
 from jobworker.client.connection import PATH, Target
@@ -170,8 +170,8 @@ class AsyncClient:
         answer = await self._send(call, seconds)
         try:
             return call.read(answer)
-        except connection.UNREADABLE as error:
-            raise connection.unreadable(error, call.rpc, self._target) from error
+        except failures.UNREADABLE as error:
+            raise failures.unreadable(error, call.rpc, self._target) from error
 
     async def _send(self, call: Call[Any], timeout_seconds: float) -> bytes:
         request = call.request.SerializeToString()
@@ -185,7 +185,7 @@ class AsyncClient:
                     raise await self._error_from(error, call.rpc) from error
 
     async def _error_from(self, error: grpc.RpcError, rpc: str) -> CallError:
-        return await asyncio.to_thread(connection.error_from, error, rpc, self._target)
+        return await asyncio.to_thread(failures.error_from, error, rpc, self._target)
 
     async def _require(self, rpc: str, needs: tuple[str, ...]) -> None:
         """Raises UnsupportedError where the server would ignore what is needed."""
@@ -194,7 +194,7 @@ class AsyncClient:
         try:
             await self.info()
         except UnsupportedError as error:
-            raise connection.unsupported(rpc, needs, self._target) from error
+            raise failures.unsupported(rpc, needs, self._target) from error
         self._knows_new_fields = True
 
     async def _poll(self, job_id: int | str, patience: Patience) -> Job:
@@ -238,8 +238,8 @@ class AsyncClient:
             if self._took_next_name(channel, error):
                 return
             raise await self._error_from(error, STREAM_RPC) from error
-        except connection.UNREADABLE as error:
-            raise connection.unreadable(error, STREAM_RPC, self._target) from error
+        except failures.UNREADABLE as error:
+            raise failures.unreadable(error, STREAM_RPC, self._target) from error
         finally:
             stream.cancel()
         if reading.ended():

@@ -14,7 +14,7 @@ import grpc
 
 from jobworker.client import calls
 from jobworker.client.calls import Call, CreateOptions
-from jobworker.client.connection import ERRORS
+from jobworker.client.failures import ERRORS
 from jobworker.errors import (
     CallError,
     DeadlineError,

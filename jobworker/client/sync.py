@@ -13,7 +13,7 @@ from typing import Any, Self, TypeAlias, TypeVar, Unpack
 
 import grpc
 
-from jobworker.client import calls, connection
+from jobworker.client import calls, connection, failures
 from jobworker.client.bulk import Bulk, Created, Spec
 from jobworker.client.calls import Call, CreateOptions, Listing, ServerInfo
 from jobworker.client.connection import PATH, Target
@@ -220,8 +220,8 @@ class Client:
         answer = self._send(call, seconds)
         try:
             return call.read(answer)
-        except connection.UNREADABLE as error:
-            raise connection.unreadable(error, call.rpc, self._target) from error
+        except failures.UNREADABLE as error:
+            raise failures.unreadable(error, call.rpc, self._target) from error
 
     def _send(self, call: Call[Any], timeout_seconds: float) -> bytes:
         request = call.request.SerializeToString()
@@ -232,7 +232,7 @@ class Client:
                 return method(request, timeout=timeout_seconds)
             except grpc.RpcError as error:
                 if not self._took_next_name(channel, error):
-                    raise connection.error_from(error, call.rpc, self._target) from error
+                    raise failures.error_from(error, call.rpc, self._target) from error
 
     def _require(self, rpc: str, needs: tuple[str, ...]) -> None:
         """Raises UnsupportedError where the server would ignore what is needed."""
@@ -241,7 +241,7 @@ class Client:
         try:
             self.info()
         except UnsupportedError as error:
-            raise connection.unsupported(rpc, needs, self._target) from error
+            raise failures.unsupported(rpc, needs, self._target) from error
         self._knows_new_fields = True
 
     def _poll(self, job_id: int | str, patience: Patience) -> Job:
@@ -282,9 +282,9 @@ class Client:
         except grpc.RpcError as error:
             if self._took_next_name(channel, error):
                 return
-            raise connection.error_from(error, STREAM_RPC, self._target) from error
-        except connection.UNREADABLE as error:
-            raise connection.unreadable(error, STREAM_RPC, self._target) from error
+            raise failures.error_from(error, STREAM_RPC, self._target) from error
+        except failures.UNREADABLE as error:
+            raise failures.unreadable(error, STREAM_RPC, self._target) from error
         finally:
             stream.cancel()
         if reading.ended():

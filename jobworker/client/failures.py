@@ -1,0 +1,93 @@
+"""What a gRPC error means to a caller."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from jobworker.client.connection import Target
+from jobworker.errors import (
+    CallError,
+    DeadlineError,
+    ExhaustedError,
+    ForbiddenError,
+    RejectedError,
+    UnknownJobError,
+    UnreachableError,
+    UnsupportedError,
+    WrongStateError,
+)
+
+COMMAND_ERRNO = "command-errno"  # in the trailing metadata of CreateJob
+
+ERRORS: dict[grpc.StatusCode, type[CallError]] = {
+    grpc.StatusCode.UNAVAILABLE: UnreachableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.NOT_FOUND: UnknownJobError,
+    grpc.StatusCode.INVALID_ARGUMENT: RejectedError,
+    grpc.StatusCode.OUT_OF_RANGE: RejectedError,
+    grpc.StatusCode.PERMISSION_DENIED: ForbiddenError,
+    grpc.StatusCode.UNAUTHENTICATED: ForbiddenError,
+    grpc.StatusCode.FAILED_PRECONDITION: WrongStateError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ExhaustedError,
+    grpc.StatusCode.UNIMPLEMENTED: UnsupportedError,
+}
+
+# Only waiting for a job has a deadline for its stream.
+DEADLINES = {"GetJobsStream": "the job has not ended"}
+
+# What reading an answer raises where it is none of this contract.
+UNREADABLE = (DecodeError, ValueError)
+
+# How gRPC's core words what has happened (no code tells these apart).
+NOT_CONNECTED = re.compile(r"failed to connect|errors resolving|DNS resolution failed")
+# The connection broke, or a proxy between here and there reset the stream.
+BROKEN = re.compile(r"RST_STREAM|Stream removed")
+
+
+def error_from(error: grpc.RpcError, rpc: str, target: Target) -> CallError:
+    """What the caller gets. Blocks where it has to find out why there is no connection."""
+    code, details = error.code(), error.details() or ""
+    if BROKEN.search(details):
+        code = grpc.StatusCode.UNAVAILABLE
+    if code is grpc.StatusCode.UNAVAILABLE:
+        if NOT_CONNECTED.search(details):
+            # Late: slow to import, and needed only here.
+            from jobworker.client import diagnosis
+
+            problem = diagnosis.explain(details, target.address, target.files, target.names)
+            return UnreachableError(rpc, code.name, f"{target.address}: {problem}")
+        problem = f"{target.address}: the connection broke ({details})"
+        return UnreachableError(rpc, code.name, problem, was_connected=True)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        details = f"{target.address}: {DEADLINES.get(rpc, rpc + ' was not answered')} in time"
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        details = f"{target.address}: this server is too old for {rpc}"
+    failure = ERRORS.get(code, CallError)(rpc, code.name, details)
+    if isinstance(failure, RejectedError):
+        failure.command_errno = _command_errno(error)
+    return failure
+
+
+def _command_errno(error: grpc.RpcError) -> int:
+    """0: the server has not told any."""
+    metadata: Any = error.trailing_metadata()  # pairs; its type stub says otherwise
+    for name, value in metadata or ():
+        if name == COMMAND_ERRNO and str(value).isdecimal():
+            return int(value)
+    return 0
+
+
+def unreadable(error: Exception, rpc: str, target: Target) -> CallError:
+    """For an answer that is none of this contract."""
+    problem = f"{target.address}: cannot understand the answer to {rpc}: {error}"
+    return CallError(rpc, "INTERNAL", problem)
+
+
+def unsupported(rpc: str, needs: tuple[str, ...], target: Target) -> UnsupportedError:
+    what = ", ".join(needs)
+    problem = f"{target.address}: this server is too old for {what}, and would ignore it"
+    return UnsupportedError(rpc, "UNIMPLEMENTED", problem)
