@@ -828,8 +828,10 @@ static bool bind_mount(const char *from, const char *to)
 	return mount(from, to, NULL, MS_BIND, NULL) == 0;
 }
 
-/* Shows the job's own processes only. Of the files in it that are the machine's, some tell what
- * is no job's business; the rest would be a way out, should a job ever become root. */
+/* Shows the job's own processes only, and of these not the first: that is in the machine's mounts
+ * and network, and the kernel shows both to whoever sees it. Of the files in it that are the
+ * machine's, some tell what is no job's business; the rest would be a way out, should a job ever
+ * become root. */
 static bool mount_proc(void)
 {
 	static const unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
@@ -842,7 +844,8 @@ static bool mount_proc(void)
 	static const char *const hidden_folders[] = {"/proc/acpi", "/proc/scsi", NULL};
 	const char *const *path;
 
-	if (mount("proc", "/proc", "proc", flags, NULL) < 0)
+	/* ptraceable: also from who is in root's group (Linux 5.8 and later). */
+	if (mount("proc", "/proc", "proc", flags, "hidepid=4") < 0)
 		return false;
 	for (path = fixed; *path; path++)
 		if (bind_mount(*path, *path)) {
@@ -1782,7 +1785,7 @@ static void fail_start(struct job *job, enum step step, int error)
  * were it to end before, all of them would.
  *
  * It is not in the job's cgroup, which is empty once the job is gone. Not dumpable, with no
- * descriptor open, it gives nothing away to a job that finds it in /proc. */
+ * descriptor open, it gives nothing away to a job, whose /proc does not show it. */
 static _Noreturn void be_first_in_namespace(void)
 {
 	static const struct timespec patience = {FIRST_PROCESS_SECONDS, 0};

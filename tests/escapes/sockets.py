@@ -7,7 +7,7 @@ import socket
 import ssl
 from pathlib import Path
 
-from escapes.attack import Missing, Scene, attack
+from escapes.attack import Missing, Scene, attack, foreign_processes
 
 SECONDS = 5
 
@@ -62,6 +62,15 @@ def see_abstract_sockets(scene: Scene) -> str:
     if scene["abstract_socket"] not in Path("/proc/net/unix").read_text():
         raise FileNotFoundError(errno.ENOENT, "not in /proc/net/unix")
     return "sees its name"
+
+
+@attack(shown_as="user")
+def see_the_network_of_others(scene: Scene) -> str:
+    """/proc/PID/net tells of the network that PID is in: who sees a process may read it all."""
+    for pid in foreign_processes():
+        if scene["abstract_socket"] in Path(f"/proc/{pid}/net/unix").read_text():
+            return f"sees the machine's sockets through process {pid}"
+    raise FileNotFoundError(errno.ENOENT, "no other process with a network is seen")
 
 
 @attack(held_by=("strict",), shown_as="user")

@@ -10,7 +10,16 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from escapes.attack import Scene, attack, checked, first_of, libc, system_call
+from escapes.attack import (
+    Scene,
+    attack,
+    checked,
+    first_of,
+    foreign_processes,
+    libc,
+    read_attempt,
+    system_call,
+)
 
 NAMESPACES = {
     "mount": 0x00020000,
@@ -131,6 +140,12 @@ for _target in ("1", "server", "victim"):
         # Process 1 may have more capabilities than the root that the tests run as.
         _needs = CAP_SYS_RESOURCE if _target == "1" else -1
         attack(name=f"join {_name} of {_target}", needs=_needs)(_joins(_target, _name))
+
+
+@attack(shown_as="user")
+def see_the_mounts_of_others(scene: Scene) -> str:
+    """Which paths the machine has, and of which other machines it mounts what."""
+    return first_of(partial(read_attempt, f"/proc/{pid}/mountinfo") for pid in foreign_processes())
 
 
 @attack()
