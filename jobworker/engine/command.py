@@ -22,6 +22,7 @@ ONLY_CACHED = (ctypes.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, 0x20)
 # What a path itself can be refused for; anything else may be for want of what is not in memory.
 REFUSALS = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}
 
+MOST_FOLDERS = 100  # of a PATH: each is a look, or several, at the machine
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -107,7 +108,11 @@ def resolve(
     search = environment.get("PATH", PATH)
     is_public = "PATH" not in environment  # values that a client gave are in no message
     best_number, best_problem = errno.ENOENT, ""
-    for folder in search.split(":"):
+    folders = search.split(":")
+    if len(folders) > MOST_FOLDERS:
+        problem = f"PATH has {len(folders)} folders, and at most {MOST_FOLDERS} are searched"
+        raise InvalidRequestError("environment", f"{problem}; give the command's full path")
+    for folder in folders:
         path = os.path.join(working_directory, folder, command)
         number, problem = _problem_with(path, find, look)
         if not problem:
@@ -127,6 +132,8 @@ def resolve(
 def _find(path: str, find: Find, look: Look) -> tuple[str | None, int | OSError]:
     """Where it is, and its mode."""
     mode = _mode_of(path, look)  # first, as `find` may block
+    if isinstance(mode, OSError) and mode.errno == errno.ENAMETOOLONG:
+        return path, mode  # nowhere is there anything by that name
     found = find(path)
     return found, mode if found in {None, path} else _mode_of(found or "", look)
 

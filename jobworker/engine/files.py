@@ -19,6 +19,7 @@ from jobworker.job import Bind
 REPLACED = ("/proc", "/dev", "/run", "/tmp", "/var/tmp")  # noqa: S108
 OWN_TMP = "/tmp"  # noqa: S108
 MOST_LINKS = 40  # that one path leads through, as in the kernel
+MOST_PARTS = 512  # that are looked at for one path, with those of links, which jobs can make
 
 NOT_SEEN = "this job's profile does not show it"
 
@@ -101,7 +102,7 @@ class JobFiles:
         """Where this process finds what the job would find at an absolute path; of a folder that
         is the job's own, another one of the same kind. None: the job does not see it."""
         if not self.is_arranged:
-            place = os.path.realpath(path)
+            place = self.real_path(path)
             is_own = place in REPLACED or place.startswith("/dev/")
             return path if is_own or not self._is_hidden(place) else None
         place = self.real_path(path)
@@ -150,12 +151,12 @@ class JobFiles:
         return self.root + place
 
     def real_path(self, path: str) -> str:
-        """In the job's root, without the symbolic links that lead there."""
-        if not self.is_arranged:
-            return os.path.realpath(path)
-        left, place, links = path.split("/")[::-1], "/", 0
-        while left:
+        """In the job's root, without the symbolic links that lead there. Where more would have to
+        be looked at than a path is worth, as far as that went."""
+        left, place, links, parts = path.split("/")[::-1], "/", 0, 0
+        while left and parts < MOST_PARTS:
             part = left.pop()
+            parts += 1
             if part == "..":
                 place = os.path.dirname(place)
             elif part not in {"", "."}:

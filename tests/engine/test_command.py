@@ -11,6 +11,7 @@ import pytest
 
 from jobworker.engine import command as module
 from jobworker.engine.command import (
+    MOST_FOLDERS,
     base_environment,
     check_working_directory,
     look_in_memory,
@@ -79,6 +80,28 @@ def test_found_in_path_and_not_executable(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="is not executable") as caught:
         resolve("data", {"PATH": f"{tmp_path}:/no/such"}, "/")
     assert caught.value.error_number == errno.EACCES
+
+
+def test_a_path_of_very_many_folders_is_not_searched(program: Path) -> None:
+    """Others would wait meanwhile."""
+    most = "/no/such:" * (MOST_FOLDERS - 1) + str(program.parent)
+    assert resolve("program", {"PATH": most}, "/") == str(program)
+    with pytest.raises(InvalidRequestError, match="at most 100 are searched"):
+        resolve("program", {"PATH": f"/no/such:{most}"}, "/")
+    assert resolve(str(program), {"PATH": f"/no/such:{most}"}, "/") == str(program)
+
+
+def test_what_is_too_long_for_a_path_is_not_followed() -> None:
+    def follow(path: str) -> str:
+        raise AssertionError(len(path))
+
+    longest = "/a" * (64 << 10)
+    with pytest.raises(InvalidRequestError, match="File name too long"):
+        check_working_directory(longest, follow)
+    with pytest.raises(InvalidRequestError, match="File name too long"):
+        resolve(longest, {}, "/", follow)
+    with pytest.raises(InvalidRequestError, match="File name too long"):
+        resolve("x", {"PATH": longest}, "/", follow)
 
 
 @pytest.mark.parametrize("path", ["/no/such", "/etc/passwd"])

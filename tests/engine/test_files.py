@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.engine.files import Allowed, JobFiles
+from jobworker.engine.files import MOST_PARTS, Allowed, JobFiles
 from jobworker.errors import InvalidRequestError
 from jobworker.job import Bind
 
@@ -94,6 +94,16 @@ def test_links_are_followed_in_the_jobs_root(
     (root.parent / "data/there").symlink_to("/etc/x")
     files = JobFiles(root=str(root), binds=(Bind(f"{root.parent}/data", "/mnt"),))
     assert files.real_path(path) == leads_to
+
+
+def test_links_that_make_a_path_very_long_are_not_followed_to_its_end(root: Path) -> None:
+    """Some jobs may make such links where others look."""
+    target = "usr/../" * (MOST_PARTS // 8)
+    for number, before in enumerate(["usr", *"012345"]):
+        (root / str(number)).symlink_to(target + before)
+    files = JobFiles(root=str(root))
+    assert files.real_path("/1/bin") == "/usr/bin"
+    assert files.real_path("/6/bin") != "/usr/bin"
 
 
 def test_where_the_job_would_find_it() -> None:
