@@ -57,9 +57,10 @@ def main(settings: Settings) -> int:
     _set_up_logging(settings.log_level)
     os.umask(0o077)
     try:
-        isolation = _isolation(settings)
         clients = Clients(settings.clients, PROFILES)
         lock = _lock_state_folder(settings.state_dir)
+        # Once there is that folder, which is to be hidden.
+        isolation = _isolation(settings)
         check_server_files(settings.cert_path)
         jobinits = Jobinits(settings.state_dir, JOBINIT, isolation.views)
         # Before grpc is imported: from then on this process has threads, and must not fork.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jobworker.engine.files import REPLACED, Allowed, JobFiles, is_in_any
 from jobworker.engine.jobinit import Identity, StartRequest, View
+from jobworker.engine.mounts import other_places
 from jobworker.engine.user import User, find_user, own_user
 from jobworker.errors import InvalidRequestError, ResourceExhaustedError, SettingError
 from jobworker.job import NETWORKS, JobSpec
@@ -39,19 +40,21 @@ class Files:
     read_only: tuple[Path, ...] = ()
 
     def view(self) -> View:
+        """What is hidden, or must not be changed, is so wherever else it is mounted, too."""
         hidden = _outermost(self.hidden)
+        hidden = _outermost([*hidden, *other_places([*REPLACED, *hidden])])
+        read_only = _outermost(self.read_only)
+        read_only = _outermost([*read_only, *other_places(read_only)])
         return View(
             number=VIEW_NUMBER,
             tmp_bytes=self.tmp_bytes,
             tmp_inodes=self.tmp_inodes,
             hidden=hidden,
-            read_only=tuple(
-                path for path in _outermost(self.read_only) if not is_in_any(path, hidden)
-            ),
+            read_only=tuple(path for path in read_only if not is_in_any(path, hidden)),
         )
 
 
-def _outermost(paths: Iterable[Path]) -> tuple[str, ...]:
+def _outermost(paths: Iterable[Path | str]) -> tuple[str, ...]:
     """Without what is not there for a confined job anyhow; symbolic links followed."""
     found: list[str] = []
     for path in sorted({os.path.realpath(path) for path in paths}):

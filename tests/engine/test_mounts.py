@@ -1,4 +1,4 @@
-"""Whether a look at a file may wait for somebody else."""
+"""Whether a look at a file may wait for somebody else, and where else files are in sight."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -55,16 +56,51 @@ def test_this_machines_are_read_to_the_end() -> None:
     mounts.close()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
-def test_a_change_is_seen_at_once() -> None:
-    """mqueue stands for a filesystem whose name is not known to be local."""
+def answer_of(script: str) -> Any:
+    """Of a script that may mount, in /tmp of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
     alone = "mount --make-rprivate / && mount -t tmpfs none /tmp && exec "
     answer = subprocess.run(
-        ["unshare", "-m", "sh", "-c", alone + '"$@"', "sh", sys.executable, "-c", SCRIPT],
+        ["unshare", "-m", "sh", "-c", alone + '"$@"', "sh", sys.executable, "-c", script],
         check=True,
         capture_output=True,
         text=True,
         cwd="/",
     )
-    before, *changed = json.loads(answer.stdout)
+    return json.loads(answer.stdout)
+
+
+def test_a_change_is_seen_at_once() -> None:
+    """mqueue stands for a filesystem whose name is not known to be local."""
+    before, *changed = answer_of(SCRIPT)
     assert changed == [before, False, before]
+
+
+# A part of what is hidden, something over it, and another filesystem are not meant.
+OTHER_PLACES = """
+import json, os, subprocess
+from jobworker.engine.mounts import other_places
+def mount(*arguments):
+    os.makedirs(arguments[-1], exist_ok=True)
+    subprocess.run(["mount", *arguments], check=True)
+os.makedirs("/tmp/disk/home/one/part")
+before = other_places(["/tmp/disk/home/one"])
+mount("--bind", "/tmp/disk", "/tmp/all of it")
+mount("--bind", "/tmp/disk/home", "/tmp/homes")
+mount("--bind", "/tmp/disk/home/one", "/tmp/one")
+mount("--bind", "/tmp/disk/home/one/part", "/tmp/part")
+mount("--bind", "/tmp/disk", "/tmp/covered")
+mount("-t", "tmpfs", "none", "/tmp/covered/home")
+os.mkdir("/tmp/covered/home/one")
+mount("-t", "proc", "proc", "/tmp/proc")
+found = [other_places([path]) - before for path in ("/tmp/disk/home/one", "/tmp/homes/one", "/")]
+print(json.dumps([sorted(each) for each in found]))
+"""
+
+
+def test_where_else_it_is_mounted() -> None:
+    original, other, root = answer_of(OTHER_PLACES)
+    assert original == ["/tmp/all of it/home/one", "/tmp/homes/one", "/tmp/one", "/tmp/proc"]
+    assert other == ["/tmp/all of it/home/one", "/tmp/disk/home/one", "/tmp/one", "/tmp/proc"]
+    assert root == ["/tmp/proc"]

@@ -120,6 +120,26 @@ def test_nothing_is_put_in_the_place_of_the_servers_files(client: Client, server
     assert server.certs.exists() and not (around / "z").exists()
 
 
+def test_neither_is_it_in_sight_where_it_is_mounted_once_more(
+    certificates: Path,
+) -> None:
+    """As all of / is on some machines; and a /proc, as there is one in a folder for chroot."""
+    with public_folder() as other:
+        mounted = Path("/mnt") / other.name
+        mount = f"mount -t tmpfs -o mode=755 none /mnt && mkdir {mounted} {mounted}-proc"
+        mount += f" && mount --rbind /srv {mounted} && mount -t proc proc {mounted}-proc"
+        launcher = ["sh", "-c", mount + ' && exec "$@"', "sh"]
+        with servers(other, certificates, launcher) as start:
+            server = start(PROFILE="")
+            with server.connect() as client:
+                again = mounted / other.name
+                script = f"cat {again}/certs/server-key.pem; ls {again}/state {again}/home;"
+                script += f"touch {again}/home/x; ls {mounted}-proc; touch {again}/x"
+                _, output = client.run(script)
+                assert output.count(b"Permission denied") == 5, output
+                assert output.count(b"Read-only file system") == 1, output
+
+
 def test_it_sees_its_own_processes_only(client: Client) -> None:
     _, output = client.run("echo $$; cd /proc; for p in [0-9]*; do echo $p; done")
     assert output.split() == [b"2", b"2"]
