@@ -83,8 +83,8 @@ async def _serve(
     from jobworker.rpc.service import JobService, ServerFacts
 
     end_requested = _watch_signals()
-    # Without it the signal would end a server that only starts.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, clients.reload)
+    # Without it the signal would end a server that only starts, and will read its files yet.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     started_ns = time.time_ns()
     async with contextlib.AsyncExitStack() as closing:
         cgroups = CgroupTree.open(settings.cgroup_base, _instance(settings.state_dir))

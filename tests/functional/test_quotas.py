@@ -3,6 +3,7 @@ counted where there are limits: kernel/inside/test_server_quotas.py."""
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
@@ -150,36 +151,48 @@ def until(is_true: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_reload(start: Callable[..., Server], file: Path) -> None:
-    server = start('[ou.build]\nrole = "user"\nrunning_jobs = 1\n')
+@pytest.mark.parametrize("how", ["SIGHUP", "by itself"])
+def test_reload(start: Callable[..., Server], file: Path, tmp_path: Path, how: str) -> None:
+    audit_log = tmp_path / "audit.log"
+    server = start('[ou.build]\nrole = "user"\nrunning_jobs = 1\n', AUDIT_LOG=str(audit_log))
+
+    def write(text: str) -> None:
+        file.write_text(text)
+        if how == "SIGHUP":
+            server.process.send_signal(signal.SIGHUP)
+
     with server.connect("alice-build") as alice:
         sleep(alice)
         refused(CODE.RESOURCE_EXHAUSTED, lambda: sleep(alice))
 
-        file.write_text('[ou.build]\nrole = "nobody"\n')
-        server.process.send_signal(signal.SIGHUP)
-        until(lambda: "roles and quotas stay as they were" in server.log)
+        write('[ou.build]\nrole = "nobody"\n')
+        until(lambda: "clients' roles cannot be used, so the old stay in force" in server.log)
         refused(CODE.RESOURCE_EXHAUSTED, lambda: sleep(alice))
         assert "line 2" in server.log
+        problem = reloads(audit_log)[-1]["problem"]
+        assert "no such role" in problem
 
-        file.write_text('[ou.build]\nrole = "user"\nrunning_jobs = 2\n')
-        server.process.send_signal(signal.SIGHUP)
+        write('[ou.build]\nrole = "user"\nrunning_jobs = 2\n')
         until(lambda: alice.info().quota.running_jobs == 2)
         sleep(alice)
 
-        file.write_text('[ou.build]\nrole = "viewer"\n')
-        server.process.send_signal(signal.SIGHUP)
+        write('[ou.build]\nrole = "viewer"\n')
         until(lambda: alice.info().role == "viewer")
         refused(CODE.PERMISSION_DENIED, lambda: sleep(alice))
 
-        file.write_text("")
-        server.process.send_signal(signal.SIGHUP)
+        write("")
+        until(lambda: has_no_role(alice))
+        until(lambda: len(reloads(audit_log)) == 4)
 
-        def has_no_role() -> bool:
-            try:
-                alice.info()
-            except grpc.RpcError as error:
-                return error.code() is CODE.PERMISSION_DENIED
-            return False
 
-        until(has_no_role)
+def has_no_role(client: Client) -> bool:
+    try:
+        client.info()
+    except grpc.RpcError as error:
+        return error.code() is CODE.PERMISSION_DENIED
+    return False
+
+
+def reloads(audit_log: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, audit_log.read_text().splitlines())
+    return [line for line in lines if line.get("files") == "clients' roles"]
