@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from jobworker import certs
 from jobworker.config import Settings
 from jobworker.errors import SettingError
-from jobworker.roles import Clients
+from jobworker.roles import Clients, Entries
 from jobworker.rpc import connections
 from jobworker.rpc.audit import AuditLog
 from jobworker.rpc.credentials import Credentials
@@ -136,7 +136,11 @@ class RpcServer:
         self._audit.close()
 
     def _roles(self, path: Path, clients: Clients) -> WatchedFiles:
-        return WatchedFiles("clients' roles", [path], clients.read, clients.use, self._tell_reload)
+        def use(entries: Entries) -> None:
+            clients.use(entries)
+            self._gate.roles_changed()
+
+        return WatchedFiles("clients' roles", [path], clients.read, use, self._tell_reload)
 
     def _revocation(self, path: Path, ca_path: Path) -> WatchedFiles:
         def use(revoked: certs.Revoked) -> None:
