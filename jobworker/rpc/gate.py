@@ -11,6 +11,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from jobworker.errors import (
     JobWorkerError,
     PermissionDeniedError,
     ResourceExhaustedError,
+    ServerFaultError,
 )
 from jobworker.roles import Clients, Identity
 from jobworker.rpc import connections, convert
@@ -184,8 +186,10 @@ class Gate:
                 except GivenUp as given_up:
                     answer = given_up.answer
                     raise
-                except (JobWorkerError, OSError) as caught:
-                    error: JobWorkerError | OSError = caught
+                except grpc.aio.BaseError:  # gRPC's own, as where the connection has ended
+                    raise
+                except Exception as caught:  # noqa: BLE001 whatever it is, it is answered
+                    error = expected(caught, rpc)
                 else:
                     self._note(call, request, answer, "OK")
                     return answer
@@ -389,6 +393,18 @@ class GivenUp(asyncio.CancelledError):
     def __init__(self, answer: Any) -> None:
         super().__init__()
         self.answer = answer
+
+
+def expected(error: Exception, rpc: str) -> JobWorkerError | OSError:
+    """The error itself, where somebody has thought of it. Else one that says where the log has
+    it: what Python says of it is about the server's inside."""
+    if isinstance(error, JobWorkerError):
+        return error
+    if isinstance(error, OSError) and error.errno in convert.CODES_OF_ERRNOS:
+        return error
+    reference = secrets.token_hex(4)
+    log.error("fault %s, in %s", reference, rpc, exc_info=error)
+    return ServerFaultError(reference)
 
 
 class GuardedServices:

@@ -16,11 +16,11 @@ import grpc
 from jobworker.authorization import RULES, Access
 from jobworker.engine.manager import Manager
 from jobworker.engine.output import Reader
-from jobworker.errors import InvalidRequestError, JobWorkerError
+from jobworker.errors import InvalidRequestError
 from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
-from jobworker.rpc.gate import AccessNow, Gate, GivenUp, StillMay, Subject
+from jobworker.rpc.gate import AccessNow, Gate, GivenUp, StillMay, Subject, expected
 
 SERVICE = "job_worker.JobService"
 PAGE_JOBS = 100
@@ -86,7 +86,8 @@ class JobService:
     async def _result_of(self, request: pb.CreateJobReq, access: Access) -> pb.CreateJobsRes.Result:
         try:
             job = await self._create(request, access)
-        except (JobWorkerError, OSError) as error:
+        except Exception as caught:  # noqa: BLE001 the others' results are not lost with it
+            error = expected(caught, "CreateJobs")
             code = convert.code_of(error).value[0]
             return pb.CreateJobsRes.Result(code=code, error=convert.text_of(error))
         return pb.CreateJobsRes.Result(id=str(job.id), status=job.status)
