@@ -80,13 +80,16 @@ class RpcServer:
     """Listens from `start` to `stop`."""
 
     def __init__(
-        self, settings: Settings, service: JobService, clients: Clients, most_connections: int
+        self,
+        settings: Settings,
+        service: JobService,
+        clients: Clients,
+        limits: ClientLimits,
+        most_connections: int,
     ) -> None:
         """Raises StartupError where the address cannot be listened on, or a file not be used."""
         self._audit = AuditLog(settings.audit_log)
-        self._gate = Gate(
-            clients, _client_limits(settings, most_connections), self._audit, SUBJECTS
-        )
+        self._gate = Gate(clients, limits, self._audit, SUBJECTS)
         self._watch = Watch()
         self._crowd = _Crowd(self._gate, most_connections)
         credentials = Credentials(settings.cert_path, self._crowd.note_handshake, self._tell_reload)
@@ -235,7 +238,7 @@ class _Crowd:
             self._ended, self._said_at = 0, self._loop.time()
 
 
-def _client_limits(settings: Settings, most_connections: int) -> ClientLimits:
+def client_limits(settings: Settings, most_connections: int) -> ClientLimits:
     return ClientLimits(
         settings.client_calls, settings.client_streams, max(1, most_connections // 2)
     )

@@ -20,7 +20,7 @@ from jobworker.errors import InvalidRequestError
 from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
-from jobworker.rpc.gate import AccessNow, Gate, GivenUp, StillMay, Subject, expected
+from jobworker.rpc.gate import AccessNow, ClientLimits, Gate, GivenUp, StillMay, Subject, expected
 
 SERVICE = "job_worker.JobService"
 PAGE_JOBS = 100
@@ -44,6 +44,7 @@ class ServerFacts:
     version: str
     started_ns: int
     state_directory: str
+    client_limits: ClientLimits
 
 
 class JobService:
@@ -162,6 +163,7 @@ class JobService:
         defaults = manager.policy.default_limits
         usage = await manager.usage()
         used = manager.usage_of(caller.name)
+        limits = self._facts.client_limits
         info = pb.ServerInfo(
             version=self._facts.version,
             start_time_ns=self._facts.started_ns,
@@ -194,6 +196,9 @@ class JobService:
             disk_reserve_bytes=manager.policy.disk_reserve_bytes,
             log_max_bytes=manager.policy.log_max_bytes,
             log_policy=manager.policy.log_policy,
+            client_limits=pb.ClientLimits(
+                calls=limits.calls, streams=limits.streams, connections=limits.connections
+            ),
             quota=convert.quota_to(caller.quota),
             quota_used=convert.quota_to(used),
         )
