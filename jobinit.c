@@ -226,7 +226,7 @@ static uint64_t refused_job;
 
 static int epoll_fd, signal_fd, listener_fd = 3, server_fd = -1;
 static uint32_t server_interest;
-static bool was_connected, must_retry;
+static bool was_connected, must_retry, listener_rests;
 
 static struct rlimit original_open_files;
 static int descriptor_ceiling;
@@ -2543,8 +2543,12 @@ static void accept_server(void)
 	socklen_t size = sizeof peer;
 	int fd = accept4(listener_fd, NULL, NULL, SOCK_CLOEXEC);
 
-	if (fd < 0)
+	if (fd < 0) {
+		/* Of what there may be more in a while, descriptors or memory: to ask at once, and
+		 * again, would only take the processor from who could give it back. */
+		listener_rests = errno != EAGAIN && watch(EPOLL_CTL_MOD, listener_fd, 0, LISTENER_EVENT);
 		return;
+	}
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0
 	    || (peer.uid != geteuid() && peer.uid != 0)) {
 		say("refused a connection of user %d", (int)peer.uid);
@@ -2557,6 +2561,13 @@ static void accept_server(void)
 	watch(EPOLL_CTL_ADD, server_fd, server_interest, SERVER_EVENT);
 	was_connected = true;
 	owes_hello = true;
+}
+
+static void rouse_listener(void)
+{
+	if (listener_rests)
+		watch(EPOLL_CTL_MOD, listener_fd, EPOLLIN, LISTENER_EVENT);
+	listener_rests = false;
 }
 
 /* ==== Serving ==== */
@@ -2664,7 +2675,7 @@ static void handle_event(const struct epoll_event *event)
 
 static int patience_ms(void)
 {
-	if (must_retry)
+	if (must_retry || listener_rests)
 		return RETRY_MS;
 	if (job_count || server_fd >= 0)
 		return -1;
@@ -2678,7 +2689,9 @@ static void handle_events(void)
 	int count;
 
 	/* One at a time: what is done for one may close what the next is about. */
-	while ((count = epoll_wait(epoll_fd, &event, 1, patience_ms())) != 0 || must_retry) {
+	while ((count = epoll_wait(epoll_fd, &event, 1, patience_ms())) != 0 || must_retry
+	       || listener_rests) {
+		rouse_listener();
 		if (count > 0)
 			handle_event(&event);
 		send_owed();

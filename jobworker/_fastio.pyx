@@ -455,14 +455,14 @@ cdef int take_up_index(LogState *log, Files *files) noexcept nogil:
     Returns errno, or 0."""
     cdef struct_stat segment, index
     cdef Header header
-    cdef Run last
+    cdef Run last, gap
     cdef uint64_t index_bytes = 0
     cdef int error = 0
     last.place = last.time_ns = 0
     if fstat(files.segment, &segment) < 0 or fstat(files.index, &index) < 0:
         return errno
     if load_header(files.index, files.first, &header):
-        index_bytes = index.st_size - (index.st_size - HEADER_BYTES) % RUN_BYTES
+        index_bytes = whole_records(index.st_size)
         if index_bytes > HEADER_BYTES and pread(
                 files.index, &last, RUN_BYTES, index_bytes - RUN_BYTES) != RUN_BYTES:
             return EIO
@@ -479,12 +479,27 @@ cdef int take_up_index(LogState *log, Files *files) noexcept nogil:
     log.index_first = files.first
     log.index_bytes = index_bytes
     log.segment_size = segment.st_size
-    log.gap_position = 0
+    log.gap_position = find_last_gap(files.index, index_bytes, &gap)
+    if run_offset(&gap) != log.kept_end:
+        log.gap_position = 0
     log.run_is_new = index_bytes > HEADER_BYTES and run_offset(&last) == log.kept_end
     if run_stream(&last):
         log.time_ns = max(log.time_ns, last.time_ns)
     log.run.place = run_offset(&last)  # of no stream: the next bytes get a record in any case
     return 0
+
+
+cdef uint64_t find_last_gap(int index, uint64_t index_bytes, Run *gap) noexcept nogil:
+    """Where the record of the gap is with which an index ends; 0: it ends with none."""
+    cdef Run records[2]  # of the gap, and of its end
+    cdef size_t length = 2 * RUN_BYTES
+    gap.place = gap.time_ns = 0
+    if (index_bytes < HEADER_BYTES + length
+            or pread(index, records, length, index_bytes - length) != <ssize_t> length
+            or run_stream(&records[0]) or run_stream(&records[1])):
+        return 0
+    gap[0] = records[0]
+    return index_bytes - length
 
 
 cdef int write_index(LogState *log, int index, const void *data, size_t length,
@@ -1501,6 +1516,26 @@ cdef void resume(LogState *log, Extent extent) noexcept:
     log.forgotten_bytes = extent.forgotten_bytes
     log.disk_bytes = extent.disk_bytes
     log.index_first = extent.newest
+    reopen_gap(log)
+
+
+cdef void reopen_gap(LogState *log) noexcept:
+    """One that the log ends with goes on: the record of another would have no room in a quota
+    that is used up."""
+    cdef int index = open_file(log.pump.directory, log.job, log.index_first, b"idx", O_RDONLY)
+    cdef struct_stat info
+    cdef Run gap
+    if index < 0:
+        return
+    if fstat(index, &info) == 0 and find_last_gap(index, whole_records(info.st_size), &gap):
+        log.kept_end = run_offset(&gap)
+        log.gap_stdout_bytes = gap.time_ns
+    close(index)
+
+
+cdef uint64_t whole_records(uint64_t index_bytes) noexcept nogil:
+    """How much of an index that has a header is no piece of a record."""
+    return index_bytes - (index_bytes - HEADER_BYTES) % RUN_BYTES
 
 
 cdef uint64_t told_end(const LogState *log) noexcept nogil:

@@ -235,8 +235,8 @@ class Settings:
         "clients",
         None,
         _parse_path,
-        "A file that gives clients roles and quotas, by the CN or the OU of their certificates; "
-        "read again on SIGHUP.",
+        "A file that gives clients roles and quotas, by the CN or the OU of their certificates. "
+        "Read again when it changes.",
         shown_default="none",
     )
     state_dir: Path = _setting(

@@ -80,12 +80,12 @@ async def _serve(
     settings: Settings, jobinits: Jobinits, isolation: Isolation, clients: Clients
 ) -> None:
     """Whatever is opened here is closed in the opposite order, also where the start fails."""
-    from jobworker.rpc.server import RpcServer
+    from jobworker.rpc.server import RpcServer, client_limits
     from jobworker.rpc.service import JobService, ServerFacts
 
     end_requested = _watch_signals()
-    # Without it the signal would end a server that only starts.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, clients.reload)
+    # Without it the signal would end a server that only starts, and will read its files yet.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     started_ns = time.time_ns()
     async with contextlib.AsyncExitStack() as closing:
         cgroups = CgroupTree.open(settings.cgroup_base, _instance(settings.state_dir))
@@ -111,9 +111,11 @@ async def _serve(
         )
         closing.push_async_callback(jobinits.close)
         closing.push_async_callback(manager.let_go)
-        facts = ServerFacts(__version__, started_ns, str(settings.state_dir))
         most_connections = _maximum_connections(settings.connections)
-        server = RpcServer(settings, JobService(manager, facts), clients, most_connections)
+        limits = client_limits(settings, most_connections)
+        facts = ServerFacts(__version__, started_ns, str(settings.state_dir), limits)
+        service = JobService(manager, facts)
+        server = RpcServer(settings, service, clients, limits, most_connections)
         closing.push_async_callback(server.close)
         closing.push_async_callback(server.stop, ANSWER_SECONDS)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)

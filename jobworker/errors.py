@@ -104,6 +104,16 @@ class AuditError(JobWorkerError):
         self.problem = problem
 
 
+class ServerFaultError(JobWorkerError):
+    """What nobody thought of. reference: under which the server's log has it."""
+
+    def __init__(self, reference: str) -> None:
+        super().__init__(
+            f"a fault of the server, and not of the request: its log has it as fault {reference}"
+        )
+        self.reference = reference
+
+
 class ShuttingDownError(JobWorkerError):
     """The server is about to end and takes no more work."""
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import logging
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -30,8 +29,6 @@ from typing import Any
 
 from jobworker.errors import SettingError
 from jobworker.job import Principal, Quota
-
-log = logging.getLogger(__name__)
 
 SETTING = "JOB_WORKER_CLIENTS"
 UNLIMITED = Quota()
@@ -90,25 +87,18 @@ class Clients:
         for a file that cannot be used."""
         self._path = path
         self._profiles = profiles
-        self._use(_read(path, profiles) if path else Entries())
+        self.use(self.read())
 
     def caller(self, identity: Identity) -> Caller:
         return self._remembered(identity)
 
-    def reload(self) -> str | None:
-        """Reads the file again. With one that cannot be used all stays as it was. Returns the
-        problem, "" for none; None where there is no file."""
-        if self._path is None:
-            return None
-        try:
-            self._use(_read(self._path, self._profiles))
-        except SettingError as error:
-            log.error("roles and quotas stay as they were: %s", error)
-            return str(error)
-        log.info("roles and quotas are those of %s", self._path)
-        return ""
+    def read(self) -> Entries:
+        """What the file says now; of none nothing. May be called in any thread. Raises
+        SettingError."""
+        return _read(self._path, self._profiles) if self._path else Entries()
 
-    def _use(self, entries: Entries) -> None:
+    def use(self, entries: Entries) -> None:
+        """From now on these hold."""
         self._entries = entries
         self._remembered = functools.lru_cache(MOST_CALLERS)(self._caller_of)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
 
 from jobworker.errors import SettingError
 from jobworker.job import Quota
-from jobworker.roles import UNLIMITED, Caller, Clients, Identity, Role
+from jobworker.roles import UNLIMITED, Caller, Clients, Entries, Identity, Role
 
 PROFILES = ("default", "none")
 
@@ -117,23 +116,13 @@ def test_a_file_that_cannot_be_read(file: Path) -> None:
         Clients(file, PROFILES)
 
 
-def test_reload(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_read_again_holds_once_it_is_used(file: Path) -> None:
     file.write_text('[cn.alice]\nrole = "user"')
     clients = Clients(file, PROFILES)
     assert role(clients, "alice") is Role.USER
     file.write_text('[cn.alice]\nrole = "admin"')
+    entries = clients.read()
     assert role(clients, "alice") is Role.USER
-    clients.reload()
+    clients.use(entries)
     assert role(clients, "alice") is Role.ADMIN
-
-    file.write_text('[cn.alice]\nrole = "root"')
-    clients.reload()
-    assert role(clients, "alice") is Role.ADMIN
-    (error,) = (record for record in caplog.records if record.levelno == logging.ERROR)
-    assert "stay as they were" in error.getMessage()
-    assert "line 2" in error.getMessage()
-
-    file.write_text("")
-    clients.reload()
-    assert role(clients, "alice") is None
-    Clients().reload()
+    assert Clients().read() == Entries()

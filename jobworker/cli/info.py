@@ -54,6 +54,7 @@ def _fields(info: ServerInfo) -> list[tuple[str, str]]:
         ("Started", f"{display.rfc3339(info.started_ns)} ({display.ago(info.started_ns)})"),
         ("You are", f"{printable(info.identity)}, {_role(info)}"),
         ("Jobs", _jobs(info)),
+        ("At once", _at_once(info)),
         ("Quotas", _quotas(info)),
         ("Ended", "" if _is_users(info) else _ended(info)),
         ("State", printable(info.state_directory)),
@@ -80,6 +81,14 @@ def _is_users(info: ServerInfo) -> bool:
 def _jobs(info: ServerInfo) -> str:
     yours = " of yours" if _is_users(info) else ""
     return f"{info.running_jobs}{yours} running, {info.maximum_jobs} at the most"
+
+
+def _at_once(info: ServerInfo) -> str:
+    """What one client may have under way; of an older server nothing."""
+    limits = info.client_limits
+    if not limits.calls:
+        return ""
+    return f"{limits.calls} calls, {limits.streams} streams, {limits.connections} connections"
 
 
 def _quotas(info: ServerInfo) -> str:
@@ -160,6 +169,7 @@ def _as_json(info: ServerInfo) -> dict[str, Any]:
         "started": display.json_time(info.started_ns),
         "identity": info.identity,
         "role": info.role or None,
+        "client_limits": asdict(info.client_limits),
         "quota": asdict(info.quota),
         "quota_used": asdict(info.quota_used),
         "running_jobs": info.running_jobs,

@@ -2,7 +2,7 @@
 
 from jobworker.client.aio import AsyncClient
 from jobworker.client.bulk import Created, Spec
-from jobworker.client.calls import Controller, CreateOptions, ProfileInfo, ServerInfo
+from jobworker.client.calls import ClientLimits, Controller, CreateOptions, ProfileInfo, ServerInfo
 from jobworker.client.output import Chunk, Result, Run, Stream
 from jobworker.client.sync import Client
 from jobworker.job import Bind, Principal, Quota
@@ -12,6 +12,7 @@ __all__ = [
     "Bind",
     "Chunk",
     "Client",
+    "ClientLimits",
     "Controller",
     "CreateOptions",
     "Created",

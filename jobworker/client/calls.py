@@ -73,6 +73,15 @@ class ProfileInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """What each client, by its CN, may have under way at once; 0: an older server does not tell."""
+
+    calls: int  # but for streams
+    streams: int
+    connections: int  # with calls
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """What a server is, and for whom it takes its caller."""
 
@@ -101,6 +110,7 @@ class ServerInfo:
     disk_reserve_bytes: int  # with less room than that no job is created
     log_max_bytes: int  # of each job's output; 0: no limit
     log_policy: str  # what happens beyond that: "ring", "head" or "stop"
+    client_limits: ClientLimits
     quota: Quota  # what the caller may use
     quota_used: Quota  # by its jobs that have not ended
 
@@ -350,6 +360,11 @@ def _read_info(answer: bytes) -> ServerInfo:
         disk_reserve_bytes=message.disk_reserve_bytes,
         log_max_bytes=message.log_max_bytes,
         log_policy=message.log_policy,
+        client_limits=ClientLimits(
+            message.client_limits.calls,
+            message.client_limits.streams,
+            message.client_limits.connections,
+        ),
         quota=_quota_from(message.quota),
         quota_used=_quota_from(message.quota_used),
     )

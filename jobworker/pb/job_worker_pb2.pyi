@@ -338,7 +338,7 @@ class ListJobsRes(_message.Message):
     def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids", "default_profile", "profiles", "default_user", "users", "ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes", "log_max_bytes", "log_policy", "blocked_jobs", "profile_details", "roots_allowed", "binds_allowed", "isolation_problem", "quota", "quota_used")
+    __slots__ = ("version", "start_time_ns", "identity", "role", "state_directory", "cgroup", "controllers", "default_cpu", "default_memory", "default_iobps", "running_jobs", "maximum_jobs", "default_pids", "default_profile", "profiles", "default_user", "users", "ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes", "log_max_bytes", "log_policy", "blocked_jobs", "profile_details", "roots_allowed", "binds_allowed", "isolation_problem", "client_limits", "quota", "quota_used")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     START_TIME_NS_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
@@ -367,6 +367,7 @@ class ServerInfo(_message.Message):
     ROOTS_ALLOWED_FIELD_NUMBER: _ClassVar[int]
     BINDS_ALLOWED_FIELD_NUMBER: _ClassVar[int]
     ISOLATION_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_LIMITS_FIELD_NUMBER: _ClassVar[int]
     QUOTA_FIELD_NUMBER: _ClassVar[int]
     QUOTA_USED_FIELD_NUMBER: _ClassVar[int]
     version: str
@@ -397,9 +398,10 @@ class ServerInfo(_message.Message):
     roots_allowed: _containers.RepeatedScalarFieldContainer[str]
     binds_allowed: _containers.RepeatedScalarFieldContainer[str]
     isolation_problem: str
+    client_limits: ClientLimits
     quota: Quota
     quota_used: Quota
-    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ..., default_profile: _Optional[str] = ..., profiles: _Optional[_Iterable[str]] = ..., default_user: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ..., ended_jobs: _Optional[int] = ..., ended_log_bytes: _Optional[int] = ..., disk_room_bytes: _Optional[int] = ..., disk_reserve_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., log_policy: _Optional[str] = ..., blocked_jobs: _Optional[int] = ..., profile_details: _Optional[_Iterable[_Union[ProfileInfo, _Mapping]]] = ..., roots_allowed: _Optional[_Iterable[str]] = ..., binds_allowed: _Optional[_Iterable[str]] = ..., isolation_problem: _Optional[str] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., quota_used: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
+    def __init__(self, version: _Optional[str] = ..., start_time_ns: _Optional[int] = ..., identity: _Optional[str] = ..., role: _Optional[str] = ..., state_directory: _Optional[str] = ..., cgroup: _Optional[str] = ..., controllers: _Optional[_Iterable[_Union[Controller, _Mapping]]] = ..., default_cpu: _Optional[int] = ..., default_memory: _Optional[int] = ..., default_iobps: _Optional[int] = ..., running_jobs: _Optional[int] = ..., maximum_jobs: _Optional[int] = ..., default_pids: _Optional[int] = ..., default_profile: _Optional[str] = ..., profiles: _Optional[_Iterable[str]] = ..., default_user: _Optional[str] = ..., users: _Optional[_Iterable[str]] = ..., ended_jobs: _Optional[int] = ..., ended_log_bytes: _Optional[int] = ..., disk_room_bytes: _Optional[int] = ..., disk_reserve_bytes: _Optional[int] = ..., log_max_bytes: _Optional[int] = ..., log_policy: _Optional[str] = ..., blocked_jobs: _Optional[int] = ..., profile_details: _Optional[_Iterable[_Union[ProfileInfo, _Mapping]]] = ..., roots_allowed: _Optional[_Iterable[str]] = ..., binds_allowed: _Optional[_Iterable[str]] = ..., isolation_problem: _Optional[str] = ..., client_limits: _Optional[_Union[ClientLimits, _Mapping]] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., quota_used: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
 
 class Quota(_message.Message):
     __slots__ = ("running_jobs", "total_cpu", "total_memory", "creates_per_second")
@@ -412,6 +414,16 @@ class Quota(_message.Message):
     total_memory: int
     creates_per_second: float
     def __init__(self, running_jobs: _Optional[int] = ..., total_cpu: _Optional[int] = ..., total_memory: _Optional[int] = ..., creates_per_second: _Optional[float] = ...) -> None: ...
+
+class ClientLimits(_message.Message):
+    __slots__ = ("calls", "streams", "connections")
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    calls: int
+    streams: int
+    connections: int
+    def __init__(self, calls: _Optional[int] = ..., streams: _Optional[int] = ..., connections: _Optional[int] = ...) -> None: ...
 
 class ProfileInfo(_message.Message):
     __slots__ = ("name", "problem", "measures")

@@ -11,8 +11,9 @@ import asyncio
 import functools
 import inspect
 import logging
+import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from jobworker.errors import (
     JobWorkerError,
     PermissionDeniedError,
     ResourceExhaustedError,
+    ServerFaultError,
 )
 from jobworker.roles import Clients, Identity
 from jobworker.rpc import connections, convert
@@ -49,9 +51,14 @@ MOST_LARGE = 16  # at once, of each client
 MOST_RECEIVED = 32  # requests of one client that come in at once; others wait for these
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# With the request, what the caller may (of an RPC without a rule: nothing is said), and the
+# What the caller may now: roles may change while a call is under way. Raises
+# PermissionDeniedError.
+AccessNow = Callable[[], Access]
+# With the request, what the caller may (not to be called of an RPC without a rule), and the
 # context; the answer of a stream is None.
-Method = Callable[[Any, Any, Context], Awaitable[Any]]
+Method = Callable[[Any, AccessNow, Context], Awaitable[Any]]
+# Whether the caller may still have the stream that it asked for: raises JobWorkerError if not.
+StillMay = Callable[[Any, Access], Awaitable[object]]
 Subject = Callable[[Any, Any], Iterable[Mapping[str, Any]]]
 
 
@@ -108,7 +115,13 @@ class _Call:
     task: asyncio.Task[Any]
     passport: Passport | None = None
     client: _Client | None = None  # where it is counted
+    still_may: Callable[[Access], Awaitable[object]] | None = None  # of a stream that has begun
     ended_by: JobWorkerError | None = None  # why it is ended though the client waits
+
+    def end(self, error: JobWorkerError) -> None:
+        if self.ended_by is None:
+            self.ended_by = error
+            self.task.cancel()
 
 
 class Gate:
@@ -142,36 +155,41 @@ class Gate:
         is_stream: bool,
         is_ours: bool = True,
         takes_stream: bool = False,
+        still_may: StillMay | None = None,
     ) -> Any:
         """A handler for gRPC that lets the right callers in. is_stream: the answer is one.
         is_ours: an RPC with a rule in `authorization`; others are for all who have a
-        certificate. takes_stream: the method is given not one request, but all that come."""
+        certificate. takes_stream: the method is given not one request, but all that come.
+        still_may: is asked when roles have changed."""
 
         async def handle(requests: Any, context: Context) -> Any:
             call = _Call(rpc, is_stream, context.peer(), _current_task())
             # Not when this ends, but when the answer has gone out: until then it takes memory.
             leave: Any = functools.partial(self._leave, call)
             context.add_done_callback(leave)
+            access_now = functools.partial(self._access, call)
             request = answer = None
             try:
                 try:
                     self._admit(call, context)
-                    assert call.passport is not None
                     assert call.client is not None
-                    access: Access | None = None
                     if is_ours:
-                        access = authorize(self._roles.caller(call.passport.identity), rpc)
+                        access_now()
                     if takes_stream:
                         request = requests
                     else:
                         async with call.client.receiving:
                             request = await _receive(context)
-                    answer = await method(request, access, context)
+                    if still_may:
+                        call.still_may = functools.partial(still_may, request)
+                    answer = await method(request, access_now, context)
                 except GivenUp as given_up:
                     answer = given_up.answer
                     raise
-                except (JobWorkerError, OSError) as caught:
-                    error: JobWorkerError | OSError = caught
+                except grpc.aio.BaseError:  # gRPC's own, as where the connection has ended
+                    raise
+                except Exception as caught:  # noqa: BLE001 whatever it is, it is answered
+                    error = expected(caught, rpc)
                 else:
                     self._note(call, request, answer, "OK")
                     return answer
@@ -183,7 +201,8 @@ class Gate:
                 error = call.ended_by
             code, text = convert.code_of(error), convert.text_of(error)
             self._note(call, request, answer, code.name, error)
-            request = answer = None  # who takes no answer does not keep the server's memory
+            # Who takes no answer does not keep the server's memory.
+            request = answer = call.still_may = None
             try:
                 await context.abort(code, text, convert.metadata_of(error))
             except grpc.aio.InternalError:  # the connection has ended, and nobody is to be told
@@ -197,13 +216,15 @@ class Gate:
         calls = [call for call in self._calls if call.passport and self._is_revoked(call.passport)]
         for call in calls:
             assert call.passport is not None
-            call.ended_by = _revoked_error(call.passport)
-            call.task.cancel()
+            call.end(_revoked_error(call.passport))
         if calls:
             log.warning("ended %d calls of clients whose certificate is revoked", len(calls))
-            ending = asyncio.create_task(self._shut_soon({call.peer for call in calls}))
-            self._endings.add(ending)
-            ending.add_done_callback(self._endings.discard)
+            self._spawn(self._shut_soon({call.peer for call in calls}))
+
+    def roles_changed(self) -> None:
+        """Streams that their callers may no longer have are ended. What was on its way to them
+        they may still read; their connections stay, as others of their streams may go on."""
+        self._spawn(self._end_lost_streams())
 
     def busy_addresses(self) -> set[str]:
         """Of connections with calls."""
@@ -237,6 +258,10 @@ class Gate:
         self._calls.add(call)
         if call.rpc in CREATES:
             self._audit.check()
+
+    def _access(self, call: _Call) -> Access:
+        assert call.passport is not None
+        return authorize(self._roles.caller(call.passport.identity), call.rpc)
 
     def _count(self, call: _Call, name: str) -> None:
         client = self._clients.get(name) or _Client()
@@ -283,6 +308,24 @@ class Gate:
         await asyncio.sleep(REVOKED_SECONDS)
         addresses = set(map(connections.address_of, peers))
         await asyncio.to_thread(connections.shut, self.port, addresses)
+
+    async def _end_lost_streams(self) -> None:
+        ended = 0
+        for call in list(self._calls):
+            try:
+                if call.still_may:
+                    await call.still_may(self._access(call))
+            except JobWorkerError as error:
+                text = f"the roles have changed since this stream began: {error}"
+                call.end(PermissionDeniedError(text))
+                ended += 1
+        if ended:
+            log.warning("ended %d streams of clients whose role has changed", ended)
+
+    def _spawn(self, ending: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(ending)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
 
     # The audit log
 
@@ -352,6 +395,18 @@ class GivenUp(asyncio.CancelledError):
         self.answer = answer
 
 
+def expected(error: Exception, rpc: str) -> JobWorkerError | OSError:
+    """The error itself, where somebody has thought of it. Else one that says where the log has
+    it: what Python says of it is about the server's inside."""
+    if isinstance(error, JobWorkerError):
+        return error
+    if isinstance(error, OSError) and error.errno in convert.CODES_OF_ERRNOS:
+        return error
+    reference = secrets.token_hex(4)
+    log.error("fault %s, in %s", reference, rpc, exc_info=error)
+    return ServerFaultError(reference)
+
+
 class GuardedServices:
     """Takes the servicers of other packages, and registers their handlers with a guard each;
     and as generic ones alone, for the reason that `service.ServiceHandler` gives."""
@@ -398,7 +453,7 @@ class _GuardedHandler(grpc.GenericRpcHandler):
 
 
 def _answering(inner: Any) -> Method:
-    async def method(request: Any, _access: None, context: Context) -> Any:
+    async def method(request: Any, _access: AccessNow, context: Context) -> Any:
         return await inner.unary_unary(request, context)
 
     return method
@@ -407,7 +462,7 @@ def _answering(inner: Any) -> Method:
 def _streaming(inner: Any) -> Method:
     behaviour = inner.stream_stream or inner.unary_stream
 
-    async def method(request: Any, _access: None, context: Context) -> None:
+    async def method(request: Any, _access: AccessNow, context: Context) -> None:
         if inspect.iscoroutinefunction(behaviour):
             await behaviour(request, context)
         else:

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from jobworker import certs
 from jobworker.config import Settings
 from jobworker.errors import SettingError
-from jobworker.roles import Clients
+from jobworker.roles import Clients, Entries
 from jobworker.rpc import connections
 from jobworker.rpc.audit import AuditLog
 from jobworker.rpc.credentials import Credentials
@@ -80,18 +80,22 @@ class RpcServer:
     """Listens from `start` to `stop`."""
 
     def __init__(
-        self, settings: Settings, service: JobService, clients: Clients, most_connections: int
+        self,
+        settings: Settings,
+        service: JobService,
+        clients: Clients,
+        limits: ClientLimits,
+        most_connections: int,
     ) -> None:
         """Raises StartupError where the address cannot be listened on, or a file not be used."""
-        self._clients = clients
         self._audit = AuditLog(settings.audit_log)
-        self._gate = Gate(
-            clients, _client_limits(settings, most_connections), self._audit, SUBJECTS
-        )
+        self._gate = Gate(clients, limits, self._audit, SUBJECTS)
         self._watch = Watch()
         self._crowd = _Crowd(self._gate, most_connections)
         credentials = Credentials(settings.cert_path, self._crowd.note_handshake, self._tell_reload)
         self._watch.add(credentials.files)
+        if settings.clients:
+            self._watch.add(self._roles(settings.clients, clients))
         if settings.revoked:
             self._watch.add(self._revocation(settings.revoked, settings.cert_path / certs.CA_CERT))
         for function in (self._audit.look, self._gate.look):
@@ -118,11 +122,7 @@ class RpcServer:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     def reload(self) -> None:
-        """Reads the clients' roles again, and what else has changed on disk, without waiting for
-        it to settle; as on SIGHUP."""
-        problem = self._clients.reload()
-        if problem is not None:
-            self._tell_reload("clients' roles", problem)
+        """Reads what has changed on disk, without waiting for it to settle; as on SIGHUP."""
         self._watch.look_now()
 
     async def stop(self, grace_seconds: float) -> None:
@@ -137,6 +137,13 @@ class RpcServer:
         await self._crowd.close()
         self._audit.write(event="end")
         self._audit.close()
+
+    def _roles(self, path: Path, clients: Clients) -> WatchedFiles:
+        def use(entries: Entries) -> None:
+            clients.use(entries)
+            self._gate.roles_changed()
+
+        return WatchedFiles("clients' roles", [path], clients.read, use, self._tell_reload)
 
     def _revocation(self, path: Path, ca_path: Path) -> WatchedFiles:
         def use(revoked: certs.Revoked) -> None:
@@ -231,7 +238,7 @@ class _Crowd:
             self._ended, self._said_at = 0, self._loop.time()
 
 
-def _client_limits(settings: Settings, most_connections: int) -> ClientLimits:
+def client_limits(settings: Settings, most_connections: int) -> ClientLimits:
     return ClientLimits(
         settings.client_calls, settings.client_streams, max(1, most_connections // 2)
     )

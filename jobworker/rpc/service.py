@@ -16,11 +16,11 @@ import grpc
 from jobworker.authorization import RULES, Access
 from jobworker.engine.manager import Manager
 from jobworker.engine.output import Reader
-from jobworker.errors import InvalidRequestError, JobWorkerError
+from jobworker.errors import InvalidRequestError
 from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
-from jobworker.rpc.gate import Gate, GivenUp, Subject
+from jobworker.rpc.gate import AccessNow, ClientLimits, Gate, GivenUp, StillMay, Subject, expected
 
 SERVICE = "job_worker.JobService"
 PAGE_JOBS = 100
@@ -44,6 +44,7 @@ class ServerFacts:
     version: str
     started_ns: int
     state_directory: str
+    client_limits: ClientLimits
 
 
 class JobService:
@@ -86,7 +87,8 @@ class JobService:
     async def _result_of(self, request: pb.CreateJobReq, access: Access) -> pb.CreateJobsRes.Result:
         try:
             job = await self._create(request, access)
-        except (JobWorkerError, OSError) as error:
+        except Exception as caught:  # noqa: BLE001 the others' results are not lost with it
+            error = expected(caught, "CreateJobs")
             code = convert.code_of(error).value[0]
             return pb.CreateJobsRes.Result(code=code, error=convert.text_of(error))
         return pb.CreateJobsRes.Result(id=str(job.id), status=job.status)
@@ -161,6 +163,7 @@ class JobService:
         defaults = manager.policy.default_limits
         usage = await manager.usage()
         used = manager.usage_of(caller.name)
+        limits = self._facts.client_limits
         info = pb.ServerInfo(
             version=self._facts.version,
             start_time_ns=self._facts.started_ns,
@@ -193,6 +196,9 @@ class JobService:
             disk_reserve_bytes=manager.policy.disk_reserve_bytes,
             log_max_bytes=manager.policy.log_max_bytes,
             log_policy=manager.policy.log_policy,
+            client_limits=pb.ClientLimits(
+                calls=limits.calls, streams=limits.streams, connections=limits.connections
+            ),
             quota=convert.quota_to(caller.quota),
             quota_used=convert.quota_to(used),
         )
@@ -203,9 +209,9 @@ class JobService:
         return info
 
     async def get_jobs_stream(
-        self, request: pb.GetJobsStreamReq, access: Access, context: Context
+        self, request: pb.GetJobsStreamReq, access: AccessNow, context: Context
     ) -> None:
-        job_id = await self._within_reach(request.id, access)
+        job_id = await self._within_reach(request.id, access())
         follow = not request.no_follow
         reader = await self._manager.read(job_id, request.from_offset, request.stream, follow)
         try:
@@ -216,13 +222,16 @@ class JobService:
         finally:
             reader.close()
 
+    async def may_stream(self, request: pb.GetJobsStreamReq, access: Access) -> None:
+        await self._within_reach(request.id, access)
+
     async def _write_ending(
-        self, job_id: int, reader: Reader, follow: bool, access: Access, context: Context
+        self, job_id: int, reader: Reader, follow: bool, access: AccessNow, context: Context
     ) -> None:
         job = await (self._manager.wait(job_id) if follow else self._manager.get(job_id))
         if job.is_ended:
             last = pb.DataChunk(
-                offset=reader.offset, next_offset=reader.offset, ending=_shown(job, access)
+                offset=reader.offset, next_offset=reader.offset, ending=_shown(job, access())
             )
             await context.write(last.SerializeToString())
 
@@ -253,7 +262,7 @@ def _page_start(token: str) -> int | None:
 # Registration
 
 UnaryMethod = Callable[[Any, Access], Awaitable[Any]]
-StreamMethod = Callable[[Any, Access, Context], Awaitable[None]]
+StreamMethod = Callable[[Any, AccessNow, Context], Awaitable[None]]
 
 
 class ServiceHandler(grpc.GenericRpcHandler):
@@ -271,8 +280,8 @@ class ServiceHandler(grpc.GenericRpcHandler):
             ("ListJobs", service.list_jobs, pb.ListJobsReq),
             ("GetServerInfo", service.get_server_info, pb.EmptyRequest),
         ]
-        streams: list[tuple[str, StreamMethod, Any]] = [
-            ("GetJobsStream", service.get_jobs_stream, pb.GetJobsStreamReq),
+        streams: list[tuple[str, StreamMethod, StillMay, Any]] = [
+            ("GetJobsStream", service.get_jobs_stream, service.may_stream, pb.GetJobsStreamReq),
         ]
         methods = {rpc: _unary(gate, rpc, *rest) for rpc, *rest in unary}
         methods |= {rpc: _stream(gate, rpc, *rest) for rpc, *rest in streams}
@@ -287,8 +296,8 @@ class ServiceHandler(grpc.GenericRpcHandler):
 
 
 def _unary(gate: Gate, rpc: str, method: UnaryMethod, request_type: Any) -> Any:
-    async def answer(request: Any, access: Access, _context: Context) -> Any:
-        return await method(request, access)
+    async def answer(request: Any, access: AccessNow, _context: Context) -> Any:
+        return await method(request, access())
 
     handle = gate.guard(rpc, answer, is_stream=False)
     return grpc.stream_unary_rpc_method_handler(
@@ -296,8 +305,10 @@ def _unary(gate: Gate, rpc: str, method: UnaryMethod, request_type: Any) -> Any:
     )
 
 
-def _stream(gate: Gate, rpc: str, method: StreamMethod, request_type: Any) -> Any:
-    handle = gate.guard(rpc, method, is_stream=True)
+def _stream(
+    gate: Gate, rpc: str, method: StreamMethod, still_may: StillMay, request_type: Any
+) -> Any:
+    handle = gate.guard(rpc, method, is_stream=True, still_may=still_may)
     # No serializer: what is written is finished bytes.
     return grpc.stream_stream_rpc_method_handler(handle, request_type.FromString, None)
 

@@ -57,12 +57,22 @@ def test_as_json(jobworker: Program, server: Server) -> None:
         *("state_directory", "cgroup", "controllers", "default_limits", "isolation"),
         "limits_in_force",
         *("ended_jobs", "ended_log_bytes", "disk_room_bytes", "disk_reserve_bytes"),
-        *("log_max_bytes", "log_policy", "quota", "quota_used"),
+        *("log_max_bytes", "log_policy", "client_limits", "quota", "quota_used"),
     }
     assert (info["role"], info["state_directory"]) == ("admin", str(server.state))
     assert info["default_limits"]["cpu_percent"] == 100
     assert info["isolation"]["default_profile"] in info["isolation"]["profiles"]
     assert json.loads(jobworker("-o", "json", "info").stdout).keys() == info.keys()
+
+
+def test_what_a_client_may_have_at_once(
+    jobworker: Program, start_server: Callable[..., Server]
+) -> None:
+    server = start_server(CLIENT_CALLS="20", CLIENT_STREAMS="30", CONNECTIONS="80")
+    limits = jobworker.json("-s", server.address, "info")["client_limits"]
+    assert limits == {"calls": 20, "streams": 30, "connections": 40}
+    shown = jobworker("-s", server.address, "info").stdout
+    assert re.search(r"^At once: +20 calls, 30 streams, 40 connections$", shown, re.MULTILINE)
 
 
 def test_quotas(jobworker: Program, tmp_path: Path, start_server: Callable[..., Server]) -> None:

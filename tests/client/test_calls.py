@@ -199,6 +199,7 @@ def test_all_that_a_server_tells_of_itself_arrives() -> None:
     message.profile_details.add(name="strict", problem="p", measures=["a", "b"])
     message.quota.CopyFrom(pb.Quota(running_jobs=1, total_cpu=2, creates_per_second=0.5))
     message.quota_used.CopyFrom(pb.Quota(total_memory=3))
+    message.client_limits.CopyFrom(pb.ClientLimits(calls=4, streams=5, connections=6))
     info = calls.info().read(message.SerializeToString())
     values = [getattr(info, field.name) for field in dataclasses.fields(info)]
     assert all(values)
@@ -208,6 +209,7 @@ def test_all_that_a_server_tells_of_itself_arrives() -> None:
     assert (info.profiles, info.users) == (("default", "none"), ("daemon",))
     assert info.profile_details == (ProfileInfo("strict", "p", ("a", "b")),)
     assert (info.quota, info.quota_used) == (Quota(1, 2, 0, 0.5), Quota(total_memory=3))
+    assert info.client_limits == calls.ClientLimits(4, 5, 6)
 
 
 def test_a_stop_may_take_as_long_as_its_grace() -> None:

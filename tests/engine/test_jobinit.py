@@ -1116,6 +1116,33 @@ def test_a_server_that_waits_already_is_served_before_it_ends(launcher: Launcher
     launcher.run(scenario)
 
 
+def test_without_a_descriptor_for_a_server_it_waits_for_one(launcher: Launcher) -> None:
+    """It sleeps between its attempts, and the connection is not lost."""
+
+    async def scenario(server: Server) -> None:
+        most = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (0, most))
+        next_server = asyncio.create_task(
+            Jobinit.greet(dial(launcher.path), lambda _: None, lambda: None)
+        )
+        await asyncio.sleep(0)  # it is in the backlog
+        await server.disconnect()
+        slept = _sleeps(server.pid)
+        await asyncio.to_thread(_wait_until, lambda: _sleeps(server.pid) >= slept + 5)
+        assert not next_server.done()
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (most, most))
+        await (await next_server).close()
+        server.lost.set()
+
+    launcher.run(scenario)
+
+
+def _sleeps(pid: int) -> int:
+    """How often it has waited for something so far."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
 def test_the_socket_is_for_its_user_only(tmp_path: Path) -> None:
     before = os.umask(0)
     try:

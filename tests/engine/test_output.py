@@ -385,6 +385,45 @@ def test_a_limit_is_reported_once_and_the_rest_counted(tmp_path: Path, policy: L
     run(tmp_path, test)
 
 
+def test_a_head_keeps_to_its_quota_over_restarts(tmp_path: Path) -> None:
+    """A gap that goes on in the next server is the same one, and takes no more records."""
+    pipes: Pipes
+    size = 0
+
+    async def first(output: Output) -> None:
+        nonlocal pipes
+        pipes = Pipes(output, quota=Quota(100_000, LogPolicy.HEAD))
+        await write_more(12)
+
+    async def next_one(output: Output) -> None:
+        pipes.resume(output)
+        await write_more(1)
+
+    async def write_more(times: int) -> None:
+        nonlocal size
+        for _ in range(times):
+            size += os.write(pipes.stdout, b"x" * 10_000)
+            size += os.write(pipes.stderr, b"y" * 100)
+            await landed(pipes.log, size)
+
+    async def last(output: Output) -> None:
+        pipes.resume(output)
+        pipes.close()
+        payload, lost = await rest_and_lost(Reader(output, 1, pipes.log, 0, quota=pipes.quota))
+        assert len(payload) + lost == size
+        assert 99_000 < len(payload) <= disk_bytes(tmp_path) <= 100_000
+        assert sizes(output, 1) == (size * 100 // 101, size // 101)
+
+    run(tmp_path, first)
+    for _ in range(10):
+        run(tmp_path, next_one)
+    run(tmp_path, last)
+
+
+def disk_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in (folder / "output").iterdir())
+
+
 def test_a_follower_learns_of_a_gap_once_it_is_over(tmp_path: Path) -> None:
     """And does not turn in circles while it grows."""
 

@@ -3,6 +3,7 @@ counted where there are limits: kernel/inside/test_server_quotas.py."""
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
@@ -14,13 +15,15 @@ import grpc
 import pytest
 from cryptography import x509
 
-from functional.server import Client, Server
+from functional.server import Client, Server, Stream
 from functional.test_authorization import make_client
 from jobworker.pb import job_worker_pb2 as pb
 
 CN, OU = x509.NameOID.COMMON_NAME, x509.NameOID.ORGANIZATIONAL_UNIT_NAME
 CODE = grpc.StatusCode
 WAIT_SECONDS = 20
+NOTICED_SECONDS = 5
+TICKS = "while :; do echo tick; sleep 0.05; done"
 
 
 @pytest.fixture
@@ -143,43 +146,107 @@ def test_a_broken_file_keeps_the_server_from_starting(start: Callable[..., Serve
         start('[cn.alice]\nrole = "boss"\n')
 
 
-def until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
+def until(is_true: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def test_reload(start: Callable[..., Server], file: Path) -> None:
-    server = start('[ou.build]\nrole = "user"\nrunning_jobs = 1\n')
+@pytest.mark.parametrize("how", ["SIGHUP", "by itself"])
+def test_reload(start: Callable[..., Server], file: Path, tmp_path: Path, how: str) -> None:
+    audit_log = tmp_path / "audit.log"
+    server = start('[ou.build]\nrole = "user"\nrunning_jobs = 1\n', AUDIT_LOG=str(audit_log))
+
+    def write(text: str) -> None:
+        file.write_text(text)
+        if how == "SIGHUP":
+            server.process.send_signal(signal.SIGHUP)
+
     with server.connect("alice-build") as alice:
         sleep(alice)
         refused(CODE.RESOURCE_EXHAUSTED, lambda: sleep(alice))
 
-        file.write_text('[ou.build]\nrole = "nobody"\n')
-        server.process.send_signal(signal.SIGHUP)
-        until(lambda: "roles and quotas stay as they were" in server.log)
+        write('[ou.build]\nrole = "nobody"\n')
+        until(lambda: "clients' roles cannot be used, so the old stay in force" in server.log)
         refused(CODE.RESOURCE_EXHAUSTED, lambda: sleep(alice))
         assert "line 2" in server.log
+        problem = reloads(audit_log)[-1]["problem"]
+        assert "no such role" in problem
 
-        file.write_text('[ou.build]\nrole = "user"\nrunning_jobs = 2\n')
-        server.process.send_signal(signal.SIGHUP)
+        write('[ou.build]\nrole = "user"\nrunning_jobs = 2\n')
         until(lambda: alice.info().quota.running_jobs == 2)
         sleep(alice)
 
-        file.write_text('[ou.build]\nrole = "viewer"\n')
-        server.process.send_signal(signal.SIGHUP)
+        write('[ou.build]\nrole = "viewer"\n')
         until(lambda: alice.info().role == "viewer")
         refused(CODE.PERMISSION_DENIED, lambda: sleep(alice))
 
+        write("")
+        until(lambda: has_no_role(alice))
+        until(lambda: len(reloads(audit_log)) == 4)
+
+
+def has_no_role(client: Client) -> bool:
+    try:
+        client.info()
+    except grpc.RpcError as error:
+        return error.code() is CODE.PERMISSION_DENIED
+    return False
+
+
+def reloads(audit_log: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, audit_log.read_text().splitlines())
+    return [line for line in lines if line.get("files") == "clients' roles"]
+
+
+def test_a_stream_that_its_client_may_no_longer_have(
+    start: Callable[..., Server], file: Path
+) -> None:
+    """It ends; those that may go on do so, on the same connection."""
+    server = start('[cn.alice]\nrole = "admin"\n[cn.bob]\nrole = "viewer"\n')
+    with (
+        server.connect("alice-build") as alice,
+        server.connect("bob-build") as bob,
+        server.connect() as admin,
+    ):
+        own, foreign = alice.shell(TICKS), admin.shell(TICKS)
+        silent = admin.create("sleep", "60")
+        lost = [alice.stream(foreign.id), alice.stream(silent.id)]
+        kept = [alice.stream(own.id), bob.stream(foreign.id), bob.stream(own.id)]
+        for stream in (lost[0], *kept):
+            next(stream)
+
+        file.write_text('[cn.alice]\nrole = "user"\n[cn.bob]\nrole = "admin"\n')
+        for stream in lost:
+            says = ended_soon(stream)
+            assert "the roles have changed since this stream began: there is no job" in says
+        for stream in kept:
+            assert next(stream).payload
+
         file.write_text("")
-        server.process.send_signal(signal.SIGHUP)
+        for stream in kept:
+            assert "gives no role" in ended_soon(stream)
+        assert admin.get(own.id).status == "RUNNING"
+    assert "Traceback" not in server.log
 
-        def has_no_role() -> bool:
-            try:
-                alice.info()
-            except grpc.RpcError as error:
-                return error.code() is CODE.PERMISSION_DENIED
-            return False
 
-        until(has_no_role)
+def test_the_environment_is_shown_by_the_role_at_the_end(
+    start: Callable[..., Server], file: Path
+) -> None:
+    server = start('[cn.alice]\nrole = "admin"\n')
+    with server.connect("alice-build") as alice, server.connect() as admin:
+        job = admin.create("sleep", "60", environment={"TOKEN": "secret"})
+        stream = alice.stream(job.id)
+        file.write_text('[cn.alice]\nrole = "viewer"\n')
+        until(lambda: alice.info().role == "viewer")
+        admin.stop(job.id, grace_milliseconds=0)
+        *_, last = stream
+        assert last.ending.environment == {"TOKEN": ""}
+
+
+def ended_soon(stream: Stream) -> str:
+    begun = time.monotonic()
+    says = refused(CODE.PERMISSION_DENIED, lambda: list(stream))
+    assert time.monotonic() < begun + NOTICED_SECONDS
+    return says

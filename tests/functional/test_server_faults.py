@@ -1,0 +1,86 @@
+"""What nobody thought of: a fault in the server, which the tests put there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from functional.server import Server
+from jobworker.pb import job_worker_pb2 as pb
+
+SECRET = "swordfish"
+# Each of these fails for one job, in a way of its own.
+FAULTS = f"""
+from jobworker.engine import manager
+from jobworker.engine.output import Reader
+
+get, resolve = manager.Manager.get, manager.resolve
+
+async def get_or_fail(self, job_id):
+    if job_id == 77:
+        raise ValueError("{SECRET}")
+    if job_id == 78:
+        raise PermissionError(13, "{SECRET}", "/var/lib/{SECRET}")
+    return await get(self, job_id)
+
+def resolve_or_fail(command, *rest):
+    if command == "faulty":
+        raise KeyError("{SECRET}")
+    return resolve(command, *rest)
+
+async def fail(self):
+    raise ZeroDivisionError("{SECRET}")
+
+manager.Manager.get = get_or_fail
+manager.resolve = resolve_or_fail
+Reader.next = fail
+"""
+
+
+@pytest.fixture
+def faulty(start_server: Callable[..., Server], tmp_path: Path) -> Server:
+    (tmp_path / "sitecustomize.py").write_text(FAULTS)
+    return start_server(
+        launcher=("env", f"PYTHONPATH={tmp_path}"), AUDIT_LOG=str(tmp_path / "audit.log")
+    )
+
+
+def check(server: Server, says: str, problem: str) -> None:
+    """The answer tells nothing but where to look, and there it is."""
+    found = re.fullmatch(
+        "a fault of the server, and not of the request: its log has it as fault ([0-9a-f]{8})", says
+    )
+    assert found
+    _, told, log = server.log.partition(f"fault {found[1]}, in ")
+    assert told
+    assert re.search(rf"Traceback .*^{problem}:.*{SECRET}", log, re.DOTALL | re.MULTILINE)
+
+
+def test_it_is_told_as_the_servers_and_is_in_its_log(faulty: Server, tmp_path: Path) -> None:
+    with faulty.connect() as client:
+        job = client.create("true")
+        calls: dict[str, Callable[[], object]] = {
+            "ValueError": lambda: client.get("77"),
+            "PermissionError": lambda: client.get("78"),
+            "KeyError": lambda: client.create("faulty"),
+            "ZeroDivisionError": lambda: list(client.stream(job.id)),
+        }
+        for problem, call in calls.items():
+            with pytest.raises(grpc.RpcError) as caught:
+                call()
+            assert caught.value.code() is grpc.StatusCode.INTERNAL
+            check(faulty, str(caught.value.details()), problem)
+    assert SECRET not in (tmp_path / "audit.log").read_text()
+
+
+def test_of_many_jobs_the_others_are_made(faulty: Server) -> None:
+    commands = ("true", "faulty", "true")
+    request = pb.CreateJobsReq(jobs=[pb.CreateJobReq(command=name) for name in commands])
+    with faulty.connect() as client:
+        results = client.call("CreateJobs", request).results
+    assert [result.code for result in results] == [0, grpc.StatusCode.INTERNAL.value[0], 0]
+    check(faulty, results[1].error, "KeyError")
