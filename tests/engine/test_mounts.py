@@ -6,22 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from jobworker.engine.mounts import Mounts, _is_local
 
-# Sees no mount of the machine change: in a mount namespace of its own, where it changes them.
+# In a mount namespace of its own, where it changes the mounts. Its argument: a folder.
 SCRIPT = """
-import json, os, subprocess
+import json, subprocess, sys
 from jobworker.engine.mounts import Mounts
 mounts = Mounts()
 seen = [mounts.are_local()]
-os.mkdir("/tmp/inside")
 for command in (
-    ["mount", "-t", "tmpfs", "none", "/tmp/inside"],
-    ["mount", "-t", "mqueue", "none", "/tmp/inside"],
-    ["umount", "/tmp/inside"],
+    ["mount", "-t", "tmpfs", "none", sys.argv[1]],
+    ["mount", "-t", "mqueue", "none", sys.argv[1]],
+    ["umount", sys.argv[1]],
 ):
     subprocess.run(command, check=True)
     seen.append(mounts.are_local())
@@ -56,11 +56,11 @@ def test_this_machines_are_read_to_the_end() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
-def test_a_change_is_seen_at_once() -> None:
+def test_a_change_is_seen_at_once(tmp_path: Path) -> None:
     """mqueue stands for a filesystem whose name is not known to be local."""
-    alone = "mount --make-rprivate / && mount -t tmpfs none /tmp && exec "
+    alone = ["unshare", "--mount", "--propagation=private"]
     answer = subprocess.run(
-        ["unshare", "-m", "sh", "-c", alone + '"$@"', "sh", sys.executable, "-c", SCRIPT],
+        [*alone, sys.executable, "-c", SCRIPT, tmp_path],
         check=True,
         capture_output=True,
         text=True,
