@@ -8,8 +8,12 @@ TURN := flock Makefile
 # Twice quiet: errors only.
 PIP := $(TURN) $(BIN)/pip --quiet --quiet --disable-pip-version-check
 
+# Of the tests, side by side, as they wait for most of their time. The second alone may install
+# programs, which cannot be done twice at once.
+PARTS := test-part-functional test-part-kernel-fuzz test-part-rest
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernel fuzz sanitize soak wheel lint bench bench-quick bench-report build proto venv clean
+.PHONY: help demo test $(PARTS) test-kernel fuzz sanitize soak wheel lint bench bench-quick bench-report build proto venv clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile | expand -t 19
@@ -17,8 +21,17 @@ help:  ## what there is to make
 demo: .venv/built  ## a server and a job of its own, live: the quickest look
 	@sh scripts/demo.sh
 
-test: lint .venv/installed  ## every check and every test, of what would be shipped
-	.venv/installed/bin/pytest
+test:  ## every check and every test, of what would be shipped
+	@$(MAKE) --no-print-directory --jobs=4 --output-sync lint $(PARTS)
+
+test-part-functional: .venv/installed
+	.venv/installed/bin/pytest tests/functional
+
+test-part-kernel-fuzz: .venv/installed
+	.venv/installed/bin/pytest tests/kernel tests/fuzz
+
+test-part-rest: .venv/installed
+	.venv/installed/bin/pytest --ignore=tests/functional --ignore=tests/kernel --ignore=tests/fuzz
 
 test-kernel: .venv/built .venv/tools  ## the limits at work, in a Linux with all cgroup controllers
 	$(BIN)/pytest tests/kernel

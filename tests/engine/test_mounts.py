@@ -6,23 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobworker.engine.mounts import Mounts, _is_local
 
-# Sees no mount of the machine change: in a mount namespace of its own, where it changes them.
+# In a mount namespace of its own, where it changes the mounts. Its argument: a folder.
 SCRIPT = """
-import json, os, subprocess
+import json, subprocess, sys
 from jobworker.engine.mounts import Mounts
 mounts = Mounts()
 seen = [mounts.are_local()]
-os.mkdir("/tmp/inside")
 for command in (
-    ["mount", "-t", "tmpfs", "none", "/tmp/inside"],
-    ["mount", "-t", "mqueue", "none", "/tmp/inside"],
-    ["umount", "/tmp/inside"],
+    ["mount", "-t", "tmpfs", "none", sys.argv[1]],
+    ["mount", "-t", "mqueue", "none", sys.argv[1]],
+    ["umount", sys.argv[1]],
 ):
     subprocess.run(command, check=True)
     seen.append(mounts.are_local())
@@ -56,13 +56,13 @@ def test_this_machines_are_read_to_the_end() -> None:
     mounts.close()
 
 
-def answer_of(script: str) -> Any:
-    """Of a script that may mount, in /tmp of its own."""
+def answer_of(script: str, folder: Path) -> Any:
+    """Of a script that may mount, in a mount namespace of its own; its argument is the folder."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount")
-    alone = "mount --make-rprivate / && mount -t tmpfs none /tmp && exec "
+    alone = ["unshare", "--mount", "--propagation=private"]
     answer = subprocess.run(
-        ["unshare", "-m", "sh", "-c", alone + '"$@"', "sh", sys.executable, "-c", script],
+        [*alone, sys.executable, "-c", script, folder],
         check=True,
         capture_output=True,
         text=True,
@@ -71,36 +71,39 @@ def answer_of(script: str) -> Any:
     return json.loads(answer.stdout)
 
 
-def test_a_change_is_seen_at_once() -> None:
+def test_a_change_is_seen_at_once(tmp_path: Path) -> None:
     """mqueue stands for a filesystem whose name is not known to be local."""
-    before, *changed = answer_of(SCRIPT)
+    before, *changed = answer_of(SCRIPT, tmp_path)
     assert changed == [before, False, before]
 
 
 # A part of what is hidden, something over it, and another filesystem are not meant.
 OTHER_PLACES = """
-import json, os, subprocess
+import json, os, subprocess, sys
 from jobworker.engine.mounts import other_places
+here = sys.argv[1]
 def mount(*arguments):
     os.makedirs(arguments[-1], exist_ok=True)
     subprocess.run(["mount", *arguments], check=True)
-os.makedirs("/tmp/disk/home/one/part")
-before = other_places(["/tmp/disk/home/one"])
-mount("--bind", "/tmp/disk", "/tmp/all of it")
-mount("--bind", "/tmp/disk/home", "/tmp/homes")
-mount("--bind", "/tmp/disk/home/one", "/tmp/one")
-mount("--bind", "/tmp/disk/home/one/part", "/tmp/part")
-mount("--bind", "/tmp/disk", "/tmp/covered")
-mount("-t", "tmpfs", "none", "/tmp/covered/home")
-os.mkdir("/tmp/covered/home/one")
-mount("-t", "proc", "proc", "/tmp/proc")
-found = [other_places([path]) - before for path in ("/tmp/disk/home/one", "/tmp/homes/one", "/")]
-print(json.dumps([sorted(each) for each in found]))
+mount("-t", "tmpfs", "none", here)
+os.makedirs(f"{here}/disk/home/one/part")
+before = other_places([f"{here}/disk/home/one"])
+mount("--bind", f"{here}/disk", f"{here}/all of it")
+mount("--bind", f"{here}/disk/home", f"{here}/homes")
+mount("--bind", f"{here}/disk/home/one", f"{here}/one")
+mount("--bind", f"{here}/disk/home/one/part", f"{here}/part")
+mount("--bind", f"{here}/disk", f"{here}/covered")
+mount("-t", "tmpfs", "none", f"{here}/covered/home")
+os.mkdir(f"{here}/covered/home/one")
+mount("-t", "proc", "proc", f"{here}/proc")
+places = [f"{here}/disk/home/one", f"{here}/homes/one", "/"]
+found = [other_places([path]) - before for path in places]
+print(json.dumps([sorted(os.path.relpath(path, here) for path in each) for each in found]))
 """
 
 
-def test_where_else_it_is_mounted() -> None:
-    original, other, root = answer_of(OTHER_PLACES)
-    assert original == ["/tmp/all of it/home/one", "/tmp/homes/one", "/tmp/one", "/tmp/proc"]
-    assert other == ["/tmp/all of it/home/one", "/tmp/disk/home/one", "/tmp/one", "/tmp/proc"]
-    assert root == ["/tmp/proc"]
+def test_where_else_it_is_mounted(tmp_path: Path) -> None:
+    original, other, root = answer_of(OTHER_PLACES, tmp_path)
+    assert original == ["all of it/home/one", "homes/one", "one", "proc"]
+    assert other == ["all of it/home/one", "disk/home/one", "one", "proc"]
+    assert root == ["proc"]

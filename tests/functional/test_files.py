@@ -144,7 +144,7 @@ def test_set_user_id_has_no_effect_in_them(client: Client, place: Place) -> None
 
 
 def test_what_is_hidden_stays_so_in_a_bind_of_its_parent(client: Client, place: Place) -> None:
-    script = "ls /mnt/state; cat /mnt/state/jobs.db; stat -c %a:%i /mnt/state"
+    script = "exec 2>&1; ls /mnt/state; cat /mnt/state/jobs.db; stat -c %a:%i /mnt/state"
     _, output = client.run(script, binds=[bind(place.data, "/mnt")])
     assert output.count(b"Permission denied") == 2
     # Another folder is there.

@@ -15,17 +15,27 @@ import grpc
 import pytest
 
 import jobworker
+from escapes.stage import public_folder
 from functional.server import Client, Server
+from jobworker.engine.files import REPLACED, is_in_any
 from jobworker.pb import job_worker_pb2 as pb
-
-# Anybody may read it; it is in no folder that jobs have of their own.
-HIDDEN = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only a root server confines its jobs")
 
 
 @pytest.fixture(scope="module")
-def confining(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iterator[Server]:
+def hidden() -> Iterator[Path]:
+    """A folder that only the server's setting hides, with a program in it."""
+    with public_folder() as folder:
+        (folder / "program").write_text("#!/bin/sh\necho started\n")
+        (folder / "program").chmod(0o755)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def confining(
+    tmp_path_factory: pytest.TempPathFactory, certificates: Path, hidden: Path
+) -> Iterator[Server]:
     """A server with the default profile, as it is without any setting."""
     server = Server(
         tmp_path_factory.mktemp("confining"),
@@ -34,7 +44,7 @@ def confining(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> I
         PROFILES_ALLOWED="none,strict",
         USERS_ALLOWED="daemon,root,4711",
         STRICT_UIDS="3000000-3000002",
-        HIDDEN=str(HIDDEN),
+        HIDDEN=str(hidden),
         TMP_SIZE="4MiB",
         TMP_FILES="100",
     )
@@ -354,37 +364,41 @@ def test_no_socket_of_a_daemon_is_in_reach(client: Client) -> None:
     assert output.decode().split() == ([resolver] if resolver.startswith("/run/") else [])
 
 
-def test_what_is_hidden(client: Client, confining: Server) -> None:
-    script = f"cat {HIDDEN}/server.py || ls {HIDDEN}; ls {confining.state} {confining.certs}"
+def test_what_is_hidden(client: Client, confining: Server, hidden: Path) -> None:
+    script = f"cat {hidden}/program || ls {hidden}; ls {confining.state} {confining.certs}"
     _, output = client.run(script)
-    assert b"import" not in output
+    assert b"started" not in output and b"program\n" not in output
     assert b".pem" not in output and b"jobs.db" not in output
-    assert b"import" in client.run(f"cat {HIDDEN}/server.py", profile="none")[1]
+    assert client.run(f"{hidden}/program", profile="none")[1] == b"started\n"
 
 
 def test_the_servers_code_cannot_be_changed(client: Client) -> None:
     mounts = mounts_of(client)
     for path in (Path(sys.prefix), Path(jobworker.__file__).parent):
         covering = max((point for point in mounts if path.is_relative_to(point)), key=len)
-        assert "ro" in mounts[covering][1], path
+        if is_in_any(str(path), REPLACED):  # not there at all
+            assert covering in REPLACED, path
+        else:
+            assert "ro" in mounts[covering][1], path
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("command", f"{HIDDEN}/server.py"),
-        ("working_directory", str(HIDDEN)),
+        ("command", "HIDDEN/program"),
+        ("working_directory", "HIDDEN"),
         ("command", "PRIVATE/program"),
         ("working_directory", "PRIVATE"),
     ],
 )
 def test_what_it_would_not_see_is_not_accepted(
-    client: Client, tmp_path: Path, field: str, value: str
+    client: Client, hidden: Path, tmp_path: Path, field: str, value: str
 ) -> None:
     """As what does not exist."""
     (tmp_path / "program").write_text("#!/bin/sh\n")
     (tmp_path / "program").chmod(0o755)
-    fields: dict[str, Any] = {"command": "true"} | {field: value.replace("PRIVATE", str(tmp_path))}
+    path = value.replace("HIDDEN", str(hidden)).replace("PRIVATE", str(tmp_path))
+    fields: dict[str, Any] = {"command": "true"} | {field: path}
     with pytest.raises(grpc.RpcError, match="does not show") as caught:
         client.call("CreateJob", pb.CreateJobReq(**fields))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

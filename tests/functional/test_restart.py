@@ -266,7 +266,7 @@ def stop_quietly(client: Client, job_id: str, grace_milliseconds: int = 60_000) 
 
 
 def test_1000_jobs_are_taken_over_within_a_second(start_server: StartServer) -> None:
-    server = start_server(STOP_JOBS="no")
+    server = start_server(STOP_JOBS="no", CLIENT_CALLS="1000")
     with server.connect() as client:
         calls = [client.create_soon("sleep", "300") for _ in range(1000)]
         ids = [call.result().id for call in calls]

@@ -21,22 +21,21 @@ USER = 4242  # has no name
 GROUP = 4243  # that it is also in
 AS_USER = ["setpriv", f"--reuid={USER}", f"--regid={USER}", f"--groups={USER},{GROUP}"]
 
-# $0: a folder to mount things on for a moment; then what `_closed` says, and after -- the command.
+# $0: a folder to mount things on for a moment; then one closed folder and what of it is needed, as
+# `_closed` says, and after -- the command.
 REACH = """
 set -e
-if [ "$1" != -- ]; then
-    closed=$1; shift;
-    mkdir -p "$0/kept"
-    mount --rbind "$closed" "$0/kept"
-    mount -t tmpfs -o mode=755 tmpfs "$closed"
-    while [ "$1" != -- ]; do
-        mkdir -p "$1"
-        mount --bind "$0/kept${1#"$closed"}" "$1"
-        shift
-    done
-    umount -l "$0/kept"
-    rmdir "$0/kept"
-fi
+closed=$1; shift;
+mkdir -p "$0/kept"
+mount --rbind "$closed" "$0/kept"
+mount -t tmpfs -o mode=755 tmpfs "$closed"
+while [ "$1" != -- ]; do
+    mkdir -p "$1"
+    mount --bind "$0/kept${1#"$closed"}" "$1"
+    shift
+done
+umount -l "$0/kept"
+rmdir "$0/kept"
 shift
 exec "$@"
 """
@@ -62,11 +61,12 @@ def servers(
 
         def start(**settings: Any) -> Server:
             join = ["sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"', str(cgroup)]
-            reach = ["unshare", "--mount", "--propagation=private", "sh", "-c", REACH, folder]
-            reach += [*_closed(), "--"]
+            reach = ["unshare", "--mount", "--propagation=private"]
+            for closed, needed in _closed().items():
+                reach += ["sh", "-c", REACH, str(folder), closed, *needed, "--"]
             unset = ["--unset=JOB_WORKER_PROFILE"] if settings.get("PROFILE") == "" else []
             environ = ["env", *unset, f"HOME={folder / 'home'}"]
-            command = [*join, *map(str, reach), *launcher, *AS_USER, *environ]
+            command = [*join, *reach, *launcher, *AS_USER, *environ]
             settings = {"CGROUP_BASE": str(cgroup)} | settings
             running.append(Server(folder, folder / "certs", launcher=command, **settings))
             return running[-1]
@@ -95,15 +95,13 @@ def delegated_cgroup() -> Iterator[Path]:
         cgroup.remove()
 
 
-def _closed() -> list[str]:
-    """A folder on the way to Python that only root may enter, such as its home, and what of it
-    the server needs."""
-    needed = [sys.base_prefix, sys.prefix, str(Path(jobworker.__file__).parent)]
-    for path in needed:
+def _closed() -> dict[str, list[str]]:
+    """The folders on the way to Python and jobworker that only root may enter, such as its home,
+    and what of each the server needs."""
+    needed_of: dict[str, list[str]] = {}
+    for path in (sys.base_prefix, sys.prefix, str(Path(jobworker.__file__).parent)):
         for parent in reversed(Path(path).parents):
             if not parent.stat().st_mode & 0o001:
-                return [
-                    str(parent),
-                    *(each for each in needed if Path(each).is_relative_to(parent)),
-                ]
-    return []
+                needed_of.setdefault(str(parent), []).append(path)
+                break
+    return needed_of

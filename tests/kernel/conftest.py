@@ -19,9 +19,9 @@ from kernel import uml
 
 INSIDE = Path(__file__).parent / "inside"
 REPORTS = os.environ.get("JOBWORKER_KERNEL_REPORTS")
-# For all tests together, which take a third of that on a machine that does nothing else; one
+# For all tests together, which take a quarter of that on a machine that does nothing else; one
 # that hangs is ended before that by a timeout of its own.
-WHOLE_SECONDS = 360
+WHOLE_SECONDS = 600
 TEST_SECONDS = 90
 CONSOLE_LINES = 60
 
