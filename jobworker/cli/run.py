@@ -146,9 +146,10 @@ class Interrupts:
             self._start_stopping(self._job_id)
 
     def _start_stopping(self, job_id: int) -> None:
+        # First of all: while the rest is told, the second Ctrl-C may come, and end all.
+        threading.Thread(target=self._stop, args=(job_id,), daemon=True).start()
         if display.is_terminal(sys.stderr):
             click.echo(f"\njobworker: stopping job {job_id}; Ctrl-C again leaves it", err=True)
-        threading.Thread(target=self._stop, args=(job_id,), daemon=True).start()
 
     def _stop(self, job_id: int) -> None:
         try:
