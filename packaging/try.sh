@@ -8,10 +8,11 @@ export HOME="$folder" JOB_WORKER_ADDR=127.0.0.1:0 JOB_WORKER_STATE_DIR="$folder/
 export JOB_WORKER_CERT_PATH="$folder/certs" JOB_WORKER_STOP_JOBS=yes JOB_WORKER_DISK_RESERVE=0
 jobworker --version
 jobworker certs init >/dev/null
+: >log  # to be there before the server is
 job-worker 2>log &
 server=$!
 trap 'kill $server; wait $server; rm -rf "$folder"' EXIT
-for _ in $(seq 100); do
+for _ in $(seq 300); do
     port=$(sed -n 's/.*listening on .*:\([0-9]*\)$/\1/p' log)
     [ -n "$port" ] && break
     sleep 0.1
