@@ -69,6 +69,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 def descriptors() -> set[str]:
+    """Some may go meanwhile: gRPC closes those of earlier tests when it comes to it."""
     return set(os.listdir("/proc/self/fd"))
 
 
@@ -165,7 +166,7 @@ def test_a_wait_is_woken(
         cgroup.kill()
         assert await waiting
         assert time.monotonic() - started < 5
-        assert descriptors() == before
+        assert descriptors() <= before
 
     run(scenario())
 
@@ -179,7 +180,7 @@ def test_a_wait_ends_at_its_timeout(
         before = descriptors()
         assert await cgroup.wait_unpopulated(0.05) is False
         assert await cgroup.wait_unpopulated(0) is False
-        assert descriptors() == before
+        assert descriptors() <= before
 
     run(scenario())
 
@@ -199,7 +200,7 @@ def test_waits_of_many_jobs_share_one_descriptor(
         for cgroup, task in zip(cgroups, waiting, strict=True):
             cgroup.kill()
             assert await task
-        assert descriptors() == before
+        assert descriptors() <= before
 
     run(scenario())
 
@@ -222,7 +223,7 @@ def test_one_wait_does_not_end_with_anothers(
         other.cancel()
         with pytest.raises(asyncio.CancelledError):
             await other
-        assert descriptors() == before
+        assert descriptors() <= before
 
     run(scenario())
 

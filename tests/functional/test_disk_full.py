@@ -47,6 +47,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def bytes_of(job: pb.Job) -> tuple[int, int]:
+    return job.stdout_bytes, job.stderr_bytes
+
+
 def read_all(client: Client, job_id: str) -> tuple[int, int, int]:
     """Bytes of stdout, of stderr, and lost ones."""
     counts = {pb.STDOUT: 0, pb.STDERR: 0}
@@ -91,7 +95,7 @@ def test_output_is_dropped_and_counted_where_that_is_wanted(
     filler.write_bytes(bytes(4 * MIB))
     with server.connect() as client:
         job = client.shell(f"{WRITE}; sleep 60")
-        wait_for(lambda: client.get(job.id).stdout_bytes == SIZE)
+        wait_for(lambda: bytes_of(client.get(job.id)) == (SIZE, 4))
         filler.unlink()
         client.stop(job.id, grace_milliseconds=0)
         ended = client.get(job.id)
