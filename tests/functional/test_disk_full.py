@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from functional.server import Client, Server
+from jobworker.engine.cgroup import Cgroup
 from jobworker.pb import job_worker_pb2 as pb
 
 MIB = 1 << 20
@@ -127,7 +128,11 @@ def test_the_server_ends_though_a_job_cannot(start_on_small_disk: Callable[..., 
     with server.connect() as client:
         job = client.shell(f"{WRITE}; sleep 60")
         wait_for(lambda: "No space left" in client.get(job.id).output_problem)
-        jobinit = server.jobinit_pid()
+        jobinit, cgroup = server.jobinit_pid(), client.info().cgroup
     assert server.stop() == 0
     assert "left to the next server" in server.log
-    os.kill(jobinit, signal.SIGKILL)  # there is no next one: the disk has gone with this one
+    # There is no next one: the disk has gone with this one.
+    os.kill(jobinit, signal.SIGKILL)
+    if cgroup:
+        Cgroup(Path(cgroup)).kill()
+        Cgroup(Path(cgroup)).remove()
