@@ -37,19 +37,25 @@ def as_here(path: str) -> str | None:
     return path
 
 
-def base_environment(job_id: int, user: User, find: Find = as_here) -> dict[str, str]:
+def base_environment(job_id: int, user: User, home: str) -> dict[str, str]:
     """The variables that every job gets; a request's own are stronger. Nothing of the
-    server's environment is among them."""
-    home = find(user.home)
+    server's environment is among them. home: of `home_of`."""
     return {
         "PATH": PATH,
-        "HOME": user.home if home and os.path.isdir(home) else HOME_OF_THE_HOMELESS,
+        "HOME": home,
         "USER": user.name,
         "LOGNAME": user.name,
         "SHELL": "/bin/sh",
         "LANG": "C.UTF-8",
         "JOB_ID": str(job_id),
     }
+
+
+def home_of(user: User, find: Find = as_here, look: Look = os.stat) -> str:
+    """The user's own, where the job finds a directory there."""
+    found, mode = _find(user.home, find, look)
+    has_one = found is not None and isinstance(mode, int) and stat.S_ISDIR(mode)
+    return user.home if has_one else HOME_OF_THE_HOMELESS
 
 
 def look_in_memory(path: str) -> os.stat_result:

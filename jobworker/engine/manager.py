@@ -23,6 +23,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ from jobworker.engine.command import (
     Look,
     base_environment,
     check_working_directory,
+    home_of,
     look_in_memory,
     resolve,
 )
@@ -86,6 +88,7 @@ T = TypeVar("T")
 START_ERRORS = (StartFailedError, CgroupError, JobinitError, InvalidRequestError, OSError)
 
 KILLED_SECONDS = 10.0  # what a killed cgroup may take to be empty, before that is worth a line
+LOOK_THREADS = 16
 STORE_RUNNING_SECONDS = 0.2
 STORE_RETRY_SECONDS = 1.0
 END_RETRY_SECONDS = 0.5
@@ -114,6 +117,15 @@ class Usage:
     ended_log_bytes: int
     disk_room_bytes: int  # of the state folder
     blocked_jobs: int  # whose output cannot be written at the moment
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a look at this machine's files has shown of a job that is to be."""
+
+    path: str  # of its executable
+    limit_files: LimitFiles  # that put its limits in force
+    home: str
 
 
 @dataclass(slots=True, eq=False)
@@ -168,6 +180,8 @@ class Manager:
         output.on_log_limit = self._on_log_limit
         self._mounts = Mounts()
         self._worker = Worker("cgroups")
+        # Apart from the threads of `to_thread`, which what runs already needs for its end.
+        self._lookers = ThreadPoolExecutor(LOOK_THREADS, "look")
         self._live: dict[int, _LiveJob] = {}
         self._ledgers: dict[str, Ledger] = {}  # by the owner of the jobs
         self._strangers: set[int] = set()
@@ -370,6 +384,7 @@ class Manager:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._retention.close()
         await self._worker.close()
+        self._lookers.shutdown(wait=False, cancel_futures=True)
         self._mounts.close()
 
     async def _stop_all(self) -> None:
@@ -540,11 +555,12 @@ class Manager:
         confinement = self.isolation.choose(request.profile, request.user, request.network)
         confinement = self.isolation.arrange(confinement, request)
         _check_choice(client, request, confinement)
-        path, limit_files = await self._check_on_machine(request, limits, confinement)
+        found = await self._check_on_machine(request, limits, confinement)
+        user = confinement.user
         confinement = self.isolation.assign(confinement)
         spec = replace(
             request,
-            command=path,
+            command=found.path,
             limits=limits,
             user=confinement.user.name,
             profile=confinement.profile,
@@ -560,8 +576,11 @@ class Manager:
         live = self._new_live(transition.created(job_id, spec, now_ns, client.principal))
         try:
             cgroup = self.cgroups.of(live.job.id)
+            if confinement.user.home != user.home:  # as of one of profile strict that has a name
+                home = await self._look_up(home_of, confinement.user, confinement.find)
+                found = replace(found, home=home)
             start = self._start_request(
-                live.job, cgroup, request.command, confinement, limit_files, stdin
+                live.job, cgroup, request.command, confinement, found, stdin
             )
             await self._store.put(live.job)
             live.cgroup = cgroup
@@ -626,8 +645,7 @@ class Manager:
 
     async def _check_on_machine(
         self, request: JobSpec, limits: Limits, confinement: Confinement
-    ) -> tuple[str, LimitFiles]:
-        """The path of the executable, and the files that put these limits in force."""
+    ) -> _Found:
         # Every look at a filesystem may block; but mostly nobody need be asked who could.
         files = confinement.files
         is_arranged = files is not None and files.is_arranged
@@ -636,11 +654,15 @@ class Manager:
         if is_simple and self._mounts.are_local():
             with contextlib.suppress(BlockingIOError):
                 return self._look_on_machine(request, limits, confinement, look_in_memory)
-        return await asyncio.to_thread(self._look_on_machine, request, limits, confinement, os.stat)
+        return await self._look_up(self._look_on_machine, request, limits, confinement, os.stat)
+
+    async def _look_up(self, function: Callable[..., T], *arguments: Any) -> T:
+        """In a thread of those that may wait for ever, where a filesystem does not answer."""
+        return await self._loop.run_in_executor(self._lookers, function, *arguments)
 
     def _look_on_machine(
         self, request: JobSpec, limits: Limits, confinement: Confinement, look: Look
-    ) -> tuple[str, LimitFiles]:
+    ) -> _Found:
         folder, find = request.working_directory, confinement.find
         with file_rights_of(confinement.user):
             if confinement.files and confinement.files.is_arranged:
@@ -650,7 +672,7 @@ class Manager:
         folder = find(folder) or folder
         self.cgroups.check(request.limits, folder)
         limit_files = self.cgroups.limit_files(limits, folder)
-        return path, limit_files
+        return _Found(path, limit_files, home_of(confinement.user, find, look))
 
     def _start_request(
         self,
@@ -658,7 +680,7 @@ class Manager:
         cgroup: Cgroup | None,
         argv0: str,
         confinement: Confinement,
-        limit_files: LimitFiles = (),
+        found: _Found,
         stdin: bytes = b"",
     ) -> StartRequest:
         spec = job.spec
@@ -666,12 +688,12 @@ class Manager:
             job_id=job.id,
             executable=spec.command,
             argv=(argv0, *spec.args),
-            environment=base_environment(job.id, confinement.user, confinement.find)
+            environment=base_environment(job.id, confinement.user, found.home)
             | dict(spec.environment),
             working_directory=spec.working_directory,
             cgroup=str(cgroup.path) if cgroup else None,
             makes_cgroup=cgroup is not None,
-            limits=limit_files,
+            limits=found.limit_files,
             merge_output=spec.merge_output,
             stdin=stdin,
             identity=confinement.identity,

@@ -48,6 +48,8 @@ REFUSALS_PER_SECOND = 10.0
 # What may be 4 MiB, or nearly so: what of it is not yet sent, or not yet read, is in memory.
 LARGE = frozenset({"GetJobs", "ListJobs", "CreateJobs", "ServerReflectionInfo"})
 MOST_LARGE = 16  # at once, of each client
+# Of all answers to one client that it has not taken, but for those of streams and of LARGE.
+MOST_UNTAKEN_BYTES = 32 << 20
 MOST_RECEIVED = 32  # requests of one client that come in at once; others wait for these
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -78,6 +80,7 @@ class _Client:
     calls: int = 0
     streams: int = 0
     large: int = 0
+    untaken_bytes: int = 0
     receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_RECEIVED))
     connections: dict[str, int] = field(default_factory=dict)  # calls on each, by its peer
 
@@ -115,6 +118,7 @@ class _Call:
     task: asyncio.Task[Any]
     passport: Passport | None = None
     client: _Client | None = None  # where it is counted
+    untaken_bytes: int = 0  # of its answer
     still_may: Callable[[Access], Awaitable[object]] | None = None  # of a stream that has begun
     ended_by: JobWorkerError | None = None  # why it is ended though the client waits
 
@@ -159,7 +163,8 @@ class Gate:
     ) -> Any:
         """A handler for gRPC that lets the right callers in. is_stream: the answer is one.
         is_ours: an RPC with a rule in `authorization`; others are for all who have a
-        certificate. takes_stream: the method is given not one request, but all that come.
+        certificate. An answer of one of ours is made bytes here. takes_stream: the method is
+        given not one request, but all that come.
         still_may: is asked when roles have changed."""
 
         async def handle(requests: Any, context: Context) -> Any:
@@ -168,7 +173,7 @@ class Gate:
             leave: Any = functools.partial(self._leave, call)
             context.add_done_callback(leave)
             access_now = functools.partial(self._access, call)
-            request = answer = None
+            request = answer = sent = None
             try:
                 try:
                     self._admit(call, context)
@@ -182,7 +187,10 @@ class Gate:
                             request = await _receive(context)
                     if still_may:
                         call.still_may = functools.partial(still_may, request)
-                    answer = await method(request, access_now, context)
+                    _check_untaken(call)
+                    answer = sent = await method(request, access_now, context)
+                    if is_ours and not is_stream:
+                        sent = self._counted(call, answer)
                 except GivenUp as given_up:
                     answer = given_up.answer
                     raise
@@ -192,7 +200,7 @@ class Gate:
                     error = expected(caught, rpc)
                 else:
                     self._note(call, request, answer, "OK")
-                    return answer
+                    return sent
             except asyncio.CancelledError:
                 if call.ended_by is None:
                     # Nobody waits for the answer. What was asked for may happen all the same.
@@ -201,8 +209,9 @@ class Gate:
                 error = call.ended_by
             code, text = convert.code_of(error), convert.text_of(error)
             self._note(call, request, answer, code.name, error)
-            # Who takes no answer does not keep the server's memory.
-            request = answer = call.still_may = None
+            # Who takes no answer does not keep the server's memory; nor do the frames of the error.
+            request = answer = sent = call.still_may = None
+            error.__traceback__ = None
             try:
                 await context.abort(code, text, convert.metadata_of(error))
             except grpc.aio.InternalError:  # the connection has ended, and nobody is to be told
@@ -284,12 +293,25 @@ class Gate:
         client.large += call.rpc in LARGE
         call.client = client
 
+    def _counted(self, call: _Call, answer: Any) -> bytes:
+        """The answer as it is sent; counted until then."""
+        sent: bytes = answer.SerializeToString()
+        if call.rpc not in LARGE:
+            assert call.client is not None
+            # What has changed something is answered in any case.
+            if call.rpc not in self._subjects:
+                _check_untaken(call, len(sent))
+            call.untaken_bytes = len(sent)
+            call.client.untaken_bytes += len(sent)
+        return sent
+
     def _leave(self, call: _Call, _context: Any = None) -> None:
         self._calls.discard(call)
         client = call.client
         if client is None:
             return
         client.large -= call.rpc in LARGE
+        client.untaken_bytes -= call.untaken_bytes
         if call.is_stream:
             client.streams -= 1
         else:
@@ -493,6 +515,15 @@ def _too_many(limit: str, name: str, most: int, what: str) -> ResourceExhaustedE
         f"{limit}: {name!r} has {most} {what} already, which is the most that the server allows "
         "one client at once"
     )
+
+
+def _check_untaken(call: _Call, more_bytes: int = 0) -> None:
+    assert call.client is not None
+    if call.client.untaken_bytes + more_bytes > MOST_UNTAKEN_BYTES:
+        raise ResourceExhaustedError(
+            f"the answers that this client has not taken yet are {MOST_UNTAKEN_BYTES >> 20} MiB, "
+            "which is the most that the server keeps for one client; take them first"
+        )
 
 
 def _revoked_error(passport: Passport) -> PermissionDeniedError:

@@ -300,9 +300,7 @@ def _unary(gate: Gate, rpc: str, method: UnaryMethod, request_type: Any) -> Any:
         return await method(request, access())
 
     handle = gate.guard(rpc, answer, is_stream=False)
-    return grpc.stream_unary_rpc_method_handler(
-        handle, request_type.FromString, lambda answer: answer.SerializeToString()
-    )
+    return grpc.stream_unary_rpc_method_handler(handle, request_type.FromString, None)
 
 
 def _stream(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import pytest
 from jobworker.engine import command as module
 from jobworker.engine.command import (
     MOST_FOLDERS,
+    Look,
     base_environment,
     check_working_directory,
+    home_of,
     look_in_memory,
     resolve,
 )
@@ -113,10 +116,21 @@ def test_no_working_directory(path: str) -> None:
 def test_nothing_of_the_servers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "x")
     monkeypatch.setenv("PATH", "/the/servers")
-    environment = base_environment(7, own_user())
+    environment = base_environment(7, own_user(), "/home")
     assert environment["JOB_ID"] == "7"
     assert "SECRET" not in environment
     assert "/the/servers" not in environment["PATH"]
+
+
+@pytest.mark.parametrize("look", [os.stat, look_in_memory])
+def test_a_home_is_a_directory_that_is_there_for_the_job(program: Path, look: Look) -> None:
+    user = replace(own_user(), home=str(program.parent))
+    assert home_of(user, look=look) == user.home
+    assert home_of(user, lambda _: None, look) == "/tmp"
+    missing = program.with_name("no-such")
+    assert not missing.exists()  # now the kernel knows
+    for home in (program, missing):
+        assert home_of(replace(user, home=str(home)), look=look) == "/tmp"
 
 
 # Without waiting for a disk
@@ -151,3 +165,5 @@ def test_what_must_be_asked_for_is_not_waited_for(
         resolve(str(program), {}, "/", look=look_in_memory)
     with pytest.raises(BlockingIOError):
         check_working_directory(str(program.parent), look=look_in_memory)
+    with pytest.raises(BlockingIOError):
+        home_of(replace(own_user(), home=str(program.parent)), look=look_in_memory)

@@ -172,14 +172,15 @@ class Client:
         job: pb.Job = self.call("CreateJob", pb.CreateJobReq(command=command, args=args, **fields))
         return job
 
-    def create_soon(self, command: str, *args: str) -> Any:
+    def create_soon(self, command: str, *args: str, **fields: Any) -> Any:
         """A future of `create`."""
         method: Any = self._channel.unary_unary(
             "/job_worker.JobService/CreateJob",
             lambda message: message.SerializeToString(),
             pb.Job.FromString,
         )
-        return method.future(pb.CreateJobReq(command=command, args=args), timeout=CALL_SECONDS)
+        request = pb.CreateJobReq(command=command, args=args, **fields)
+        return method.future(request, timeout=CALL_SECONDS)
 
     def stop_soon(self, job_id: str) -> Any:
         """A future of `stop`."""

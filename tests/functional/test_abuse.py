@@ -55,10 +55,11 @@ def headers_of(rpc: str) -> bytes:
     )
 
 
-def request_of(rpc: str, stream: int) -> bytes:
-    """A call with an empty message."""
+def request_of(rpc: str, stream: int, message: bytes = b"") -> bytes:
+    """A call."""
     headers = frame(HEADERS, END_HEADERS, stream, headers_of(rpc))
-    return headers + frame(DATA, END_STREAM, stream, bytes(5))
+    body = struct.pack(">?I", False, len(message)) + message
+    return headers + frame(DATA, END_STREAM, stream, body)
 
 
 def connect(server: Server, name: str, settings: bytes = b"") -> ssl.SSLSocket:
@@ -266,6 +267,32 @@ def test_answers_that_are_not_taken(start_server: StartServer, mallory: str) -> 
             hostile.sendall(request_of("GetJobs", number))
         others_work(server)
         assert server.rss_bytes() - before < 400 * MEBIBYTE
+
+
+def test_many_answers_that_are_not_taken(start_server: StartServer, mallory: str) -> None:
+    """Each of half a MiB, as of a job with long arguments."""
+    server = start_server()
+    with server.connect(mallory) as client, server.connect() as other:
+        job = client.create("true", *["x" * 100_000] * 5)
+        request = pb.GetJobReq(id=job.id).SerializeToString()
+        with connect(server, mallory, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)) as hostile:
+            before = server.rss_bytes()
+            for number in range(1, 1001, 2):
+                hostile.sendall(request_of("GetJob", number, request))
+            wait_until(lambda: is_refused(client, job.id))
+            assert server.rss_bytes() - before < 150 * MEBIBYTE
+            assert other.get(job.id).id == job.id
+            others_work(server)
+        wait_until(lambda: not is_refused(client, job.id))
+
+
+def is_refused(client: Client, job_id: str) -> bool:
+    try:
+        client.get(job_id)
+    except grpc.RpcError as error:
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # noqa: PT017
+        return "answers that this client has not taken" in str(error.details())
+    return False
 
 
 # Headers, messages, pings

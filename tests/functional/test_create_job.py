@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import time
 from collections.abc import Callable
@@ -234,3 +235,38 @@ def test_a_job_outlives_the_client_that_created_it(server: Server) -> None:
         job = first.shell("sleep 0.3; echo done")
     with server.connect() as second:
         assert second.output(job.id) == b"done\n"
+
+
+# A filesystem that nobody serves: who looks at a file of it waits until the server is killed.
+SILENT = """
+exec 9<> /dev/fuse
+mount -i -t fuse -o fd=9,rootmode=40000,user_id=0,group_id=0 none "$0"
+exec "$@"
+"""
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="takes root, and FUSE"
+)
+def test_a_home_that_does_not_answer_is_waited_for_by_its_own_jobs_alone(
+    start_server: Callable[..., Server],
+) -> None:
+    user = next(user for user in pwd.getpwall() if user.pw_uid and is_a_home_apart(user.pw_dir))
+    launcher = ["unshare", "--mount", "sh", "-e", "-c", SILENT, user.pw_dir]
+    server = start_server(launcher=launcher, USERS_ALLOWED=user.pw_name)
+    try:
+        with server.connect() as client:
+            job = client.shell("trap '' TERM; echo up; sleep 60")
+            next(client.stream(job.id))
+            waiting = [client.create_soon("true", user=user.pw_name) for _ in range(10)]
+            assert client.run("echo here")[1] == b"here\n"
+            assert client.stop(job.id, grace_milliseconds=100).status == "STOPPED"
+            assert client.info().running_jobs == 0
+            assert not any(call.done() for call in waiting)
+    finally:
+        server.stop(signal.SIGKILL)  # it cannot end otherwise
+
+
+def is_a_home_apart(path: str) -> bool:
+    """A folder of its own, that nothing else looks at."""
+    return path.startswith("/var/") and os.path.isdir(path) and path == os.path.realpath(path)

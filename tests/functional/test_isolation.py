@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import sys
 import time
@@ -478,6 +479,15 @@ def test_each_strict_job_is_a_user_of_its_own(start_server: Callable[..., Server
             client.create("true")
         for job in (again, jobs[1]):
             client.stop(job.id)
+
+
+def test_a_strict_job_has_the_home_of_its_own_user(start_server: Callable[..., Server]) -> None:
+    """Numbers that nobody has are better; these are names of every Debian."""
+    homes = [pwd.getpwuid(uid).pw_dir for uid in (6, 7, 8)]
+    server = start_server(PROFILE="strict", STRICT_UIDS="6-8")
+    with server.connect() as client:
+        found = [client.run("echo $HOME")[1].decode().strip() for _ in homes]
+    assert found == [home if os.path.isdir(home) else "/tmp" for home in homes]
 
 
 def test_a_strict_job_may_not_choose_its_user(client: Client) -> None:
