@@ -41,6 +41,9 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.server.max_pending_requests_hard_limit", 40_000),
     ("grpc.max_receive_message_length", LARGEST_REQUEST_BYTES),
     ("grpc.max_concurrent_streams", 2_000),
+    # With it, as by default, each stream may send 4 MiB ahead of what is read of it; without, the
+    # 64 KiB that HTTP/2 begins with, and the rest of a message once somebody waits for it.
+    ("grpc.http2.bdp_probe", 0),
     # Of all headers of a request together, as by default: what is over the first is refused at
     # random, what is over the second always.
     ("grpc.max_metadata_size", 8 << 10),

@@ -55,11 +55,15 @@ def headers_of(rpc: str) -> bytes:
     )
 
 
+def message_of(request: bytes, flag: int = 0) -> bytes:
+    """flag: 1 where it is compressed."""
+    return bytes([flag]) + struct.pack(">I", len(request)) + request
+
+
 def request_of(rpc: str, stream: int, message: bytes = b"") -> bytes:
     """A call."""
     headers = frame(HEADERS, END_HEADERS, stream, headers_of(rpc))
-    body = struct.pack(">?I", False, len(message)) + message
-    return headers + frame(DATA, END_STREAM, stream, body)
+    return headers + frame(DATA, END_STREAM, stream, message_of(message))
 
 
 def connect(server: Server, name: str, settings: bytes = b"") -> ssl.SSLSocket:
@@ -253,6 +257,27 @@ def test_requests_that_never_come(start_server: StartServer, mallory: str) -> No
             with pytest.raises(grpc.RpcError) as caught:
                 next(call)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_what_is_sent_ahead_waits_with_the_client(start_server: StartServer, mallory: str) -> None:
+    """Of each stream nobody reads more than the request, and a MiB comes behind it."""
+    server = start_server()
+    with server.connect() as client:
+        job = client.create("sleep", "60")
+    request = message_of(pb.GetJobsStreamReq(id=job.id).SerializeToString())
+    ahead = message_of(bytes(MEBIBYTE))
+    with connect(server, mallory) as hostile:
+        before = server.rss_bytes()
+        with contextlib.suppress(OSError):  # it may be cut off for it
+            for number in range(1, 200, 2):
+                hostile.sendall(
+                    frame(HEADERS, END_HEADERS, number, headers_of("GetJobsStream"))
+                    + frame(DATA, 0, number, request)
+                )
+                for place in range(0, len(ahead), 1 << 14):
+                    hostile.sendall(frame(DATA, 0, number, ahead[place : place + (1 << 14)]))
+        others_work(server)
+        assert server.rss_bytes() - before < 50 * MEBIBYTE
 
 
 def test_answers_that_are_not_taken(start_server: StartServer, mallory: str) -> None:
