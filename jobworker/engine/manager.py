@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Coroutine, Sized
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from jobworker import job as transition
 from jobworker._fastio import Extent, Log
@@ -79,14 +79,13 @@ from jobworker.roles import Caller
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 # With these a job that is recorded fails to start. InvalidRequestError: what was there when
 # the request was checked is there no longer.
 START_ERRORS = (StartFailedError, CgroupError, JobinitError, InvalidRequestError, OSError)
 
 KILLED_SECONDS = 10.0  # what a killed cgroup may take to be empty, before that is worth a line
 STORE_RUNNING_SECONDS = 0.2
+FEW_CREATES = 4  # at once: these are stored without waiting for company
 STORE_RETRY_SECONDS = 1.0
 END_RETRY_SECONDS = 0.5
 # What the ending of a job may take when the server ends; the next one would do it again.
@@ -175,6 +174,7 @@ class Manager:
         self._early_exits: dict[int, Exited | OrphanExited] = {}
         self._has_recovered = False
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._creates: set[asyncio.Task[Job]] = set()
         self._loop = asyncio.get_running_loop()
         self._closing = False
         self._has_let_go = False
@@ -195,18 +195,21 @@ class Manager:
         blocked = sum(1 for live in self._live.values() if live.log and live.log.error)
         return Usage(totals.jobs, totals.log_bytes, self._output.room_bytes(), blocked)
 
-    async def create(self, request: JobSpec, stdin: bytes, client: Caller) -> Job:
-        """Starts a job; returns it RUNNING, or FAILED where one step of its start failed.
+    def create(self, request: JobSpec, stdin: bytes, client: Caller) -> asyncio.Task[Job]:
+        """Starts a job, which is RUNNING then, or FAILED where one step of its start failed.
         stdin: what it is to read; it is not recorded. client: whose the job is to be.
 
-        A client that goes away meanwhile does not take the job with it.
+        Whoever waits for it shields it: a client that goes away does not take the job with it.
         """
         self._admit()
         self._require_room()
         self._ledger(client.name).take_create(client.quota.creates_per_second, self._loop.time())
         transition.validate(request)
         transition.validate_stdin(stdin)
-        return await self._shielded(self._create(request, stdin, client))
+        task = self._loop.create_task(self._create(request, stdin, client))
+        self._creates.add(task)
+        task.add_done_callback(self._creates.discard)
+        return task
 
     async def get(self, job_id: int) -> Job:
         live = self._live.get(job_id)
@@ -357,14 +360,14 @@ class Manager:
             await self._stop_all()
         elif self._live:
             log.info("%s running on, for the next server to take over", _count(self._live))
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=SETTLE_SECONDS)
+        if tasks := self._tasks | self._creates:
+            await asyncio.wait(tasks, timeout=SETTLE_SECONDS)
 
     async def let_go(self) -> None:
         """Leaves what is under way to the next server. To be called before what it works with is
         closed: a log that is closed would look like the end of its job's output."""
         self._has_let_go = True
-        tasks = list(self._tasks)
+        tasks = self._tasks | self._creates
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -563,7 +566,8 @@ class Manager:
             start = self._start_request(
                 live.job, cgroup, request.command, confinement, limit_files, stdin
             )
-            await self._store.put(live.job)
+            # Of many, each loses less by waiting for others than it gains by a common commit.
+            await self._store.put(live.job, may_wait=len(self._creates) > FEW_CREATES)
             live.cgroup = cgroup
             self._started(live, await self._jobinits.start(start))
         except START_ERRORS as error:
@@ -915,13 +919,6 @@ class Manager:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception():
             log.error("a job's task failed", exc_info=task.exception())
-
-    async def _shielded(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Goes on to its end even where the caller is cancelled."""
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
 
 
 def _check_choice(client: Caller, request: JobSpec, confinement: Confinement) -> None:
