@@ -29,7 +29,7 @@ from typing import Any
 
 from jobworker import job as transition
 from jobworker._fastio import Extent, Log
-from jobworker.engine.cgroup import Cgroup, CgroupTree
+from jobworker.engine.cgroup import Cgroup, CgroupTree, remove_empty
 from jobworker.engine.command import (
     Look,
     base_environment,
@@ -166,7 +166,7 @@ class Manager:
         self._retention = retention
         output.on_log_limit = self._on_log_limit
         self._mounts = Mounts()
-        self._worker = Worker("cgroups")
+        self._remover = Worker("cgroups", remove_empty)
         self._live: dict[int, _LiveJob] = {}
         self._ledgers: dict[str, Ledger] = {}  # by the owner of the jobs
         self._strangers: set[int] = set()
@@ -372,7 +372,7 @@ class Manager:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._retention.close()
-        await self._worker.close()
+        await self._remover.close()
         self._mounts.close()
 
     async def _stop_all(self) -> None:
@@ -580,7 +580,7 @@ class Manager:
             live.begun.cancel()
             live.over.cancel()
             raise
-        return live.snapshot()
+        return live.job
 
     async def _forget(self, live: _LiveJob, error: StoreError) -> None:
         """It could not be recorded, so it never was; who has heard of it is told so."""
@@ -861,7 +861,7 @@ class Manager:
     async def _remove_cgroup(self, cgroup: Cgroup) -> None:
         try:
             # The other way may take its time: processes are in it that have just been killed.
-            if not await self._worker.call(cgroup.remove_if_empty):
+            if not await self._remover.ask(cgroup):
                 await asyncio.to_thread(cgroup.remove)
         except (CgroupError, OSError):
             log.exception("cannot remove %s; the next start of the server will", cgroup.path)
