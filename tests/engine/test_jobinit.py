@@ -1640,7 +1640,7 @@ def test_what_comes_together_is_told_together(launcher: Launcher) -> None:
     with _raw_connection(launcher.path) as connection:
         for number in (1, 2):
             connection.send(_packet(Ask.START, number, _start_body("/bin/true")))
-        told = []
+        told: list[int] = []
         while len(told) < 4:
             told += [kind for kind, _, _ in _receive(connection)]
         assert sorted(told) == [Tell.STARTED, Tell.STARTED, Tell.EXITED, Tell.EXITED]
