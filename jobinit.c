@@ -158,6 +158,7 @@ enum {
 enum {
 	FIRST_CONNECTION_MS = 10 * 1000,
 	RETRY_MS = 20,
+	EVENTS_OF_ONE_PACKET = 16, /* before the server is told what came of them */
 	FIRST_PROCESS_SECONDS = 10,
 	OWN_DESCRIPTORS = 128, /* kept from jobs: for accept, /proc, and a packet's pidfds */
 	MOST_GROUPS = 65536,   /* NGROUPS_MAX */
@@ -2683,17 +2684,27 @@ static int patience_ms(void)
 	return was_connected ? 0 : FIRST_CONNECTION_MS;
 }
 
+/* With those that have come meanwhile, as the server is woken by each packet, and by one for
+ * several just as well. One at a time: what is done for one may close what the next is about. */
+static void handle_in_company(struct epoll_event *event)
+{
+	int left = EVENTS_OF_ONE_PACKET;
+
+	do
+		handle_event(event);
+	while (--left && !owes_refusal && epoll_wait(epoll_fd, event, 1, 0) > 0);
+}
+
 static void handle_events(void)
 {
 	struct epoll_event event;
 	int count;
 
-	/* One at a time: what is done for one may close what the next is about. */
 	while ((count = epoll_wait(epoll_fd, &event, 1, patience_ms())) != 0 || must_retry
 	       || listener_rests) {
 		rouse_listener();
 		if (count > 0)
-			handle_event(&event);
+			handle_in_company(&event);
 		send_owed();
 	}
 }

@@ -1,8 +1,8 @@
 """The native core: bytes, descriptors, and the layout of a DataChunk. See _fastio.pyx.
 
 No call here blocks on a disk or a lock for longer than a memory copy takes, except
-`read_message` and `read_extent` (read from disk; give them to a thread) and `Pump.close`
-(joins its threads).
+`read_message` and `read_extent` (read from disk; give them to a thread), `remove_folders` (the
+same) and `Pump.close` (joins its threads).
 """
 
 from collections.abc import Iterable
@@ -202,3 +202,11 @@ def read_extent(directory: int, job: int, firsts: Iterable[int]) -> Extent:
     Exact after the death of a process at any moment, but for what that one had dropped since
     it last could say so in an index. Raises OSError where a file cannot be read.
     """
+
+def read_small(path: bytes) -> bytes:
+    """What one read returns, of at most 64 KiB: all of a file that the kernel makes up. Raises
+    OSError."""
+
+def remove_folders(paths: list[bytes]) -> list[int]:
+    """Each that is empty; for each the errno, 0 where it is removed. May block, and does so
+    without the GIL: one call for many makes a thread wait for that once."""

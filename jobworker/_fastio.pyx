@@ -29,7 +29,7 @@ from libc.errno cimport (
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, strtoull
-from libc.string cimport memcmp, memcpy, memset, strcmp, strncmp
+from libc.string cimport memcmp, memcpy, memset, strcmp, strerror, strncmp
 from posix.stat cimport fstat, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.types cimport off_t
@@ -64,6 +64,7 @@ cdef extern from *:
     ssize_t pread_cached(int fd, void *place, size_t length, off_t position) nogil
 
 cdef extern from "<unistd.h>" nogil:
+    int rmdir(const char *path)
     int unlinkat(int directory, const char *path, int flags)
 
 cdef extern from "<dirent.h>" nogil:
@@ -162,6 +163,7 @@ cdef enum:
     STREAM_SHIFT = 56
     STREAMS = 2
     NAME_BYTES = 64
+    SMALL_FILE_BYTES = 64 << 10
 
 cdef uint64_t OFFSET_MASK = (<uint64_t> 1 << STREAM_SHIFT) - 1
 # No log comes to that; a damaged index may say so.
@@ -1969,3 +1971,42 @@ cdef raise_damage(int error, str name):
     if error == EBADMSG:
         raise OSError(error, "shorter than, or different from, what was written", name)
     raise OSError(error, "cannot read the output of a job", name)
+
+
+# Files and folders that the kernel makes up
+
+
+def read_small(bytes path):
+    cdef const char *name = path
+    cdef char data[SMALL_FILE_BYTES]
+    cdef ssize_t length = -1
+    cdef int fd, error
+    with nogil:
+        fd = c_open(name, O_RDONLY | O_CLOEXEC)
+        if fd >= 0:
+            length = read(fd, data, SMALL_FILE_BYTES)
+        error = errno
+        if fd >= 0:
+            close(fd)
+    if length < 0:
+        raise OSError(error, strerror(error).decode(), path.decode("utf-8", "surrogateescape"))
+    return PyBytes_FromStringAndSize(data, length)
+
+
+def remove_folders(list paths):
+    cdef Py_ssize_t count = len(paths)
+    cdef Py_ssize_t i
+    cdef const char **names = <const char **> calloc(count + 1, sizeof(char *))
+    cdef int *errors = <int *> calloc(count + 1, sizeof(int))
+    try:
+        if names is NULL or errors is NULL:
+            raise MemoryError
+        for i in range(count):
+            names[i] = paths[i]
+        with nogil:
+            for i in range(count):
+                errors[i] = errno if rmdir(names[i]) < 0 else 0
+        return [errors[i] for i in range(count)]
+    finally:
+        free(names)
+        free(errors)

@@ -42,6 +42,8 @@ from jobworker._fastio import (
     read_extent,
     read_message,
     read_packed,
+    read_small,
+    remove_folders,
 )
 from jobworker.pb import job_worker_pb2 as pb
 
@@ -979,3 +981,27 @@ class LogMachine(RuleBasedStateMachine):
 
 TestAnyLog = LogMachine.TestCase
 TestAnyLog.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+
+
+def test_a_small_file_is_read_in_one_go(tmp_path: Path) -> None:
+    path = tmp_path / "fi\udcffle"
+    path.write_bytes(b"")
+    assert read_small(os.fsencode(path)) == b""
+    path.write_bytes(b"a\0b" * 30_000)
+    assert read_small(os.fsencode(path)) == (b"a\0b" * 30_000)[: 64 << 10]
+    before = os.listdir("/proc/self/fd")
+    for place, number in ((tmp_path / "none", errno.ENOENT), (tmp_path, errno.EISDIR)):
+        with pytest.raises(OSError, match=str(place)) as caught:
+            read_small(os.fsencode(place))
+        assert (caught.value.errno, caught.value.filename) == (number, str(place))
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_folders_are_removed_where_they_are_empty(tmp_path: Path) -> None:
+    for name in ("empty", "full", "full/inner"):
+        (tmp_path / name).mkdir()
+    names = ("full", "empty", "none")
+    errors = remove_folders([os.fsencode(tmp_path / name) for name in names])
+    assert errors == [errno.ENOTEMPTY, 0, errno.ENOENT]
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert remove_folders([]) == []

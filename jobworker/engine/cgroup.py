@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobworker import _fastio
 from jobworker.errors import CgroupError, LimitUnavailableError
 from jobworker.job import Accounting, Limits, OomKills
 
@@ -33,7 +34,7 @@ CPU_PERIOD_US = 100_000
 USUAL_DIRECTORIES = ("/", "/tmp", "/var/tmp")  # noqa: S108
 # What a job that has just been killed, or has just failed to start, may take to be gone.
 REMOVE_SECONDS = 10.0
-LONGEST_FILE_BYTES = 64 << 10
+POPULATED = "populated 1"  # in cgroup.events: a process is alive in it, or below
 # Their controllers may be off, and some are newer than others.
 OPTIONAL_FILES = ("memory.swap.max", "memory.peak", "memory.events", "io.stat")
 
@@ -158,16 +159,13 @@ class Cgroup:
 
     def is_populated(self) -> bool:
         """Whether a process is alive in it or below."""
-        descriptor = self._open_events()
-        if descriptor is None:
-            return False
-        try:
-            return _reads_populated(descriptor)
-        finally:
-            os.close(descriptor)
+        events = self._read("cgroup.events")
+        return events is not None and POPULATED in events
 
     async def wait_unpopulated(self, timeout_seconds: float) -> bool:
         """Whether all processes in it and below are gone, at the latest after the timeout."""
+        if not self.is_populated():  # as mostly: a job is over when its main process is
+            return True
         descriptor = self._open_events()
         if descriptor is None:
             return True
@@ -195,20 +193,10 @@ class Cgroup:
         )
         return accounting, OomKills(events.get("oom", 0), events.get("oom_kill", 0))
 
-    def remove_if_empty(self) -> bool:
-        """At once. False where processes or other cgroups are in it."""
-        try:
-            os.rmdir(self.path)
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False
-        return True
-
     def remove(self) -> None:
         """With all cgroups that the job has made in it. Raises CgroupError where processes
         are in it that do not go away."""
-        if self.remove_if_empty():
+        if remove_empty([self]) == [True]:
             return
         deadline = time.monotonic() + REMOVE_SECONDS
         for path in reversed(_with_descendants(str(self.path))):
@@ -233,6 +221,12 @@ class Cgroup:
             if _is_gone(error):
                 return None
             raise CgroupError(f"cannot watch {self.path}: {error.strerror}") from error
+
+
+def remove_empty(cgroups: list[Cgroup]) -> list[bool]:
+    """At once. False for one in which processes or other cgroups are."""
+    errors = _fastio.remove_folders([os.fsencode(cgroup.path) for cgroup in cgroups])
+    return [error in {0, errno.ENOENT} for error in errors]
 
 
 class _Watch:
@@ -698,7 +692,7 @@ def _wait_unpopulated(path: str, deadline: float) -> bool:
 def _reads_populated(descriptor: int) -> bool:
     """descriptor: an open cgroup.events."""
     try:
-        return b"populated 1" in os.pread(descriptor, 256, 0)
+        return POPULATED in os.pread(descriptor, 256, 0).decode()
     except OSError as error:
         if _is_gone(error):
             return False
@@ -766,12 +760,8 @@ def _write(path: str, value: str) -> None:
 
 
 def _read(path: str) -> str:
-    """What one read returns: all of a file that has one value, or one for each line."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(descriptor, LONGEST_FILE_BYTES).decode("utf-8", "surrogateescape")
-    finally:
-        os.close(descriptor)
+    """All of a file that has one value, or one for each line."""
+    return os.fsdecode(_fastio.read_small(os.fsencode(path)))
 
 
 def _fields(text: str | None) -> dict[str, int]:

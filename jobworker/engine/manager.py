@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 from jobworker import job as transition
 from jobworker._fastio import Extent, Log
-from jobworker.engine.cgroup import Cgroup, CgroupTree
+from jobworker.engine.cgroup import Cgroup, CgroupTree, remove_empty
 from jobworker.engine.command import (
     Look,
     base_environment,
@@ -90,6 +90,7 @@ START_ERRORS = (StartFailedError, CgroupError, JobinitError, InvalidRequestError
 KILLED_SECONDS = 10.0  # what a killed cgroup may take to be empty, before that is worth a line
 LOOK_THREADS = 16
 STORE_RUNNING_SECONDS = 0.2
+FEW_CREATES = 4  # at once: these are stored without waiting for company
 STORE_RETRY_SECONDS = 1.0
 END_RETRY_SECONDS = 0.5
 # What the ending of a job may take when the server ends; the next one would do it again.
@@ -179,7 +180,7 @@ class Manager:
         self._retention = retention
         output.on_log_limit = self._on_log_limit
         self._mounts = Mounts()
-        self._worker = Worker("cgroups")
+        self._remover = Worker("cgroups", remove_empty)
         # Apart from the threads of `to_thread`, which what runs already needs for its end.
         self._lookers = ThreadPoolExecutor(LOOK_THREADS, "look")
         self._live: dict[int, _LiveJob] = {}
@@ -189,6 +190,7 @@ class Manager:
         self._early_exits: dict[int, Exited | OrphanExited] = {}
         self._has_recovered = False
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._creates: set[asyncio.Task[Job]] = set()
         self._loop = asyncio.get_running_loop()
         self._closing = False
         self._has_let_go = False
@@ -209,18 +211,21 @@ class Manager:
         blocked = sum(1 for live in self._live.values() if live.log and live.log.error)
         return Usage(totals.jobs, totals.log_bytes, self._output.room_bytes(), blocked)
 
-    async def create(self, request: JobSpec, stdin: bytes, client: Caller) -> Job:
-        """Starts a job; returns it RUNNING, or FAILED where one step of its start failed.
+    def create(self, request: JobSpec, stdin: bytes, client: Caller) -> asyncio.Task[Job]:
+        """Starts a job, which is RUNNING then, or FAILED where one step of its start failed.
         stdin: what it is to read; it is not recorded. client: whose the job is to be.
 
-        A client that goes away meanwhile does not take the job with it.
+        Whoever waits for it shields it: a client that goes away does not take the job with it.
         """
         self._admit()
         self._require_room()
         self._ledger(client.name).take_create(client.quota.creates_per_second, self._loop.time())
         transition.validate(request)
         transition.validate_stdin(stdin)
-        return await self._shielded(self._create(request, stdin, client))
+        task = self._loop.create_task(self._create(request, stdin, client))
+        self._creates.add(task)
+        task.add_done_callback(self._creates.discard)
+        return task
 
     async def get(self, job_id: int) -> Job:
         live = self._live.get(job_id)
@@ -371,19 +376,19 @@ class Manager:
             await self._stop_all()
         elif self._live:
             log.info("%s running on, for the next server to take over", _count(self._live))
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=SETTLE_SECONDS)
+        if tasks := self._tasks | self._creates:
+            await asyncio.wait(tasks, timeout=SETTLE_SECONDS)
 
     async def let_go(self) -> None:
         """Leaves what is under way to the next server. To be called before what it works with is
         closed: a log that is closed would look like the end of its job's output."""
         self._has_let_go = True
-        tasks = list(self._tasks)
+        tasks = self._tasks | self._creates
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._retention.close()
-        await self._worker.close()
+        await self._remover.close()
         self._lookers.shutdown(wait=False, cancel_futures=True)
         self._mounts.close()
 
@@ -582,7 +587,8 @@ class Manager:
             start = self._start_request(
                 live.job, cgroup, request.command, confinement, found, stdin
             )
-            await self._store.put(live.job)
+            # Of many, each loses less by waiting for others than it gains by a common commit.
+            await self._store.put(live.job, may_wait=len(self._creates) > FEW_CREATES)
             live.cgroup = cgroup
             self._started(live, await self._jobinits.start(start))
         except START_ERRORS as error:
@@ -595,7 +601,7 @@ class Manager:
             live.begun.cancel()
             live.over.cancel()
             raise
-        return live.snapshot()
+        return live.job
 
     async def _forget(self, live: _LiveJob, error: StoreError) -> None:
         """It could not be recorded, so it never was; who has heard of it is told so."""
@@ -879,7 +885,7 @@ class Manager:
     async def _remove_cgroup(self, cgroup: Cgroup) -> None:
         try:
             # The other way may take its time: processes are in it that have just been killed.
-            if not await self._worker.call(cgroup.remove_if_empty):
+            if not await self._remover.ask(cgroup):
                 await asyncio.to_thread(cgroup.remove)
         except (CgroupError, OSError):
             log.exception("cannot remove %s; the next start of the server will", cgroup.path)
@@ -937,13 +943,6 @@ class Manager:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception():
             log.error("a job's task failed", exc_info=task.exception())
-
-    async def _shielded(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Goes on to its end even where the caller is cancelled."""
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
 
 
 def _check_choice(client: Caller, request: JobSpec, confinement: Confinement) -> None:

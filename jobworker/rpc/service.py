@@ -55,7 +55,7 @@ class JobService:
         self._facts = facts
 
     async def create_job(self, request: pb.CreateJobReq, access: Access) -> pb.Job:
-        creating = asyncio.ensure_future(self._create(request, access))
+        creating = self._create(request, access)
         try:
             job = await asyncio.shield(creating)
         except asyncio.CancelledError:
@@ -93,9 +93,9 @@ class JobService:
             return pb.CreateJobsRes.Result(code=code, error=convert.text_of(error))
         return pb.CreateJobsRes.Result(id=str(job.id), status=job.status)
 
-    async def _create(self, request: pb.CreateJobReq, access: Access) -> Job:
+    def _create(self, request: pb.CreateJobReq, access: Access) -> asyncio.Task[Job]:
         spec = convert.spec_from(request)
-        return await self._manager.create(spec, request.stdin, access.caller)
+        return self._manager.create(spec, request.stdin, access.caller)
 
     async def delete_job(self, request: pb.DeleteJobReq, access: Access) -> pb.DeleteJobRes:
         await self._manager.delete(await self._within_reach(request.id, access))

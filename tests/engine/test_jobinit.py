@@ -1624,6 +1624,46 @@ def test_what_makes_no_sense_is_refused_and_harms_nobody(launcher: Launcher) -> 
     assert launcher.wait_end(pid) == 0
 
 
+def test_each_refusal_is_told_however_fast_they_come(launcher: Launcher) -> None:
+    pid = launcher.spawn()
+    with _raw_connection(launcher.path) as connection:
+        with _halted(pid):
+            for number in range(1, 9):
+                connection.send(_packet(99, number))
+        for number in range(1, 9):
+            assert _refusal(connection) == (99, number, errno.EOPNOTSUPP)
+    assert launcher.wait_end(pid) == 0
+
+
+def test_what_comes_together_is_told_together(launcher: Launcher) -> None:
+    pid = launcher.spawn()
+    with _raw_connection(launcher.path) as connection:
+        for number in (1, 2):
+            connection.send(_packet(Ask.START, number, _start_body("/bin/true")))
+        told: list[int] = []
+        while len(told) < 4:
+            told += [kind for kind, _, _ in _receive(connection)]
+        assert sorted(told) == [Tell.STARTED, Tell.STARTED, Tell.EXITED, Tell.EXITED]
+        with _halted(pid):
+            for number in (1, 2):
+                connection.send(_packet(Ask.START, number))  # again, as after a failed delivery
+        both = _receive(connection)
+        assert [job_id for kind, job_id, _ in both if kind == Tell.STARTED] == [1, 2]
+        for number in (1, 2):
+            connection.send(_packet(Ask.ACKNOWLEDGE, number))
+    assert launcher.wait_end(pid) == 0
+
+
+@contextlib.contextmanager
+def _halted(pid: int) -> Iterator[None]:
+    """What is sent meanwhile it finds all at once."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 @sees_descriptors
 @pytest.mark.parametrize("kind", ["directory", "empty", "huge", "senseless", "two"])
 def test_a_senseless_memfd_is_refused(launcher: Launcher, tmp_path: Path, kind: str) -> None:
