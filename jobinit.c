@@ -1083,9 +1083,24 @@ static void arrange_files(const struct request *request)
 	take_file_rights(geteuid(), getegid());
 }
 
+/* Of what the kernel counts for a user: jobs that have jobinit's own leave it a quarter, to start
+ * others and to pass on their descriptors. */
+static bool leave_room(int resource)
+{
+	struct rlimit limit;
+
+	getrlimit(resource, &limit);
+	if (limit.rlim_max == RLIM_INFINITY)
+		return true;
+	limit.rlim_max -= limit.rlim_max / 4;
+	if (limit.rlim_cur > limit.rlim_max)
+		limit.rlim_cur = limit.rlim_max;
+	return setrlimit(resource, &limit) == 0;
+}
+
 /* Nothing of a job's that crashes is written anywhere, and it cannot come before others by a
  * real-time priority. What of its limits is higher than usual was given to the server. */
-static bool lower_limits(void)
+static bool lower_limits(bool has_own_user)
 {
 	static const struct rlimit none;
 	struct rlimit core;
@@ -1093,7 +1108,8 @@ static bool lower_limits(void)
 	getrlimit(RLIMIT_CORE, &core);
 	core.rlim_cur = 0; /* a job that wants dumps may raise it again */
 	return setrlimit(RLIMIT_CORE, &core) == 0 && setrlimit(RLIMIT_RTPRIO, &none) == 0
-	       && setrlimit(RLIMIT_NICE, &none) == 0;
+	       && setrlimit(RLIMIT_NICE, &none) == 0
+	       && (has_own_user || (leave_room(RLIMIT_NOFILE) && leave_room(RLIMIT_NPROC)));
 }
 
 /* Not by a setuid program, not by a file's capabilities, and not by root's either. */
@@ -1168,7 +1184,7 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	if (request->view && (*request->root || request->bind_count || request->is_read_only))
 		arrange_files(request);
 	if (request->is_confined)
-		must(lower_limits(), STEP_LIMITS);
+		must(lower_limits(request->set_user), STEP_LIMITS);
 	/* Before the uid changes: afterwards nothing can be dropped. */
 	if (request->is_confined)
 		must(renounce_privileges(), STEP_PRIVILEGES);

@@ -11,7 +11,16 @@ from typing import Any
 import grpc
 import pytest
 
-from escapes.stage import AREA_NAMES, SETTINGS, Stage, carry, got_through, public_folder
+from escapes.stage import (
+    AREA_NAMES,
+    PYTHON,
+    SETTINGS,
+    Stage,
+    carry,
+    got_through,
+    program,
+    public_folder,
+)
 from functional.server import Client, Server
 from functional.test_isolation import first_processes, mounts_of, status_of, wait_until
 from functional.unprivileged import USER, StartServer, servers
@@ -184,6 +193,26 @@ def test_signals_do_nothing_to_the_first_process_of_its_namespace(client: Client
     script = "for s in KILL STOP SEGV CHLD TERM; do kill -$s 1 || exit; done; sleep 0.1 & wait $!"
     job, output = client.run(f"{script}; echo goes on")
     assert (job.exitCode, output) == (0, b"goes on\n")
+
+
+# What it shares with the server, as the kernel counts by user
+
+
+def test_it_leaves_others_some_of_what_the_user_may_have(certificates: Path) -> None:
+    """jobinit has to start others, and to pass on their descriptors."""
+    launcher = ["prlimit", "--nproc=4000"]
+    with (
+        public_folder() as folder,
+        servers(folder, certificates, launcher) as start,
+        start(PROFILE="", open_files=2000).connect() as client,
+    ):
+        job = client.create(*PYTHON, "descriptors", stdin=program({}))
+        next(client.stream(job.id))
+        _, output = client.run("grep -e files -e processes /proc/self/limits")
+        assert [line.split()[-3:-1] for line in output.splitlines()] == [
+            [b"3000", b"3000"],
+            [b"1500", b"1500"],
+        ]
 
 
 # How it ends
