@@ -211,11 +211,11 @@ class Manager:
         blocked = sum(1 for live in self._live.values() if live.log and live.log.error)
         return Usage(totals.jobs, totals.log_bytes, self._output.room_bytes(), blocked)
 
-    def create(self, request: JobSpec, stdin: bytes, client: Caller) -> asyncio.Task[Job]:
+    def create(self, request: JobSpec, stdin: bytes, client: Caller) -> asyncio.Future[Job]:
         """Starts a job, which is RUNNING then, or FAILED where one step of its start failed.
         stdin: what it is to read; it is not recorded. client: whose the job is to be.
 
-        Whoever waits for it shields it: a client that goes away does not take the job with it.
+        A client that goes away meanwhile does not take the job with it.
         """
         self._admit()
         self._require_room()
@@ -225,7 +225,7 @@ class Manager:
         task = self._loop.create_task(self._create(request, stdin, client))
         self._creates.add(task)
         task.add_done_callback(self._creates.discard)
-        return task
+        return asyncio.shield(task)
 
     async def get(self, job_id: int) -> Job:
         live = self._live.get(job_id)

@@ -93,7 +93,7 @@ class JobService:
             return pb.CreateJobsRes.Result(code=code, error=convert.text_of(error))
         return pb.CreateJobsRes.Result(id=str(job.id), status=job.status)
 
-    def _create(self, request: pb.CreateJobReq, access: Access) -> asyncio.Task[Job]:
+    def _create(self, request: pb.CreateJobReq, access: Access) -> asyncio.Future[Job]:
         spec = convert.spec_from(request)
         return self._manager.create(spec, request.stdin, access.caller)
 
