@@ -289,13 +289,11 @@ class Isolation:
 
     def hold(self, spec: JobSpec) -> None:
         """The job lives; its user is given to no other one."""
-        if spec.profile == Profile.STRICT and spec.user.isdigit():
-            self._uids_in_use.add(int(spec.user))
+        self._uids_in_use |= _own_uids(spec)
 
     def release(self, spec: JobSpec) -> None:
         """All of the job is gone."""
-        if spec.profile == Profile.STRICT and spec.user.isdigit():
-            self._uids_in_use.discard(int(spec.user))
+        self._uids_in_use -= _own_uids(spec)
 
     def _choose_profile(self, name: str) -> Profile:
         if not name:
@@ -343,6 +341,18 @@ USER_NAMESPACES = (
     f"kernel.apparmor_restrict_unprivileged_userns), or {NONE_OR_ROOT}"
 )
 NO_OTHER_USERS = "the server is not root, so it has no other users for its jobs"
+
+
+def _own_uids(spec: JobSpec) -> set[int]:
+    """The one that is the job's own; nobody's where it has none, or its user is there no longer."""
+    if spec.profile != Profile.STRICT:
+        return set()
+    if spec.user.isdigit():
+        return {int(spec.user)}
+    try:
+        return {find_user(spec.user).uid}
+    except LookupError:
+        return set()
 
 
 def _is_root() -> bool:
