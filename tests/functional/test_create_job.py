@@ -265,6 +265,7 @@ def test_a_home_that_does_not_answer_is_waited_for_by_its_own_jobs_alone(
             assert not any(call.done() for call in waiting)
     finally:
         server.stop(signal.SIGKILL)  # it cannot end otherwise
+        start_server()  # it removes what that one has left
 
 
 def is_a_home_apart(path: str) -> bool:
