@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -55,7 +56,11 @@ def serve_command(dev: bool, config_file: Path | None, **flags: Any) -> None:
     # Late: what it imports takes longer than reading the settings.
     from jobworker import daemon
 
-    sys.exit(daemon.main(settings))
+    code = daemon.main(settings)
+    logging.shutdown()
+    sys.stdout.flush()
+    # Without waiting for threads: one may look at a filesystem that does not answer.
+    os._exit(code)
 
 
 def _load(given: Mapping[str, str], config_file: Path | None, *, is_development: bool) -> Settings:
