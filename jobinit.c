@@ -7,6 +7,7 @@
  * acknowledged it. Once it holds no job and no server is connected, it ends by itself.
  *
  *   jobinit --serve                       file descriptor 3 is the listening socket
+ *   jobinit --serve-confined              the same, as root, for confined jobs only
  *   jobinit [--cgroup DIR] -- CMD ARG...  runs one job by hand, and ends as that does
  *
  * One thread, and nothing that blocks. It forks and does not vfork: one slow exec or one hung
@@ -219,6 +220,7 @@ struct view {
 static struct view views[MOST_VIEWS]; /* number 1 is the first */
 static int own_pid_namespace_fd = -1;
 static unsigned capability_count; /* that this kernel knows */
+static bool has_renounced;        /* what each confined job has to give up: see `renounce_early` */
 
 static struct job *first_owing, **last_owing = &first_owing;
 static bool owes_hello, owes_listed, owes_refusal;
@@ -441,6 +443,9 @@ static int parse_start(char *data, size_t size, struct request *request)
 	memcpy(&start, data, sizeof start);
 	if (start.flags & ~KNOWN_FLAGS)
 		return EOPNOTSUPP;
+	/* It would lack what it is to have. */
+	if (has_renounced && !(start.flags & CONFINED))
+		return EPERM;
 	/* It would be mounted on the machine itself. */
 	if (start.view && !(start.flags & CONFINED))
 		return EBADMSG;
@@ -1186,7 +1191,7 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	if (request->is_confined)
 		must(lower_limits(request->set_user), STEP_LIMITS);
 	/* Before the uid changes: afterwards nothing can be dropped. */
-	if (request->is_confined)
+	if (request->is_confined && !has_renounced)
 		must(renounce_privileges(), STEP_PRIVILEGES);
 	if (request->set_user)
 		must(become_user(request), STEP_USER);
@@ -2662,6 +2667,17 @@ static void prepare_confinement(void)
 		die("/proc/self/ns/pid");
 }
 
+/* Where no job is to have these privileges: what jobinit has given up, all that it forks is
+ * without, and need not give it up anew, which takes as long as to mount a /proc. It goes on with
+ * the capabilities that it has: these say what an exec can give. Not in a user namespace, which
+ * gives all back to who enters it. */
+static void renounce_early(void)
+{
+	if (geteuid() != 0 || !renounce_privileges())
+		die("cannot renounce all privileges");
+	has_renounced = true;
+}
+
 static void watch_events(void)
 {
 	epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -2725,7 +2741,7 @@ static void handle_events(void)
 	}
 }
 
-static int serve(void)
+static int serve(bool confines_all)
 {
 	/* Fixed, as it would else grow with the largest start, and memory be kept for ever. */
 	mallopt(M_MMAP_THRESHOLD, 64 << 10);
@@ -2739,6 +2755,8 @@ static int serve(void)
 		die("/");
 	protect_oneself();
 	prepare_confinement();
+	if (confines_all)
+		renounce_early();
 	watch_events();
 	handle_events();
 	return 0;
@@ -2826,7 +2844,8 @@ static int run_by_hand(const char *cgroup, char **arguments)
 static int show_usage(void)
 {
 	fputs("usage: jobinit [--cgroup DIR] -- COMMAND [ARGUMENT...]\n"
-	      "       jobinit --serve    (file descriptor 3: a listening seqpacket socket)\n",
+	      "       jobinit --serve             (file descriptor 3: a listening seqpacket socket)\n"
+	      "       jobinit --serve-confined    (the same, as root, for confined jobs only)\n",
 	      stderr);
 	return OWN_FAILURE;
 }
@@ -2834,7 +2853,9 @@ static int show_usage(void)
 int main(int argc, char **argv)
 {
 	if (argc == 2 && !strcmp(argv[1], "--serve"))
-		return serve();
+		return serve(false);
+	if (argc == 2 && !strcmp(argv[1], "--serve-confined"))
+		return serve(true);
 	if (argc > 2 && !strcmp(argv[1], "--"))
 		return run_by_hand("", argv + 2);
 	if (argc > 4 && !strcmp(argv[1], "--cgroup") && !strcmp(argv[3], "--"))

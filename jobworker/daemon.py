@@ -67,7 +67,12 @@ def main(settings: Settings) -> int:
         # Once there is that folder, which is to be hidden.
         isolation = _isolation(settings)
         check_server_files(settings.cert_path)
-        jobinits = Jobinits(settings.state_dir, JOBINIT, isolation.views)
+        jobinits = Jobinits(
+            settings.state_dir,
+            JOBINIT,
+            isolation.views,
+            confines_all=isolation.confines_all,
+        )
         # Before grpc is imported: from then on this process has threads, and must not fork.
         jobinits.prepare()
         _raise_open_files_limit()

@@ -146,6 +146,11 @@ class Isolation:
         """Those that jobs are to be started with."""
         return [self._view] if self.profiles - {Profile.NONE} else []
 
+    @property
+    def confines_all(self) -> bool:
+        """No job can be had that is not confined, whatever comes of the trials."""
+        return _is_root() and Profile.NONE not in self.profiles
+
     def trials(self) -> dict[Profile, StartRequest]:
         """A job for each profile that confines, which shows whether this machine lets it."""
         return {

@@ -245,13 +245,14 @@ def listen(path: Path) -> socket.socket:
     return listener
 
 
-def spawn(binary: Path, listener: socket.socket) -> int:
+def spawn(binary: Path, listener: socket.socket, *, confines_all: bool = False) -> int:
     """Starts jobinit, in a session of its own so that it outlives this process and its
-    terminal. Belongs before the import of grpc. Returns the pid. Raises StartupError."""
+    terminal. Belongs before the import of grpc. confines_all: it is to start confined jobs only;
+    takes root. Returns the pid. Raises StartupError."""
     try:
         return os.posix_spawn(
             binary,
-            ["jobinit", "--serve"],
+            ["jobinit", "--serve-confined" if confines_all else "--serve"],
             {},
             file_actions=[(os.POSIX_SPAWN_DUP2, listener.fileno(), LISTENER_FD)],
             setsid=True,

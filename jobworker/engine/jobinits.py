@@ -83,14 +83,24 @@ class _Hold:
 class Jobinits:
     """From `prepare`, which belongs before the import of grpc, by `connect` to `close`."""
 
-    def __init__(self, folder: Path, binary: Path, views: Iterable[View] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        binary: Path,
+        views: Iterable[View] = (),
+        *,
+        confines_all: bool = False,
+    ) -> None:
         """folder: for the sockets. binary: the program of our version. views: that jobs are to
-        be started with."""
+        be started with. confines_all: no job is to be started that is not confined; takes root."""
         self._views = tuple(views)
         self._trial: asyncio.Future[None] | None = None
         self._folder = folder
         self._binary = binary
-        self._path = folder / f"jobinit-{PROTOCOL_VERSION}.sock"
+        self._confines_all = confines_all
+        # One that starts all kinds of jobs is as another version to who wants one of these.
+        kind = "-confined" if confines_all else ""
+        self._path = folder / f"jobinit-{PROTOCOL_VERSION}{kind}.sock"
         self.was_there = False  # one of an earlier server
         self._dialled: dict[Path, socket] = {}
         self._jobs_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -267,7 +277,7 @@ class Jobinits:
             # It hands on to the jobs what it inherits.
             resource.setrlimit(resource.RLIMIT_NOFILE, self._jobs_open_files)
             try:
-                spawn(self._binary, listener)
+                spawn(self._binary, listener, confines_all=self._confines_all)
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, now)
             self._dialled[self._path] = dial(self._path)

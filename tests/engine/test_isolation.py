@@ -26,6 +26,14 @@ def test_jobs_are_confined_and_unprivileged_by_default() -> None:
 
 
 @as_root
+def test_all_are_confined_unless_profile_none_can_be_had() -> None:
+    assert Isolation().confines_all
+    assert Isolation("strict", ["default"], strict_uids=range(1, 2)).confines_all
+    assert not Isolation("default", ["none"]).confines_all
+    assert not Isolation("none", ["default"]).confines_all
+
+
+@as_root
 def test_profile_none_is_the_servers_user() -> None:
     confinement = Isolation(profile="none").choose("", "")
     assert confinement.user.uid == 0
@@ -94,6 +102,7 @@ def without_root(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_root")
 def test_without_root_jobs_are_confined_as_the_servers_user() -> None:
     isolation = Isolation(profiles_allowed=["none"], users_allowed=["root"], job_user="daemon")
+    assert not Isolation().confines_all
     isolation.take_results({Profile.DEFAULT: ""})
     confinement = isolation.choose("", "")
     assert confinement.profile is Profile.DEFAULT

@@ -214,10 +214,11 @@ class Launcher:
         self.path = folder / "jobinit.sock"
         self.running: list[int] = []
 
-    def spawn(self, binary: Path | None = None) -> int:
+    def spawn(self, binary: Path | None = None, *, confines_all: bool = False) -> int:
         with jobinit.listen(self.path) as listener:
-            self.running.append(jobinit.spawn(binary or self.binary, listener))
-        return self.running[-1]
+            pid = jobinit.spawn(binary or self.binary, listener, confines_all=confines_all)
+        self.running.append(pid)
+        return pid
 
     def wait_end(self, pid: int) -> int:
         """The exit code."""
@@ -232,9 +233,11 @@ class Launcher:
         self.running.remove(pid)
         return os.waitstatus_to_exitcode(statuses[-1])
 
-    def run(self, scenario: Scenario, binary: Path | None = None) -> None:
+    def run(
+        self, scenario: Scenario, binary: Path | None = None, *, confines_all: bool = False
+    ) -> None:
         """jobinit ends by itself after the scenario, with all its jobs ended."""
-        pid = self.spawn(binary)
+        pid = self.spawn(binary, confines_all=confines_all)
 
         async def main() -> None:
             async with asyncio.timeout(DEADLINE_SECONDS):
@@ -728,6 +731,27 @@ def test_a_confined_job_can_gain_no_rights(launcher: Launcher, is_confined: bool
         assert (int(lines["CapBnd"], 16) == 0) == is_confined
 
     launcher.run(scenario)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to make namespaces")
+def test_one_that_confines_all_has_no_privileges_to_hand_down(launcher: Launcher) -> None:
+    """A job that is to have some is refused: it would be without."""
+
+    async def scenario(server: Server) -> None:
+        async def job_status(**fields: object) -> str:
+            return await server.output("/bin/cat", "/proc/self/status", is_confined=True, **fields)
+
+        await server.jobinit.make_view(View(number=1, tmp_bytes=0, tmp_inodes=0))
+        own_status = Path(f"/proc/{server.pid}/status").read_text()
+        as_nobody = await job_status(view=1, identity=Identity(65534, 65534, (65534,)))
+        for status in (own_status, as_nobody, await job_status()):
+            lines = dict(line.split(":", 1) for line in status.splitlines())
+            assert int(lines["NoNewPrivs"]) == 1
+            assert int(lines["CapBnd"], 16) == 0
+        with pytest.raises(JobinitError, match="Operation not permitted"):
+            await server.start("/bin/true")
+
+    launcher.run(scenario, confines_all=True)
 
 
 def test_a_job_is_born_in_its_cgroup(launcher: Launcher, cgroup: Path) -> None:

@@ -282,6 +282,30 @@ def test_it_goes_on_without_jobinit_and_without_the_server(
         client.wait(job.id)
 
 
+@pytest.mark.parametrize("allowed", ["none", ""])
+def test_it_goes_on_where_other_profiles_are_allowed_from_now_on(
+    start_server: Callable[..., Server], allowed: str
+) -> None:
+    """By the jobinit that it has; what comes is started by one of another kind."""
+    other = "" if allowed else "none"
+    server = start_server(PROFILE="default", PROFILES_ALLOWED=allowed, STOP_JOBS="no")
+    with server.connect() as client:
+        job = client.shell("trap 'exit 5' TERM; echo ready; while sleep 0.05; do :; done")
+        next(client.stream(job.id))
+    server.stop()
+    before = server.jobinit_pid()
+    server = start_server(PROFILE="default", PROFILES_ALLOWED=other)
+    with server.connect() as client:
+        assert server.jobinit_pid() != before
+        capabilities = "grep CapBnd /proc/self/status"
+        assert int(client.run(capabilities)[1].split()[1], 16) == 0
+        if other:
+            own = Path("/proc/self/status").read_text()
+            assert client.run(capabilities, profile="none")[1].decode() in own
+        client.stop(job.id)
+        assert client.wait(job.id).exitCode == 5
+
+
 # Its files
 
 
