@@ -11,6 +11,7 @@ Peer: HyperQueue from PyPI with the same command, all in one submission.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def measure_peer() -> float:
 class Runs:
     """Jobs a second, of one profile."""
 
+    client: Client
     single: dict[int, list[float]]  # by how many are in flight
     bulk: list[float]
 
@@ -120,25 +122,31 @@ async def main() -> None:
         findings.note(f"HyperQueue is not compared: it cannot be installed here: {no_peer}")
     floor_runs: list[float] = []
     peer_runs: list[float] = []
-    with workplace() as folder, running_server(folder, PROFILES_ALLOWED="none") as server:
-        program = compile_program(folder, "floor")
-        async with Client(server.address, server.certs) as client:
+    runs: dict[str, Runs] = {}
+    base: Path | None = None
+    async with contextlib.AsyncExitStack() as stack:
+        program = compile_program(stack.enter_context(workplace()), "floor")
+        # Each of a server that allows no other one, as usual. Where it is not root there is no
+        # other one.
+        for settings in ({"PROFILE": COMPARED_PROFILE}, {}):
+            folder = stack.enter_context(workplace())
+            server = stack.enter_context(running_server(folder, **settings))
+            client = await stack.enter_async_context(Client(server.address, server.certs))
             info = await client.call("GetServerInfo")
+            runs[info.default_profile] = Runs(client, {number: [] for number in IN_FLIGHT}, [])
             base = Path(info.cgroup).parent if info.cgroup else None
-            if base is None:
-                findings.note("no writable cgroup v2: the floor is left out, jobs have no cgroups")
-            # Where the server is not root there is no other one.
-            runs = {each: Runs({number: [] for number in IN_FLIGHT}, []) for each in info.profiles}
             await create_many(client, 100, 16, COMMAND)
-            for _ in range(REPETITIONS):
-                if base:
-                    floor_runs.append(measure_floor(program, base))
-                for profile, of_profile in runs.items():
-                    for in_flight, rates in of_profile.single.items():
-                        rates.append(await measure_single(client, in_flight, profile))
-                    of_profile.bulk.append(await measure_bulk(client, profile))
-                if not no_peer:
-                    peer_runs.append(measure_peer())
+        if base is None:
+            findings.note("no writable cgroup v2: the floor is left out, jobs have no cgroups")
+        for _ in range(REPETITIONS):
+            if base:
+                floor_runs.append(measure_floor(program, base))
+            for profile, of_profile in runs.items():
+                for in_flight, rates in of_profile.single.items():
+                    rates.append(await measure_single(of_profile.client, in_flight, profile))
+                of_profile.bulk.append(await measure_bulk(of_profile.client, profile))
+            if not no_peer:
+                peer_runs.append(measure_peer())
     for profile in sorted(runs, key=lambda name: name != COMPARED_PROFILE):
         report(findings, profile, runs[profile], floor_runs)
     report_peer(findings, runs[COMPARED_PROFILE], floor_runs, peer_runs)

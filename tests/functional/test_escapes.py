@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -42,15 +43,29 @@ APART = ["unshare", "--mount", "--uts", "--ipc", "--propagation=private"]
 CONFINING = [profile for profile in Profile if profile is not Profile.NONE]
 
 
-@pytest.fixture(scope="module")
-def stage(certificates: Path) -> Iterator[Stage]:
+@contextlib.contextmanager
+def set_stage(certificates: Path, settings: dict[str, Any]) -> Iterator[Stage]:
     with public_folder() as folder:
-        server = Server(folder, certificates, launcher=APART, **SETTINGS, **may_be_arranged(folder))
+        server = Server(folder, certificates, launcher=APART, **settings, **may_be_arranged(folder))
         with server.connect() as client:
             stage = Stage(server, client, folder, is_own_kernel=False)
             with stage.set_up():
                 yield stage
         assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def stage(certificates: Path) -> Iterator[Stage]:
+    with set_stage(certificates, SETTINGS) as stage:
+        yield stage
+
+
+@pytest.fixture(scope="module")
+def stage_without_none(certificates: Path) -> Iterator[Stage]:
+    """As a server is without any setting: its jobinit is another kind."""
+    profiles = ",".join(CONFINING)
+    with set_stage(certificates, SETTINGS | {"PROFILES_ALLOWED": profiles}) as stage:
+        yield stage
 
 
 @pytest.mark.parametrize("area", AREA_NAMES)
@@ -65,6 +80,12 @@ def test_it_holds(stage: Stage, profile: str, area: str) -> None:
 def test_it_holds_in_a_root_of_its_own(stage: Stage, profile: str, area: str) -> None:
     """With binds of the system, and of the folder that the server's own is in."""
     found = got_through(stage, area, profile, is_arranged=True)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("area", ["privileges", "processes", "kernel"])
+def test_it_holds_where_jobinit_confines_all(stage_without_none: Stage, area: str) -> None:
+    found = got_through(stage_without_none, area, Profile.DEFAULT)
     assert not found, "\n".join(found)
 
 
