@@ -2629,8 +2629,8 @@ static void take_own_signals(void)
 	sigaddset(&signals, SIGCHLD);
 	sigprocmask(SIG_BLOCK, &signals, NULL);
 	/* With SIGCHLD ignored, as a parent may have left it, the kernel would keep no zombie:
-	 * endings would be lost. */
-	signal(SIGCHLD, SIG_DFL);
+	 * endings would be lost. Jobs may stop and go on as often as they like. */
+	sigaction(SIGCHLD, &(struct sigaction){.sa_handler = SIG_DFL, .sa_flags = SA_NOCLDSTOP}, NULL);
 	signal(SIGPIPE, SIG_IGN); /* the log's reader may go */
 	/* Of a terminal, to whom it may concern: the jobs say how long jobinit is needed. */
 	signal(SIGHUP, SIG_IGN);
