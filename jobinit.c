@@ -531,7 +531,7 @@ static struct rule rules[] = {
 	{SYS_setns, FORBID},
 	/* Of other families: those for drivers, and AF_VSOCK, which reaches the machine's own host
 	 * from any network namespace. */
-	{SYS_socket, KNOWN_SOCKETS},
+	{SYS_socket, KNOWN_SOCKETS}, {SYS_socketpair, KNOWN_SOCKETS},
 	/* What is mounted */
 	{SYS_mount, FORBID}, {SYS_umount2, FORBID}, {SYS_pivot_root, FORBID},
 	{SYS_chroot, FORBID}, {428 /* open_tree */, FORBID}, {429 /* move_mount */, FORBID},
