@@ -1106,7 +1106,9 @@ static bool lower_limits(bool has_own_user)
 	struct rlimit core;
 
 	getrlimit(RLIMIT_CORE, &core);
-	core.rlim_cur = 0; /* a job that wants dumps may raise it again */
+	/* Less than any dump; and of 0 a program that core_pattern names would be told. A job that
+	 * wants dumps may raise it again. */
+	core.rlim_cur = core.rlim_max > 0;
 	return setrlimit(RLIMIT_CORE, &core) == 0 && setrlimit(RLIMIT_RTPRIO, &none) == 0
 	       && setrlimit(RLIMIT_NICE, &none) == 0
 	       && (has_own_user || (leave_room(RLIMIT_NOFILE) && leave_room(RLIMIT_NPROC)));
