@@ -536,7 +536,7 @@ static struct rule rules[] = {
 	{SYS_setns, FORBID},
 	/* Of other families: those for drivers, and AF_VSOCK, which reaches the machine's own host
 	 * from any network namespace. */
-	{SYS_socket, KNOWN_SOCKETS},
+	{SYS_socket, KNOWN_SOCKETS}, {SYS_socketpair, KNOWN_SOCKETS},
 	/* What is mounted */
 	{SYS_mount, FORBID}, {SYS_umount2, FORBID}, {SYS_pivot_root, FORBID},
 	{SYS_chroot, FORBID}, {428 /* open_tree */, FORBID}, {429 /* move_mount */, FORBID},
@@ -1111,7 +1111,9 @@ static bool lower_limits(bool has_own_user)
 	struct rlimit core;
 
 	getrlimit(RLIMIT_CORE, &core);
-	core.rlim_cur = 0; /* a job that wants dumps may raise it again */
+	/* Less than any dump; and of 0 a program that core_pattern names would be told. A job that
+	 * wants dumps may raise it again. */
+	core.rlim_cur = core.rlim_max > 0;
 	return setrlimit(RLIMIT_CORE, &core) == 0 && setrlimit(RLIMIT_RTPRIO, &none) == 0
 	       && setrlimit(RLIMIT_NICE, &none) == 0
 	       && (has_own_user || (leave_room(RLIMIT_NOFILE) && leave_room(RLIMIT_NPROC)));
@@ -2634,8 +2636,8 @@ static void take_own_signals(void)
 	sigaddset(&signals, SIGCHLD);
 	sigprocmask(SIG_BLOCK, &signals, NULL);
 	/* With SIGCHLD ignored, as a parent may have left it, the kernel would keep no zombie:
-	 * endings would be lost. */
-	signal(SIGCHLD, SIG_DFL);
+	 * endings would be lost. Jobs may stop and go on as often as they like. */
+	sigaction(SIGCHLD, &(struct sigaction){.sa_handler = SIG_DFL, .sa_flags = SA_NOCLDSTOP}, NULL);
 	signal(SIGPIPE, SIG_IGN); /* the log's reader may go */
 	/* Of a terminal, to whom it may concern: the jobs say how long jobinit is needed. */
 	signal(SIGHUP, SIG_IGN);

@@ -258,8 +258,17 @@ json_option = click.option(
 
 
 def write_json(value: Any, *, compact: bool = False) -> None:
-    """One value: on one line, or indented as people like to read it."""
-    click.echo(json.dumps(value, indent=None if compact else 2, ensure_ascii=False))
+    """One value: on one line, or indented as people like to read it, and so that nothing in it
+    changes the terminal."""
+    text = json.dumps(value, indent=None if compact else 2, ensure_ascii=False)
+    click.echo("\n".join(map(_printable_json, text.split("\n"))))
+
+
+def _printable_json(line: str) -> str:
+    """What is not printable can only stand in a string, for which JSON has escapes."""
+    if line.isprintable():
+        return line
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line)
 
 
 def write_table(

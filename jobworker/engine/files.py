@@ -128,14 +128,15 @@ class JobFiles:
     def _check_source(self, field: str, path: str) -> None:
         if self._is_hidden(path):
             raise InvalidRequestError(field, f"{path!r} is not there: {NOT_SEEN}")
-        if os.path.realpath(path) != path:
-            problem = f"{path!r} leads through a symbolic link, which is not followed"
-            raise InvalidRequestError(field, f"{problem}; give what it leads to")
         try:
             os.stat(path)
+            real_path = os.path.realpath(path)  # raises, too, where a link goes meanwhile
         except OSError as error:
             problem = f"{path!r}: {error.strerror}; give a path that the job's user can reach"
             raise InvalidRequestError(field, problem) from error
+        if real_path != path:
+            problem = f"{path!r} leads through a symbolic link, which is not followed"
+            raise InvalidRequestError(field, f"{problem}; give what it leads to")
 
     @property
     def _own(self) -> tuple[str, ...]:

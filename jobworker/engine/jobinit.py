@@ -211,7 +211,8 @@ class Failed:
             name, value = request.limits[self.item - 1]
             about = f"cannot write {value!r} to {request.cgroup}/{name}"
         elif request and self.step.endswith("bind") and 0 < self.item <= len(request.binds):
-            about = f"binds[{self.item - 1}], {request.binds[self.item - 1]}"
+            # Quoted, as a path may have line ends, and this comes to the log.
+            about = f"binds[{self.item - 1}], {str(request.binds[self.item - 1])!r}"
         return StartFailedError(self.step, self.error_number, self.killed_by, about)
 
 

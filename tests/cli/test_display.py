@@ -102,6 +102,18 @@ def test_a_command_line_can_be_typed_in_a_shell() -> None:
     assert display.command_line(a_job(), is_short=True) == "sh -c 'exit 3'"
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_json_changes_no_terminal_either(
+    capsys: pytest.CaptureFixture[str], *, compact: bool
+) -> None:
+    value = {"args": ["\x1b[31m", "\x9b31m", "\u202e", "\udc80", "a\nb", "Grüße, 世界 🙂"]}
+    display.write_json(value, compact=compact)
+    shown = capsys.readouterr().out
+    assert shown.replace("\n", "").isprintable()
+    assert "Grüße, 世界 🙂" in shown
+    assert json.loads(shown) == value
+
+
 # Endings
 
 

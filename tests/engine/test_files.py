@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -130,3 +135,35 @@ def test_where_the_job_would_find_it() -> None:
         "/tmp/a/data/hidden": None,
     }.items():
         assert files.find(path) == found, path
+
+
+# Exchanges two names until it is ended.
+RESTLESS = """
+import ctypes, sys
+renameat2 = ctypes.CDLL(None).renameat2
+print("goes on", flush=True)
+while True:
+    renameat2(-100, sys.argv[1].encode(), -100, sys.argv[2].encode(), 2)
+"""
+
+
+def test_a_source_that_somebody_makes_a_link_meanwhile() -> None:
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:  # not in /tmp
+        source, link = f"{folder}/source", f"{folder}/link"
+        os.mkdir(source)
+        os.symlink("/etc", link)
+        files = JobFiles(binds=(Bind(source, "/mnt"),))
+        command = [sys.executable, "-c", RESTLESS, source, link]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as restless:
+            assert restless.stdout
+            restless.stdout.readline()
+            refused, end = 0, time.monotonic() + 1
+            try:
+                while time.monotonic() < end:
+                    try:
+                        files.check()
+                    except InvalidRequestError:
+                        refused += 1
+            finally:
+                restless.kill()
+        assert refused

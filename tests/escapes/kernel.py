@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -313,6 +314,26 @@ def _make_socket(name: str, family: int) -> str:
             continue
         return f"has a socket of {name}"
     raise Missing("all are refused, or not in this kernel")
+
+
+# At least one of them is in each kernel: that of raw packets, of eBPF, or of virtual machines.
+PAIRS = FAMILIES | {"AF_PACKET": 17, "AF_XDP": 44}
+
+
+@attack(shown_as="user")
+def make_pairs_of_sockets_of_other_families(scene: Scene) -> str:
+    """The kernel loads the family's module, and makes two, before it says that it pairs none."""
+    return first_of(partial(_make_pair, *family) for family in PAIRS.items())
+
+
+def _make_pair(name: str, family: int) -> str:
+    try:
+        system_call("socketpair", 53, family, socket.SOCK_STREAM, 0, (ctypes.c_int * 2)())
+    except OSError as error:
+        if error.errno == errno.EAFNOSUPPORT:
+            raise Missing("all are refused, or not in this kernel") from error
+        return f"{name}: only the kind was refused: {error}"
+    return f"has two sockets of {name}"
 
 
 @attack()

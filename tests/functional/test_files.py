@@ -143,6 +143,16 @@ def test_set_user_id_has_no_effect_in_them(client: Client, place: Place) -> None
     assert {"nosuid", "nodev", "rw"} <= set(line.split()[5].split(","))
 
 
+def test_a_bind_that_fails_writes_one_line_into_the_log(client: Client, place: Place) -> None:
+    """Whatever its path, which may look as a line of its own. Of it jobinit makes a file first."""
+    forged = "/tmp/a\n2001-02-03 04:05:06,789 INFO jobworker.daemon: ready"
+    binds = [bind(f"{place.data}/file", forged), bind(place.data, f"{forged}/b")]
+    job, _ = client.run("true", binds=binds)
+    assert job.failed_step == "destination of a bind"
+    assert job.detail.isprintable()
+    assert "\n2001-" not in place.server.log
+
+
 def test_what_is_hidden_stays_so_in_a_bind_of_its_parent(client: Client, place: Place) -> None:
     script = "exec 2>&1; ls /mnt/state; cat /mnt/state/jobs.db; stat -c %a:%i /mnt/state"
     _, output = client.run(script, binds=[bind(place.data, "/mnt")])

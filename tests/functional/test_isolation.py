@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import signal
 import sys
 import time
@@ -93,6 +94,20 @@ def test_its_limits(client: Client) -> None:
     script = "ulimit -c; ulimit -r; ulimit -e; nice -n -5 nice 2>/dev/null"
     job = client.create("bash", "-c", script)
     assert client.output(job.id).split() == [b"0"] * 4
+
+
+def test_how_often_it_stops_is_no_matter_of_jobinits(client: Client, confining: Server) -> None:
+    """Which would look each time for who has ended, among all jobs."""
+
+    def wakings() -> int:
+        status = Path(f"/proc/{confining.jobinit_pid()}/status").read_text()
+        return int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.MULTILINE)[0])
+
+    before = wakings()
+    stop = "kill -STOP $$; until grep -q 'T (stopped)' /proc/$$/status; do :; done; kill -CONT $$"
+    job, _ = client.run(f"(for i in $(seq 200); do {stop}; done)")
+    assert job.exitCode == 0
+    assert wakings() - before < 30
 
 
 def test_an_allowed_user(client: Client) -> None:

@@ -19,6 +19,7 @@ from escapes.stage import (
     may_be_arranged,
     not_shown,
     public_folder,
+    wait_until,
 )
 from jobworker.engine.isolation import Profile
 from jobworker.pb import job_worker_pb2 as pb
@@ -110,3 +111,26 @@ def test_signals_upwards(stage: Stage, profile: str) -> None:
         carry(stage, "signals upwards", mark, profile, is_stopped=False, is_harmless=False)
     state = stage.state(stage.server.process.pid)
     assert {value for name, value in state.items() if name.endswith("stopped")} == {False}
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+def test_a_crash_is_no_matter_of_the_machines_unless_it_wants_that(
+    stage: Stage, profile: str, tmp_path: Path
+) -> None:
+    """What the machine has for cores is a program of root's, outside of any job. A job may ask for
+    it by its limit: where the second is told of, so would the first have been."""
+    handler, pattern = tmp_path / "handler", Path("/proc/sys/kernel/core_pattern")
+    handler.write_text(f"#!/bin/sh\necho $1 >> {tmp_path}/told\n")
+    handler.chmod(0o755)
+    before = pattern.read_text()
+    pattern.write_text(f"|{handler} %e")
+    try:
+        for name, limit in (("first", ""), ("second", "ulimit -c unlimited;")):
+            script = f"{limit} echo {name} > /proc/self/comm; kill -SEGV $$"
+            job, _ = stage.client.run(script.replace("/self", "/$$"), profile=profile)
+            assert job.signal == signal.SIGSEGV
+        told = tmp_path / "told"
+        wait_until(lambda: told.exists() and "second" in told.read_text())
+    finally:
+        pattern.write_text(before)
+    assert told.read_text() == "second\n"
