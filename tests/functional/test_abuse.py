@@ -341,7 +341,7 @@ def test_what_a_client_sends_does_not_come_back_at_any_length(server: Server, ma
     long = "\N{SNOWMAN}" * 500_000
     with server.connect(mallory) as client:
         calls = [
-            (grpc.StatusCode.NOT_FOUND, lambda: client.get(long)),
+            (grpc.StatusCode.NOT_FOUND, lambda: client.get(long[:20_000])),
             (grpc.StatusCode.INVALID_ARGUMENT, lambda: client.create(long)),
             (grpc.StatusCode.INVALID_ARGUMENT, lambda: client.create("true", profile=long)),
         ]
@@ -351,6 +351,53 @@ def test_what_a_client_sends_does_not_come_back_at_any_length(server: Server, ma
             assert caught.value.code() is code
         result = client.call("CreateJobs", pb.CreateJobsReq(jobs=[pb.CreateJobReq(command=long)]))
         assert len(result.results[0].error) < 1000
+
+
+EMPTY_FIELD = {"CreateJob": b"\x8a\x01\0", "CreateJobs": b"\x0a\0"}  # a bind, a job
+
+
+@pytest.mark.parametrize("rpc", EMPTY_FIELD)
+def test_requests_of_very_many_fields(start_server: StartServer, mallory: str, rpc: str) -> None:
+    """Some KiB on the wire, 4 MiB as a message, and some hundred as objects."""
+    server = start_server()
+    count = 4 * MEBIBYTE // len(EMPTY_FIELD[rpc]) - 100
+    with channel(server.address, server.certs, mallory) as opened:
+        method: Any = opened.unary_unary(f"/job_worker.JobService/{rpc}")
+        before = server.rss_bytes()
+        calls = [
+            method.future(
+                EMPTY_FIELD[rpc] * count,
+                compression=grpc.Compression.Gzip,
+                timeout=DEADLINE_SECONDS,
+            )
+            for _ in range(8)
+        ]
+        assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
+        assert server.rss_bytes() - before < 60 * MEBIBYTE
+    assert "fields" in calls[0].details()
+
+
+def test_requests_that_are_refused_are_not_kept(start_server: StartServer, mallory: str) -> None:
+    server = start_server()
+    with server.connect(mallory) as client:
+        before = server.rss_bytes()
+        for _ in range(100):
+            with pytest.raises(grpc.RpcError, match="stdin"):
+                client.create("true", stdin=bytes(3 * MEBIBYTE))
+        assert server.rss_bytes() - before < 60 * MEBIBYTE
+
+
+@pytest.mark.parametrize(
+    "method", ["job_worker.JobService/GetJobsStream", "grpc.health.v1.Health/Watch"]
+)
+def test_requests_that_last_are_small(server: Server, mallory: str, method: str) -> None:
+    """They are in memory as long as the stream."""
+    with channel(server.address, server.certs, mallory) as opened:
+        call: Any = opened.unary_stream(f"/{method}")
+        request = pb.GetJobsStreamReq(id="x" * 100_000).SerializeToString()
+        with pytest.raises(grpc.RpcError) as caught:
+            next(call(request, timeout=DEADLINE_SECONDS))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("size", [20_000, 1 << 16, 1 << 20])
