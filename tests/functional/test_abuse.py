@@ -410,6 +410,32 @@ def test_large_metadata(server: Server, mallory: str, size: int) -> None:
         assert call(b"", metadata=(("x", "y" * 4000),), timeout=DEADLINE_SECONDS) is not None
 
 
+def test_bytes_that_are_no_text_are_hardly_said(start_server: StartServer, mallory: str) -> None:
+    """Anybody with a certificate could fill the disk with lines, and say anything in them."""
+    server = start_server()
+    others_work(server)
+    before = len(server.log)
+    path = b"/job_worker.JobService/\xff\nforged"
+    headers = (
+        headers_of("GetServerInfo").replace(
+            field(":path", "/job_worker.JobService/GetServerInfo"),
+            b"\0\5:path" + bytes([len(path)]) + path,
+        )
+        + b"\0\1x\x78"
+        + b"\xff" * 120
+    )
+    with connect(server, mallory) as hostile:
+        for number in range(1, 400, 2):
+            hostile.sendall(
+                frame(HEADERS, END_HEADERS, number, headers)
+                + frame(DATA, END_STREAM, number, bytes(5))
+            )
+        wait_until(lambda: "forged" in server.log)
+        others_work(server)
+    assert len(server.log) - before < 3000
+    assert "\nforged" not in server.log
+
+
 def test_pings_without_end(server: Server, mallory: str) -> None:
     with connect(server, mallory) as hostile, pytest.raises(OSError):  # noqa: PT012
         deadline = time.monotonic() + DEADLINE_SECONDS
