@@ -44,6 +44,7 @@ CODES: dict[type[errors.JobWorkerError], grpc.StatusCode] = {
     errors.QuotaError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.AuditError: grpc.StatusCode.UNAVAILABLE,
+    errors.UnknownMethodError: grpc.StatusCode.UNIMPLEMENTED,
     errors.ServerFaultError: grpc.StatusCode.INTERNAL,
     errors.ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
     errors.StoreError: grpc.StatusCode.UNAVAILABLE,

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -30,6 +30,7 @@ from jobworker.errors import (
     PermissionDeniedError,
     ResourceExhaustedError,
     ServerFaultError,
+    UnknownMethodError,
 )
 from jobworker.roles import Clients, Identity
 from jobworker.rpc import connections, convert
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 # What it may take to tell a revoked client so, before its connection is shut: one that reads
 # nothing never comes to the status, as that is behind the message that it does not read.
 REVOKED_SECONDS = 1.0
+# So long may a client take to take what refuses a call that is not counted as its own.
+UNTAKEN_SECONDS = 10.0
 # Lines about calls that did nothing, as they failed or were refused: at once, and then a second,
 # for each client. Else who may do nothing could fill the disk.
 REFUSALS_AT_ONCE = 100
@@ -154,6 +157,7 @@ class Gate:
         self._subjects = subjects
         self._revoked = certs.NOBODY_REVOKED
         self._calls: set[_Call] = set()
+        self._refused: dict[_Call, float] = {}  # since when, of those that are not counted
         self._clients: dict[str, _Client] = {}
         self._refusals: dict[str, _Refusals] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -224,10 +228,7 @@ class Gate:
             # which tasks know as well.
             request = answer = sent = call.still_may = None
             traceback.clear_frames(error.__traceback__)
-            try:
-                await context.abort(code, text, metadata)
-            except grpc.aio.InternalError:  # the connection has ended, and nobody is to be told
-                raise asyncio.CancelledError from None
+            return await self._abort(call, context, code, text, metadata)
 
         return handle
 
@@ -255,6 +256,13 @@ class Gate:
     def look(self) -> None:
         """To be called every now and then."""
         now = time.monotonic()
+        untaken = [call for call, since in self._refused.items() if since < now - UNTAKEN_SECONDS]
+        if untaken:
+            for call in untaken:
+                del self._refused[call]
+            peers = {call.peer for call in untaken}
+            log.warning("ending %d connections that do not take answers", len(peers))
+            self._spawn(self._shut(peers))
         for name, refusals in list(self._refusals.items()):
             if refusals.unwritten:
                 self._audit.write(
@@ -265,6 +273,21 @@ class Gate:
                 del self._refusals[name]
 
     # Coming and going
+
+    async def _abort(
+        self,
+        call: _Call,
+        context: Context,
+        code: grpc.StatusCode,
+        text: str,
+        metadata: tuple[tuple[str, str], ...],
+    ) -> NoReturn:
+        if call.client is None:
+            self._refused[call] = time.monotonic()
+        try:
+            await context.abort(code, text, metadata)
+        except grpc.aio.InternalError:  # the connection has ended, and nobody is to be told
+            raise asyncio.CancelledError from None
 
     def _admit(self, call: _Call, context: Context) -> None:
         passport = call.passport = _passport_of(certificate_of(context))
@@ -319,6 +342,7 @@ class Gate:
 
     def _leave(self, call: _Call, _context: Any = None) -> None:
         self._calls.discard(call)
+        self._refused.pop(call, None)
         client = call.client
         if client is None:
             return
@@ -340,6 +364,9 @@ class Gate:
 
     async def _shut_soon(self, peers: set[str]) -> None:
         await asyncio.sleep(REVOKED_SECONDS)
+        await self._shut(peers)
+
+    async def _shut(self, peers: set[str]) -> None:
         addresses = set(map(connections.address_of, peers))
         await asyncio.to_thread(connections.shut, self.port, addresses)
 
@@ -506,6 +533,22 @@ class _GuardedHandler(grpc.GenericRpcHandler):
             make = grpc.stream_stream_rpc_method_handler
         parse = parser(inner.request_deserializer, rpc) if inner.request_streaming else None
         return make(handler, parse, inner.response_serializer)
+
+
+class UnknownMethods(grpc.GenericRpcHandler):
+    """To be the last handler: what no other serves. gRPC would answer by itself, and bound no
+    client's calls."""
+
+    def __init__(self, gate: Gate) -> None:
+        handle = gate.guard("", _unknown, bytes, is_stream=False, is_ours=False, takes_stream=True)
+        self._handler: Any = grpc.stream_unary_rpc_method_handler(handle)
+
+    def service(self, _details: grpc.HandlerCallDetails) -> Any:
+        return self._handler
+
+
+async def _unknown(_requests: Any, _access: AccessNow, _context: Context) -> None:
+    raise UnknownMethodError
 
 
 def _answering(inner: Any) -> Method:

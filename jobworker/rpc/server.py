@@ -26,7 +26,7 @@ from jobworker.roles import Clients, Entries
 from jobworker.rpc import connections
 from jobworker.rpc.audit import AuditLog
 from jobworker.rpc.credentials import Credentials
-from jobworker.rpc.gate import ClientLimits, Gate, GuardedServices
+from jobworker.rpc.gate import ClientLimits, Gate, GuardedServices, UnknownMethods
 from jobworker.rpc.service import SERVICE, SUBJECTS, JobService, ServiceHandler
 from jobworker.rpc.watch import Watch, WatchedFiles
 
@@ -131,6 +131,7 @@ class RpcServer:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             reflection.aio.ReflectionServicer(names), guarded
         )
+        self._server.add_generic_rpc_handlers((UnknownMethods(self._gate),))
         self.port = self._bind(settings.address, credentials)
         self._gate.port = self.port
 

@@ -26,7 +26,7 @@ MEBIBYTE = 1 << 20
 StartServer = Callable[..., Server]
 
 # Frames of HTTP/2 (RFC 9113) by their types' numbers, and the flags that are used here.
-DATA, HEADERS, SETTINGS, PING, CONTINUATION = 0, 1, 4, 6, 9
+DATA, HEADERS, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 4, 6, 8, 9
 END_STREAM, END_HEADERS = 1, 4
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 INITIAL_WINDOW_SIZE = 4
@@ -318,6 +318,26 @@ def is_refused(client: Client, job_id: str) -> bool:
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # noqa: PT017
         return "answers that this client has not taken" in str(error.details())
     return False
+
+
+def test_refusals_that_are_not_taken(start_server: StartServer, mallory: str) -> None:
+    """Each is in memory until then. Anybody with a certificate may be refused, and call what
+    nobody serves."""
+    server = start_server(CLIENT_CALLS="20")
+    with server.connect() as client:
+        big = pb.CreateJobReq(command="true", args=["x" * 1000] * 100)
+        client.call("CreateJobs", pb.CreateJobsReq(jobs=[big] * 38))
+    window = struct.pack(">HI", INITIAL_WINDOW_SIZE, MEBIBYTE << 4)
+    with connect(server, mallory, window) as hostile:
+        hostile.sendall(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", MEBIBYTE << 6)))
+        for number in range(1, 25, 2):  # more than the sockets hold
+            hostile.sendall(request_of("GetJobs", number))
+        wait_until(lambda: server.unsent_bytes() > MEBIBYTE)
+        for number in range(25, 225, 2):
+            headers = headers_of("GetJobs").replace(b"Service", b"Nothing")
+            hostile.sendall(frame(HEADERS, END_HEADERS | END_STREAM, number, headers))
+        wait_until(lambda: server.connections() == 0)
+    assert "do not take answers" in server.log
 
 
 # Headers, messages, pings
