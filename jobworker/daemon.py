@@ -166,12 +166,18 @@ def _watch_signals() -> asyncio.Future[int]:
     return requested
 
 
+class _OneLine(logging.Formatter):
+    """What clients and jobs are called is in messages: it is to begin no line of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 as logging calls it
+        text = super().formatMessage(record)
+        return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def _set_up_logging(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    to_stderr = logging.StreamHandler(sys.stderr)
+    to_stderr.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[to_stderr], level=level.upper())
 
 
 def _lock_state_folder(folder: Path) -> int:

@@ -76,6 +76,13 @@ class LimitUnavailableError(JobWorkerError):
         self.problem = problem
 
 
+class UnknownMethodError(JobWorkerError):
+    """There is no such call, or none yet."""
+
+    def __init__(self) -> None:
+        super().__init__("Method not found!")  # as gRPC says it
+
+
 class PermissionDeniedError(JobWorkerError):
     """The caller's certificate does not allow this call."""
 

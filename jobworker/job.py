@@ -223,8 +223,20 @@ MOST_BINDS = 32
 UNBINDABLE = ("/proc", "/dev", "/sys")
 
 
+def check_counts(args: int, variables: int, binds: int) -> None:
+    """Before each of them is looked at: so many as fit into a message would take seconds. Raises
+    InvalidRequestError."""
+    count = args + variables
+    if count * POINTER_BYTES > LONGEST_STRINGS_BYTES:
+        problem = f"are {count} strings, more than a process can be given; pass them in a file"
+        raise InvalidRequestError("args and environment", problem)
+    if binds > MOST_BINDS:
+        raise InvalidRequestError("binds", f"are {binds}; at most {MOST_BINDS} are taken")
+
+
 def validate(spec: JobSpec) -> None:
-    """Raises InvalidRequestError for what no machine could run."""
+    """Raises InvalidRequestError for what no machine could run, and was not refused by its
+    counts."""
     if not spec.command:
         raise InvalidRequestError("command", "is empty; give the program to run")
     _check_name(spec.name)
@@ -232,10 +244,6 @@ def validate(spec: JobSpec) -> None:
     if not spec.working_directory.startswith("/"):
         problem = f"{spec.working_directory!r} is relative; give an absolute path"
         raise InvalidRequestError("working_directory", problem)
-    count = len(spec.args) + len(spec.environment)
-    if count * POINTER_BYTES > LONGEST_STRINGS_BYTES:  # before each of them is looked at
-        problem = f"are {count} strings, more than a process can be given; pass them in a file"
-        raise InvalidRequestError("args and environment", problem)
     _check_string("working_directory", spec.working_directory)
     _check_string("command", spec.command)
     _check_files(spec)
@@ -281,9 +289,6 @@ def _check_limits(limits: Limits) -> None:
 def _check_files(spec: JobSpec) -> None:
     if spec.root:
         _check_path("root", spec.root)
-    if len(spec.binds) > MOST_BINDS:
-        problem = f"are {len(spec.binds)}; at most {MOST_BINDS} are taken"
-        raise InvalidRequestError("binds", problem)
     for number, bind in enumerate(spec.binds):
         _check_path(f"binds[{number}].source", bind.source)
         destination = f"binds[{number}].destination"
@@ -300,11 +305,11 @@ def _check_path(field_name: str, path: str) -> None:
     """That it is absolute, and that its text says where it leads, unless links are on the way."""
     if not path.startswith("/"):
         raise InvalidRequestError(field_name, f"{path!r} is not an absolute path; give one")
-    if any(part in {"", ".", ".."} for part in path.rstrip("/").split("/")[1:]):
-        problem = f"{path!r} has an empty part, `.` or `..`; give the path without"
-        raise InvalidRequestError(field_name, problem)
     if "\0" in path or _size(path) > LONGEST_PATH_BYTES:
         problem = f"has a NUL byte, or more than {LONGEST_PATH_BYTES - 1} bytes"
+        raise InvalidRequestError(field_name, problem)
+    if any(part in {"", ".", ".."} for part in path.rstrip("/").split("/")[1:]):
+        problem = f"{path!r} has an empty part, `.` or `..`; give the path without"
         raise InvalidRequestError(field_name, problem)
 
 

@@ -13,7 +13,17 @@ import grpc
 from jobworker import errors
 from jobworker.engine.isolation import Isolation
 from jobworker.errors import InvalidRequestError, JobNotFoundError
-from jobworker.job import Accounting, Bind, Job, JobSpec, Limits, Principal, Quota, Status
+from jobworker.job import (
+    Accounting,
+    Bind,
+    Job,
+    JobSpec,
+    Limits,
+    Principal,
+    Quota,
+    Status,
+    check_counts,
+)
 from jobworker.pb import job_worker_pb2 as pb
 
 # Existing clients receive at most this much in one message.
@@ -34,6 +44,7 @@ CODES: dict[type[errors.JobWorkerError], grpc.StatusCode] = {
     errors.QuotaError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.AuditError: grpc.StatusCode.UNAVAILABLE,
+    errors.UnknownMethodError: grpc.StatusCode.UNIMPLEMENTED,
     errors.ServerFaultError: grpc.StatusCode.INTERNAL,
     errors.ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
     errors.StoreError: grpc.StatusCode.UNAVAILABLE,
@@ -78,7 +89,46 @@ def job_id_from(text: str) -> int:
     return int(text)
 
 
+def has_more_fields(data: bytes, most: int) -> bool:
+    """Whether a message has more than so many, of its own and not of messages in it; as far as it
+    is a message at all (https://protobuf.dev/programming-guides/encoding)."""
+    place = count = 0
+    try:
+        while place < len(data) and count <= most:
+            count += 1
+            tag, place = _varint(data, place)
+            kind = tag & 7
+            if kind == VARINT:
+                _, place = _varint(data, place)
+            elif kind == BYTES:
+                size, place = _varint(data, place)
+                place += size
+            else:
+                place += FIXED.get(kind, 0)
+    except IndexError:  # it ends too early
+        pass
+    return count > most
+
+
+VARINT, BYTES = 0, 2
+FIXED = {1: 8, 5: 4}  # bytes; of a group begin and end count, and what is between
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    """And where it ends. Raises IndexError where it does not."""
+    number = 0
+    for shift in range(0, 70, 7):
+        byte = data[place]
+        number |= (byte & 0x7F) << shift
+        place += 1
+        if byte < 0x80:
+            return number, place
+    raise IndexError
+
+
 def spec_from(request: pb.CreateJobReq) -> JobSpec:
+    """Raises InvalidRequestError where there is too much of something."""
+    check_counts(len(request.args), len(request.environment), len(request.binds))
     return JobSpec(
         command=request.command,
         args=tuple(request.args),

@@ -13,9 +13,10 @@ import inspect
 import logging
 import secrets
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -29,6 +30,7 @@ from jobworker.errors import (
     PermissionDeniedError,
     ResourceExhaustedError,
     ServerFaultError,
+    UnknownMethodError,
 )
 from jobworker.roles import Clients, Identity
 from jobworker.rpc import connections, convert
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 # What it may take to tell a revoked client so, before its connection is shut: one that reads
 # nothing never comes to the status, as that is behind the message that it does not read.
 REVOKED_SECONDS = 1.0
+# So long may a client take to take what refuses a call that is not counted as its own.
+UNTAKEN_SECONDS = 10.0
 # Lines about calls that did nothing, as they failed or were refused: at once, and then a second,
 # for each client. Else who may do nothing could fill the disk.
 REFUSALS_AT_ONCE = 100
@@ -51,11 +55,17 @@ MOST_LARGE = 16  # at once, of each client
 # Of all answers to one client that it has not taken, but for those of streams and of LARGE.
 MOST_UNTAKEN_BYTES = 32 << 20
 MOST_RECEIVED = 32  # requests of one client that come in at once; others wait for these
+# Of a request that is in memory as long as its call. Those that create jobs may be larger.
+LARGEST_LASTING_BYTES = 64 << 10
+# Of a request, more than one job can have strings: what 4 MiB can hold of empty ones would take a
+# second and 400 MiB.
+MOST_FIELDS = 70_000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 # What the caller may now: roles may change while a call is under way. Raises
 # PermissionDeniedError.
 AccessNow = Callable[[], Access]
+Parse = Callable[[bytes], Any]
 # With the request, what the caller may (not to be called of an RPC without a rule), and the
 # context; the answer of a stream is None.
 Method = Callable[[Any, AccessNow, Context], Awaitable[Any]]
@@ -82,6 +92,7 @@ class _Client:
     large: int = 0
     untaken_bytes: int = 0
     receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_RECEIVED))
+    parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
     connections: dict[str, int] = field(default_factory=dict)  # calls on each, by its peer
 
 
@@ -146,6 +157,7 @@ class Gate:
         self._subjects = subjects
         self._revoked = certs.NOBODY_REVOKED
         self._calls: set[_Call] = set()
+        self._refused: dict[_Call, float] = {}  # since when, of those that are not counted
         self._clients: dict[str, _Client] = {}
         self._refusals: dict[str, _Refusals] = {}
         self._endings: set[asyncio.Task[None]] = set()
@@ -155,17 +167,19 @@ class Gate:
         self,
         rpc: str,
         method: Method,
+        parse: Parse,
         *,
         is_stream: bool,
         is_ours: bool = True,
         takes_stream: bool = False,
         still_may: StillMay | None = None,
     ) -> Any:
-        """A handler for gRPC that lets the right callers in. is_stream: the answer is one.
-        is_ours: an RPC with a rule in `authorization`; others are for all who have a
-        certificate. An answer of one of ours is made bytes here. takes_stream: the method is
-        given not one request, but all that come.
-        still_may: is asked when roles have changed."""
+        """A handler for gRPC that lets the right callers in, and is to be given requests as bytes.
+        parse: makes the request of them. is_stream: the answer is one. is_ours: an RPC with a
+        rule in `authorization`; others are for all who have a certificate. An answer of one of
+        ours is made bytes here. takes_stream: the method is given not one request, but all that
+        come, which gRPC has parsed. still_may: is asked when roles have changed."""
+        parse = parser(parse, rpc)
 
         async def handle(requests: Any, context: Context) -> Any:
             call = _Call(rpc, is_stream, context.peer(), _current_task())
@@ -184,7 +198,7 @@ class Gate:
                         request = requests
                     else:
                         async with call.client.receiving:
-                            request = await _receive(context)
+                            request = await _receive(context, call.client, parse)
                     if still_may:
                         call.still_may = functools.partial(still_may, request)
                     _check_untaken(call)
@@ -208,14 +222,13 @@ class Gate:
                     raise
                 error = call.ended_by
             code, text = convert.code_of(error), convert.text_of(error)
+            metadata = convert.metadata_of(error)
             self._note(call, request, answer, code.name, error)
-            # Who takes no answer does not keep the server's memory; nor do the frames of the error.
+            # Who takes no answer does not keep the server's memory; nor do the frames of the error,
+            # which tasks know as well.
             request = answer = sent = call.still_may = None
-            error.__traceback__ = None
-            try:
-                await context.abort(code, text, convert.metadata_of(error))
-            except grpc.aio.InternalError:  # the connection has ended, and nobody is to be told
-                raise asyncio.CancelledError from None
+            traceback.clear_frames(error.__traceback__)
+            return await self._abort(call, context, code, text, metadata)
 
         return handle
 
@@ -243,6 +256,13 @@ class Gate:
     def look(self) -> None:
         """To be called every now and then."""
         now = time.monotonic()
+        untaken = [call for call, since in self._refused.items() if since < now - UNTAKEN_SECONDS]
+        if untaken:
+            for call in untaken:
+                del self._refused[call]
+            peers = {call.peer for call in untaken}
+            log.warning("ending %d connections that do not take answers", len(peers))
+            self._spawn(self._shut(peers))
         for name, refusals in list(self._refusals.items()):
             if refusals.unwritten:
                 self._audit.write(
@@ -253,6 +273,21 @@ class Gate:
                 del self._refusals[name]
 
     # Coming and going
+
+    async def _abort(
+        self,
+        call: _Call,
+        context: Context,
+        code: grpc.StatusCode,
+        text: str,
+        metadata: tuple[tuple[str, str], ...],
+    ) -> NoReturn:
+        if call.client is None:
+            self._refused[call] = time.monotonic()
+        try:
+            await context.abort(code, text, metadata)
+        except grpc.aio.InternalError:  # the connection has ended, and nobody is to be told
+            raise asyncio.CancelledError from None
 
     def _admit(self, call: _Call, context: Context) -> None:
         passport = call.passport = _passport_of(certificate_of(context))
@@ -307,6 +342,7 @@ class Gate:
 
     def _leave(self, call: _Call, _context: Any = None) -> None:
         self._calls.discard(call)
+        self._refused.pop(call, None)
         client = call.client
         if client is None:
             return
@@ -328,6 +364,9 @@ class Gate:
 
     async def _shut_soon(self, peers: set[str]) -> None:
         await asyncio.sleep(REVOKED_SECONDS)
+        await self._shut(peers)
+
+    async def _shut(self, peers: set[str]) -> None:
         addresses = set(map(connections.address_of, peers))
         await asyncio.to_thread(connections.shut, self.port, addresses)
 
@@ -429,6 +468,25 @@ def expected(error: Exception, rpc: str) -> JobWorkerError | OSError:
     return ServerFaultError(reference)
 
 
+def parser(parse: Parse, rpc: str) -> Parse:
+    """The same for requests of this RPC, with all that is wrong with one an
+    InvalidRequestError."""
+
+    def parse_request(data: bytes) -> Any:
+        if rpc not in CREATES and len(data) > LARGEST_LASTING_BYTES:
+            problem = f"{len(data)} bytes are too many; use at most {LARGEST_LASTING_BYTES}"
+            raise InvalidRequestError("request", problem)
+        if convert.has_more_fields(data, MOST_FIELDS):
+            problem = f"has more than {MOST_FIELDS} fields; ask for less at once"
+            raise InvalidRequestError("request", problem)
+        try:
+            return parse(data)
+        except DecodeError as error:
+            raise InvalidRequestError("request", str(error)) from error
+
+    return parse_request
+
+
 class GuardedServices:
     """Takes the servicers of other packages, and registers their handlers with a guard each;
     and as generic ones alone, for the reason that `service.ServiceHandler` gives."""
@@ -461,9 +519,11 @@ class _GuardedHandler(grpc.GenericRpcHandler):
 
     def _guarded(self, name: str, inner: Any) -> Any:
         is_stream = inner.response_streaming
+        rpc = name.rpartition("/")[2]
         handler = self._gate.guard(
-            name.rpartition("/")[2],
+            rpc,
             _streaming(inner) if is_stream else _answering(inner),
+            inner.request_deserializer,
             is_stream=is_stream,
             is_ours=False,
             takes_stream=inner.request_streaming,
@@ -471,7 +531,24 @@ class _GuardedHandler(grpc.GenericRpcHandler):
         make: Any = grpc.stream_unary_rpc_method_handler
         if is_stream:
             make = grpc.stream_stream_rpc_method_handler
-        return make(handler, inner.request_deserializer, inner.response_serializer)
+        parse = parser(inner.request_deserializer, rpc) if inner.request_streaming else None
+        return make(handler, parse, inner.response_serializer)
+
+
+class UnknownMethods(grpc.GenericRpcHandler):
+    """To be the last handler: what no other serves. gRPC would answer by itself, and bound no
+    client's calls."""
+
+    def __init__(self, gate: Gate) -> None:
+        handle = gate.guard("", _unknown, bytes, is_stream=False, is_ours=False, takes_stream=True)
+        self._handler: Any = grpc.stream_unary_rpc_method_handler(handle)
+
+    def service(self, _details: grpc.HandlerCallDetails) -> Any:
+        return self._handler
+
+
+async def _unknown(_requests: Any, _access: AccessNow, _context: Context) -> None:
+    raise UnknownMethodError
 
 
 def _answering(inner: Any) -> Method:
@@ -494,14 +571,16 @@ def _streaming(inner: Any) -> Method:
     return method
 
 
-async def _receive(context: Context) -> Any:
-    try:
-        request = await context.read()
-    except DecodeError as error:  # it would be UNKNOWN, and a traceback in the log
-        raise InvalidRequestError("request", str(error)) from error
-    if request is grpc.aio.EOF:
+async def _receive(context: Context, client: _Client, parse: Parse) -> Any:
+    data: Any = await context.read()
+    if data is grpc.aio.EOF:
         raise InvalidRequestError("request", "there is none")
-    return request
+    if len(data) <= LARGEST_LASTING_BYTES:
+        return parse(data)
+    # One after the other, and others come in between: each may take a tenth of a second.
+    async with client.parsing:
+        await asyncio.sleep(0)
+        return parse(data)
 
 
 def _current_task() -> asyncio.Task[Any]:

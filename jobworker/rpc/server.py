@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from jobworker.roles import Clients, Entries
 from jobworker.rpc import connections
 from jobworker.rpc.audit import AuditLog
 from jobworker.rpc.credentials import Credentials
-from jobworker.rpc.gate import ClientLimits, Gate, GuardedServices
+from jobworker.rpc.gate import ClientLimits, Gate, GuardedServices, UnknownMethods
 from jobworker.rpc.service import SERVICE, SUBJECTS, JobService, ServiceHandler
 from jobworker.rpc.watch import Watch, WatchedFiles
 
@@ -65,18 +66,34 @@ OPTIONS: list[tuple[str, Any]] = [
 CROWD_SECONDS = 0.25
 LONGEST_CROWD_SECONDS = 4.0
 CROWD_SAID_SECONDS = 10.0
+NO_TEXT_SAID_SECONDS = 10.0
+NO_TEXT_CHARACTERS = 200
 
 
-class _WithoutTracebacks(logging.Filter):
-    """A client's bytes that are no text are a line in the log, as nothing is wrong here."""
+class _NoText(logging.Filter):
+    """What gRPC says of a client's bytes that are no text is short, and said seldom: anybody with
+    a certificate may cause as much of it as it likes, and nothing is wrong here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said_at = -NO_TEXT_SAID_SECONDS
+        self._unsaid = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError):
-            record.exc_info = None
+        if not record.exc_info or not isinstance(record.exc_info[1], UnicodeDecodeError):
+            return True
+        now = time.monotonic()
+        if now < self._said_at + NO_TEXT_SAID_SECONDS:
+            self._unsaid += 1
+            return False
+        text = record.getMessage()[:NO_TEXT_CHARACTERS]
+        record.msg, record.args = "%s (and %d such lines since the last)", (text, self._unsaid)
+        record.exc_info = None
+        self._said_at, self._unsaid = now, 0
         return True
 
 
-logging.getLogger("grpc._cython.cygrpc").addFilter(_WithoutTracebacks())
+logging.getLogger("grpc._cython.cygrpc").addFilter(_NoText())
 
 
 class RpcServer:
@@ -114,6 +131,7 @@ class RpcServer:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             reflection.aio.ReflectionServicer(names), guarded
         )
+        self._server.add_generic_rpc_handlers((UnknownMethods(self._gate),))
         self.port = self._bind(settings.address, credentials)
         self._gate.port = self.port
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
@@ -299,16 +300,16 @@ def _unary(gate: Gate, rpc: str, method: UnaryMethod, request_type: Any) -> Any:
     async def answer(request: Any, access: AccessNow, _context: Context) -> Any:
         return await method(request, access())
 
-    handle = gate.guard(rpc, answer, is_stream=False)
-    return grpc.stream_unary_rpc_method_handler(handle, request_type.FromString, None)
+    handle = gate.guard(rpc, answer, request_type.FromString, is_stream=False)
+    return grpc.stream_unary_rpc_method_handler(handle, None, None)
 
 
 def _stream(
     gate: Gate, rpc: str, method: StreamMethod, still_may: StillMay, request_type: Any
 ) -> Any:
-    handle = gate.guard(rpc, method, is_stream=True, still_may=still_may)
+    handle = gate.guard(rpc, method, request_type.FromString, is_stream=True, still_may=still_may)
     # No serializer: what is written is finished bytes.
-    return grpc.stream_stream_rpc_method_handler(handle, request_type.FromString, None)
+    return grpc.stream_stream_rpc_method_handler(handle, None, None)
 
 
 # What the audit log says of the calls that change something
@@ -350,18 +351,18 @@ def _named(request: pb.StopJobReq | pb.DeleteJobReq | None, _answer: Any) -> lis
 
 def _asked(request: pb.CreateJobReq) -> dict[str, Any]:
     """Never what the values of the environment are, nor the standard input."""
-    fields: dict[str, Any] = {"command": _told([request.command, *request.args])}
+    fields: dict[str, Any] = {"command": _told(itertools.chain([request.command], request.args))}
     if request.environment:
         # What stands behind a `=` in a name is refused, and may be a secret as all values.
         names = (name.partition("=")[0] for name in request.environment)
-        fields["environment"] = _told(sorted(names))
+        fields["environment"] = _told(sorted(itertools.islice(names, LONGEST_TOLD)))
     for name in ("name", "working_directory", "user", "profile"):
         if value := getattr(request, name):
             fields[name] = value[:LONGEST_TOLD]
     return fields
 
 
-def _told(words: list[str]) -> list[str]:
+def _told(words: Iterable[str]) -> list[str]:
     """As much as a line may hold of it; what is left out is told by a last word."""
     told: list[str] = []
     room = LONGEST_TOLD

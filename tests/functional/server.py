@@ -106,12 +106,22 @@ class Server:
 
     def connections(self) -> int:
         """Established ones, with clients."""
+        return len(self._unsent())
+
+    def unsent_bytes(self) -> int:
+        """What of its answers the kernel still has, of all connections."""
+        return sum(self._unsent())
+
+    def _unsent(self) -> list[int]:
+        """Of each established connection."""
         tables = (Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
         lines = [line for table in tables for line in table.splitlines()[1:]]
         ours = f":{self.port:04X}"
-        return sum(
-            fields[1].endswith(ours) and fields[3] == "01" for fields in map(str.split, lines)
-        )
+        return [
+            int(fields[4].partition(":")[0], 16)
+            for fields in map(str.split, lines)
+            if fields[1].endswith(ours) and fields[3] == "01"
+        ]
 
     def rss_bytes(self) -> int:
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]

@@ -26,7 +26,7 @@ MEBIBYTE = 1 << 20
 StartServer = Callable[..., Server]
 
 # Frames of HTTP/2 (RFC 9113) by their types' numbers, and the flags that are used here.
-DATA, HEADERS, SETTINGS, PING, CONTINUATION = 0, 1, 4, 6, 9
+DATA, HEADERS, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 4, 6, 8, 9
 END_STREAM, END_HEADERS = 1, 4
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 INITIAL_WINDOW_SIZE = 4
@@ -320,6 +320,26 @@ def is_refused(client: Client, job_id: str) -> bool:
     return False
 
 
+def test_refusals_that_are_not_taken(start_server: StartServer, mallory: str) -> None:
+    """Each is in memory until then. Anybody with a certificate may be refused, and call what
+    nobody serves."""
+    server = start_server(CLIENT_CALLS="20")
+    with server.connect() as client:
+        big = pb.CreateJobReq(command="true", args=["x" * 1000] * 100)
+        client.call("CreateJobs", pb.CreateJobsReq(jobs=[big] * 38))
+    window = struct.pack(">HI", INITIAL_WINDOW_SIZE, MEBIBYTE << 4)
+    with connect(server, mallory, window) as hostile:
+        hostile.sendall(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", MEBIBYTE << 6)))
+        for number in range(1, 25, 2):  # more than the sockets hold
+            hostile.sendall(request_of("GetJobs", number))
+        wait_until(lambda: server.unsent_bytes() > MEBIBYTE)
+        for number in range(25, 225, 2):
+            headers = headers_of("GetJobs").replace(b"Service", b"Nothing")
+            hostile.sendall(frame(HEADERS, END_HEADERS | END_STREAM, number, headers))
+        wait_until(lambda: server.connections() == 0)
+    assert "do not take answers" in server.log
+
+
 # Headers, messages, pings
 
 
@@ -341,7 +361,7 @@ def test_what_a_client_sends_does_not_come_back_at_any_length(server: Server, ma
     long = "\N{SNOWMAN}" * 500_000
     with server.connect(mallory) as client:
         calls = [
-            (grpc.StatusCode.NOT_FOUND, lambda: client.get(long)),
+            (grpc.StatusCode.NOT_FOUND, lambda: client.get(long[:20_000])),
             (grpc.StatusCode.INVALID_ARGUMENT, lambda: client.create(long)),
             (grpc.StatusCode.INVALID_ARGUMENT, lambda: client.create("true", profile=long)),
         ]
@@ -353,6 +373,53 @@ def test_what_a_client_sends_does_not_come_back_at_any_length(server: Server, ma
         assert len(result.results[0].error) < 1000
 
 
+EMPTY_FIELD = {"CreateJob": b"\x8a\x01\0", "CreateJobs": b"\x0a\0"}  # a bind, a job
+
+
+@pytest.mark.parametrize("rpc", EMPTY_FIELD)
+def test_requests_of_very_many_fields(start_server: StartServer, mallory: str, rpc: str) -> None:
+    """Some KiB on the wire, 4 MiB as a message, and some hundred as objects."""
+    server = start_server()
+    count = 4 * MEBIBYTE // len(EMPTY_FIELD[rpc]) - 100
+    with channel(server.address, server.certs, mallory) as opened:
+        method: Any = opened.unary_unary(f"/job_worker.JobService/{rpc}")
+        before = server.rss_bytes()
+        calls = [
+            method.future(
+                EMPTY_FIELD[rpc] * count,
+                compression=grpc.Compression.Gzip,
+                timeout=DEADLINE_SECONDS,
+            )
+            for _ in range(8)
+        ]
+        assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
+        assert server.rss_bytes() - before < 60 * MEBIBYTE
+    assert "fields" in calls[0].details()
+
+
+def test_requests_that_are_refused_are_not_kept(start_server: StartServer, mallory: str) -> None:
+    server = start_server()
+    with server.connect(mallory) as client:
+        before = server.rss_bytes()
+        for _ in range(100):
+            with pytest.raises(grpc.RpcError, match="stdin"):
+                client.create("true", stdin=bytes(3 * MEBIBYTE))
+        assert server.rss_bytes() - before < 60 * MEBIBYTE
+
+
+@pytest.mark.parametrize(
+    "method", ["job_worker.JobService/GetJobsStream", "grpc.health.v1.Health/Watch"]
+)
+def test_requests_that_last_are_small(server: Server, mallory: str, method: str) -> None:
+    """They are in memory as long as the stream."""
+    with channel(server.address, server.certs, mallory) as opened:
+        call: Any = opened.unary_stream(f"/{method}")
+        request = pb.GetJobsStreamReq(id="x" * 100_000).SerializeToString()
+        with pytest.raises(grpc.RpcError) as caught:
+            next(call(request, timeout=DEADLINE_SECONDS))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 @pytest.mark.parametrize("size", [20_000, 1 << 16, 1 << 20])
 def test_large_metadata(server: Server, mallory: str, size: int) -> None:
     with channel(server.address, server.certs, mallory) as opened:
@@ -361,6 +428,32 @@ def test_large_metadata(server: Server, mallory: str, size: int) -> None:
             call(b"", metadata=(("x", "y" * size),), timeout=DEADLINE_SECONDS)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert call(b"", metadata=(("x", "y" * 4000),), timeout=DEADLINE_SECONDS) is not None
+
+
+def test_bytes_that_are_no_text_are_hardly_said(start_server: StartServer, mallory: str) -> None:
+    """Anybody with a certificate could fill the disk with lines, and say anything in them."""
+    server = start_server()
+    others_work(server)
+    before = len(server.log)
+    path = b"/job_worker.JobService/\xff\nforged"
+    headers = (
+        headers_of("GetServerInfo").replace(
+            field(":path", "/job_worker.JobService/GetServerInfo"),
+            b"\0\5:path" + bytes([len(path)]) + path,
+        )
+        + b"\0\1x\x78"
+        + b"\xff" * 120
+    )
+    with connect(server, mallory) as hostile:
+        for number in range(1, 400, 2):
+            hostile.sendall(
+                frame(HEADERS, END_HEADERS, number, headers)
+                + frame(DATA, END_STREAM, number, bytes(5))
+            )
+        wait_until(lambda: "forged" in server.log)
+        others_work(server)
+    assert len(server.log) - before < 3000
+    assert "\nforged" not in server.log
 
 
 def test_pings_without_end(server: Server, mallory: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import inspect
+from typing import Any
 
 import grpc
 import pytest
@@ -104,6 +105,42 @@ def test_a_request() -> None:
     request = pb.CreateJobReq(command="echo", args=["x"], maxCPU=1, maxMemory=2, maxIOBPS=3)
     spec = convert.spec_from(request)
     assert spec == JobSpec("echo", ("x",), Limits(1, 2, 3), {}, "/", "", False)
+
+
+@pytest.mark.parametrize(
+    ("field", "request_"),
+    [
+        (
+            "args",
+            pb.CreateJobReq(
+                args=[""] * 40_000, environment=dict.fromkeys(map(str, range(30_000)), "")
+            ),
+        ),
+        ("binds", pb.CreateJobReq(binds=[pb.Bind()] * 33)),
+    ],
+)
+def test_too_many_of_something(field: str, request_: pb.CreateJobReq) -> None:
+    with pytest.raises(errors.InvalidRequestError, match=field):
+        convert.spec_from(request_)
+
+
+@pytest.mark.parametrize(
+    ("message", "count"),
+    [
+        (b"", 0),
+        (pb.CreateJobReq(command="x" * 200, args=["a", ""], timeout_milliseconds=1 << 40), 4),
+        (pb.CreateJobsReq(jobs=[pb.CreateJobReq(args=["a", "b"])] * 3), 3),
+        (pb.Quota(creates_per_second=1.5, running_jobs=300), 2),
+        (b"\x0b\x08\x01\x0c" + b"\x0d1234", 4),  # a group of one field, 4 bytes
+        (b"\x08", 1),  # it ends too early
+        (b"\x0a\x05abc", 1),
+        (b"\xff" * 1000, 1),  # a number that does not end
+    ],
+)
+def test_the_fields_of_a_message_are_counted(message: Any, count: int) -> None:
+    data = message if isinstance(message, bytes) else message.SerializeToString()
+    assert not convert.has_more_fields(data, count)
+    assert count == 0 or convert.has_more_fields(data, count - 1)
 
 
 @pytest.mark.parametrize("text", ["", "a", "-1", "1.0", " 1", "١", "9" * 19])
