@@ -8,8 +8,10 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# What may wait waits so long at the most, since something was handed over last.
+# What may wait waits so long at the most, since something was handed over last,
 COMPANY_SECONDS = 0.005
+# or until it is in the company of so many: those who wait for them may have nothing else to do.
+COMPANY = 10
 
 
 class Pace(Generic[T]):
@@ -28,6 +30,7 @@ class Pace(Generic[T]):
         """It is handed over at the end of this turn of the loop, with all that comes in it; what
         may wait waits for company, where there has been some lately."""
         self._gathered.append(thing)
+        may_wait = may_wait and len(self._gathered) < COMPANY
         seconds = self._acted_at + COMPANY_SECONDS - self._loop.time() if may_wait else 0.0
         if seconds <= 0 and not self._is_due:
             self._is_due = True

@@ -64,6 +64,23 @@ def test_what_may_wait_goes_with_what_may_not(monkeypatch: pytest.MonkeyPatch) -
     run(test)
 
 
+def test_where_there_is_company_enough_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COMPANY_SECONDS", 1000.0)
+
+    async def test(gathered: Gathered) -> None:
+        gathered.add(0, may_wait=False)
+        await asyncio.sleep(0)
+        for number in range(1, module.COMPANY):
+            gathered.add(number, may_wait=True)
+        await asyncio.sleep(0)
+        assert gathered.handed[1:] == []
+        gathered.add(module.COMPANY, may_wait=True)
+        await asyncio.sleep(0)
+        assert gathered.handed[1:] == [list(range(1, module.COMPANY + 1))]
+
+    run(test)
+
+
 def test_it_does_not_wait_for_ever() -> None:
     async def test(gathered: Gathered) -> None:
         gathered.add(0, may_wait=False)
