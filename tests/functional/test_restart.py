@@ -500,13 +500,15 @@ def test_run_shows_each_line_once_while_the_server_is_killed(
         cwd=server.state.parent,
         stdout=subprocess.PIPE,
     )
-    for _ in range(3):
-        time.sleep(1)
-        server.stop(signal.SIGKILL)
-        server = start_server(STOP_JOBS="no", port=server.port)
-    output, _ = run.communicate(timeout=60)
-    assert output == b"".join(b"%d\n" % number for number in range(1, 61))
-    assert run.returncode == 9
+    assert run.stdout
+    with run.stdout:
+        for number, line in enumerate(run.stdout, start=1):
+            assert line == b"%d\n" % number
+            if number in {5, 20, 35}:
+                server.stop(signal.SIGKILL)
+                server = start_server(STOP_JOBS="no", port=server.port)
+    assert number == 60
+    assert run.wait(timeout=60) == 9
 
 
 def accept_and_close(listener: socket.socket) -> None:
