@@ -47,10 +47,12 @@ def scratch() -> Iterator[str]:
         checked(libc.unshare(NAMESPACES["mount"]), "unshare")
         checked(libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "private")
     folder = tempfile.mkdtemp()
-    yield folder
-    libc.umount2(folder.encode(), MNT_DETACH)
-    with suppress(OSError):
-        os.rmdir(folder)
+    try:
+        yield folder
+    finally:
+        libc.umount2(folder.encode(), MNT_DETACH)
+        with suppress(OSError):
+            os.rmdir(folder)
 
 
 def _unshare(flag: int) -> Callable[[Scene], str]:
