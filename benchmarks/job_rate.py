@@ -4,7 +4,8 @@
 until the server has recorded the ending of the last. With profile `none`, as neither floor nor
 peer separates a job from the machine; with profile `default` beside it.
 
-Floor: a C program that does for each job what the kernel must (floor.c), two at a time.
+Floor: a C program that does for each job what the kernel must (floor.c), two at a time; measured
+anew just before each figure, as a shared machine is faster at one moment and slower at another.
 Peer: HyperQueue from PyPI with the same command, all in one submission.
 """
 
@@ -16,7 +17,9 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from client import Client, create_many, run
@@ -34,6 +37,8 @@ BULK = 100
 BULK_TARGET = 0.65
 PEER_TARGETS = {16: 1.8}
 COMPARED_PROFILE = "none"
+# The kernel goes on for a while with what has ended: its cgroups, namespaces and mounts.
+SETTLE_SECONDS = 0.2 if QUICK else 0.5
 PEER_ENVIRONMENT = HERE.parent / "build" / "hyperqueue"
 
 
@@ -106,13 +111,33 @@ def measure_peer() -> float:
     return float(answer.stdout.partition("rate ")[2].split()[0])
 
 
-@dataclass
-class Runs:
-    """Jobs a second, of one profile."""
+@dataclass(frozen=True)
+class Case:
+    """What is measured of one server."""
 
-    client: Client
-    single: dict[int, list[float]]  # by how many are in flight
-    bulk: list[float]
+    name: str
+    measure: Callable[[], Awaitable[float]]  # jobs a second
+    runs: list[float] = field(default_factory=list)
+    floor_runs: list[float] = field(default_factory=list)
+    target: float | None = None  # of the floor, at least
+    peer_target: float | None = None
+
+
+def cases_of(client: Client, profile: str) -> Iterator[Case]:
+    is_compared = profile == COMPARED_PROFILE
+    about = "" if is_compared else f", profile {profile}"
+    for in_flight in IN_FLIGHT:
+        yield Case(
+            f"one RPC each, {in_flight} in flight{about}",
+            partial(measure_single, client, in_flight, profile),
+            target=FLOOR_TARGETS.get(in_flight) if is_compared else None,
+            peer_target=PEER_TARGETS.get(in_flight) if is_compared else None,
+        )
+    yield Case(
+        f"in bulk, {BULK} in a request{about}",
+        partial(measure_bulk, client, profile),
+        target=BULK_TARGET if is_compared else None,
+    )
 
 
 async def main() -> None:
@@ -120,9 +145,8 @@ async def main() -> None:
     no_peer = install_peer()
     if no_peer:
         findings.note(f"HyperQueue is not compared: it cannot be installed here: {no_peer}")
-    floor_runs: list[float] = []
     peer_runs: list[float] = []
-    runs: dict[str, Runs] = {}
+    cases: list[Case] = []
     base: Path | None = None
     async with contextlib.AsyncExitStack() as stack:
         program = compile_program(stack.enter_context(workplace()), "floor")
@@ -133,66 +157,49 @@ async def main() -> None:
             server = stack.enter_context(running_server(folder, **settings))
             client = await stack.enter_async_context(Client(server.address, server.certs))
             info = await client.call("GetServerInfo")
-            runs[info.default_profile] = Runs(client, {number: [] for number in IN_FLIGHT}, [])
+            cases += cases_of(client, info.default_profile)
             base = Path(info.cgroup).parent if info.cgroup else None
             await create_many(client, 100, 16, COMMAND)
         if base is None:
             findings.note("no writable cgroup v2: the floor is left out, jobs have no cgroups")
         for _ in range(REPETITIONS):
-            if base:
-                floor_runs.append(measure_floor(program, base))
-            for profile, of_profile in runs.items():
-                for in_flight, rates in of_profile.single.items():
-                    rates.append(await measure_single(of_profile.client, in_flight, profile))
-                of_profile.bulk.append(await measure_bulk(of_profile.client, profile))
-            if not no_peer:
-                peer_runs.append(measure_peer())
-    for profile in sorted(runs, key=lambda name: name != COMPARED_PROFILE):
-        report(findings, profile, runs[profile], floor_runs)
-    report_peer(findings, runs[COMPARED_PROFILE], floor_runs, peer_runs)
+            for case in cases:
+                if base:
+                    await asyncio.sleep(SETTLE_SECONDS)
+                    case.floor_runs.append(measure_floor(program, base))
+                await asyncio.sleep(SETTLE_SECONDS)
+                case.runs.append(await case.measure())
+                if case.peer_target and not no_peer:
+                    await asyncio.sleep(SETTLE_SECONDS)
+                    peer_runs.append(measure_peer())
+    report(findings, cases, peer_runs)
     findings.store()
 
 
-def report(findings: Findings, profile: str, runs: Runs, floor_runs: list[float]) -> None:
-    is_compared = bool(floor_runs) and profile == COMPARED_PROFILE
-    about = "" if profile == COMPARED_PROFILE else f", profile {profile}"
-    for in_flight, rates in runs.single.items():
-        targets = []
-        if is_compared and in_flight in FLOOR_TARGETS:
-            targets = [Target("ratio", "least", FLOOR_TARGETS[in_flight])]
+def report(findings: Findings, cases: list[Case], peer_runs: list[float]) -> None:
+    for case in cases:
+        targets = [Target("ratio", "least", case.target)] if case.target else []
         findings.add(
-            f"one RPC each, {in_flight} in flight{about}",
+            case.name,
             "jobs/s",
-            rates,
-            *targets,
-            floor=floor_runs,
+            case.runs,
+            *(targets if case.floor_runs else []),
+            floor=case.floor_runs,
             floor_name="C floor",
         )
-    findings.add(
-        f"in bulk, {BULK} in a request{about}",
-        "jobs/s",
-        runs.bulk,
-        *([Target("ratio", "least", BULK_TARGET)] if is_compared else []),
-        floor=floor_runs,
-        floor_name="C floor",
-    )
-
-
-def report_peer(
-    findings: Findings, runs: Runs, floor_runs: list[float], peer_runs: list[float]
-) -> None:
-    if not peer_runs:
-        return
-    findings.add("HyperQueue", "jobs/s", peer_runs, floor=floor_runs, floor_name="C floor")
-    for in_flight, least in PEER_TARGETS.items():
-        findings.add(
-            f"one RPC each, {in_flight} in flight, beside HyperQueue",
-            "jobs/s",
-            runs.single[in_flight],
-            Target("ratio", "least", least),
-            floor=peer_runs,
-            floor_name="HyperQueue",
-        )
+    for case in cases:
+        if case.peer_target and peer_runs:
+            findings.add(
+                "HyperQueue", "jobs/s", peer_runs, floor=case.floor_runs, floor_name="C floor"
+            )
+            findings.add(
+                f"{case.name}, beside HyperQueue",
+                "jobs/s",
+                case.runs,
+                Target("ratio", "least", case.peer_target),
+                floor=peer_runs,
+                floor_name="HyperQueue",
+            )
 
 
 if __name__ == "__main__":
