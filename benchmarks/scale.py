@@ -46,7 +46,7 @@ async def main() -> None:
         measure_unread,
     ):
         # A server for each: what one situation leaves in memory must not count in another.
-        with workplace() as folder, running_server(folder) as server:
+        with workplace() as folder, running_server(folder, CLIENT_STREAMS="2000") as server:
             await measure(findings, server)
     findings.store()
 
