@@ -925,7 +925,8 @@ class Manager:
         """However long the disk refuses: jobinit, too, holds the ending until then."""
         while True:
             try:
-                await self._store.put(job, may_wait=True)
+                # Who has stopped a job waits for its end.
+                await self._store.put(job, may_wait=job.cause is not Cause.STOPPED)
                 return
             except StoreError as error:
                 log.error("the ending of job %d waits to be stored: %s", job.id, error)
