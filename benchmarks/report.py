@@ -258,6 +258,22 @@ def plot_growth(figures: list[Figure]) -> str:
     return _save("growth")
 
 
+def plot_hostile(figures: list[Figure]) -> str:
+    """What one client's calls take, in each situation."""
+    found = [figure for figure in figures if ": GetJob " in figure.name]
+    _, axes = plt.subplots(figsize=(7, 0.34 * len(found) + 0.8))
+    axes.barh(
+        [figure.name for figure in found],
+        [figure.value for figure in found],
+        color=[FLOOR if figure.name.startswith("alone") else OURS for figure in found],
+        height=0.6,
+    )
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("ms")
+    return _save("hostile")
+
+
 PLOTS = {
     "stream_throughput": plot_throughput,
     "job_rate": plot_job_rate,
@@ -265,6 +281,7 @@ PLOTS = {
     "latency": plot_latency,
     "scale": plot_scale,
     "growth": plot_growth,
+    "hostile": plot_hostile,
 }
 
 
