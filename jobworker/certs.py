@@ -21,7 +21,7 @@ import secrets
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -245,11 +245,13 @@ class Revoked:
 
 
 NOBODY_REVOKED = Revoked()
+LIST = re.compile(b"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
+SERIAL = re.compile(r"[0-9a-f]{1,40}")  # as `_serial_text` has it
 
 
 def read_revoked(path: Path, ca_path: Path) -> Revoked:
     """The revoked certificates that a file names: serial numbers in hexadecimal, one a line, with
-    comments from # on; or lists of CAs (CRL), in PEM or DER.
+    comments from # on; or lists of CAs (CRL), in PEM, with such lines around them, or DER.
 
     Raises CertificateError where it is none of these, and where a list is not signed by a CA
     in `ca_path`. A list that has expired still counts, with a warning.
@@ -258,7 +260,8 @@ def read_revoked(path: Path, ca_path: Path) -> Revoked:
     if b"-----BEGIN X509 CRL-----" in content:
         begin = b"-----BEGIN X509 CRL-----"
         parts = [begin + part for part in content.split(begin)[1:]]
-        return _revoked_by_lists(path, [_parse_list(path, part) for part in parts], ca_path)
+        by_lists = _revoked_by_lists(path, [_parse_list(path, part) for part in parts], ca_path)
+        return replace(by_lists, serials=frozenset(_serials_around_lists(content)))
     if content.startswith(b"\x30"):  # a sequence in DER, or a line that begins with the digit 0
         lists = []
         with suppress(ValueError):
@@ -294,16 +297,30 @@ def revoke(path: Path, certificate_path: Path) -> str:
 
 def _serials(path: Path, content: bytes) -> Iterable[int]:
     for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
-        text = line.partition("#")[0].strip().replace(":", "").lower().removeprefix("0x")
+        text = _serial_text(line)
         if not text:
             continue
-        if not re.fullmatch(r"[0-9a-f]{1,40}", text):
+        if not SERIAL.fullmatch(text):
             raise CertificateError(
                 path,
                 f"has in line {number} {line.strip()[:80]!r}, which is no serial number",
                 "write one in hexadecimal a line, as `openssl x509 -serial` shows it",
             )
         yield int(text, 16)
+
+
+def _serials_around_lists(content: bytes) -> Iterable[int]:
+    """Other text there is for people (RFC 7468); that of `openssl crl -text` has numbers of other
+    kinds, which are indented."""
+    around = LIST.sub(b"", content)
+    for line in around.decode(errors="replace").splitlines():
+        text = _serial_text(line)
+        if not line[:1].isspace() and SERIAL.fullmatch(text):
+            yield int(text, 16)
+
+
+def _serial_text(line: str) -> str:
+    return line.partition("#")[0].strip().replace(":", "").lower().removeprefix("0x")
 
 
 def _parse_list(path: Path, pem: bytes) -> x509.CertificateRevocationList:

@@ -624,6 +624,19 @@ def test_a_list_that_writes_the_issuer_in_another_way(folder: Path, tmp_path: Pa
     assert found.has(client.issuer, client.serial)
 
 
+def test_serial_numbers_around_a_list_count_too(folder: Path, tmp_path: Path) -> None:
+    """And no other text there, nor what `openssl crl -text` writes of a signature."""
+    key = serialization.load_pem_private_key((folder / "ca-key.pem").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    authority = x509.load_pem_x509_certificate((folder / "ca-cert.pem").read_bytes())
+    now = datetime.now(UTC)
+    builder = x509.CertificateRevocationListBuilder(authority.subject, now, now + timedelta(days=1))
+    crl = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    path = tmp_path / "crl.pem"
+    path.write_bytes(b"Of our CA:\n        ab:cd\n" + crl + b"0x1234  # mallory\n")
+    assert certs.read_revoked(path, folder / "ca-cert.pem").serials == {0x1234}
+
+
 @needs_openssl
 def test_a_list_that_openssl_makes(by_hand: Path, tmp_path: Path) -> None:
     (tmp_path / "index").touch()

@@ -212,6 +212,8 @@ class JobService:
     async def get_jobs_stream(
         self, request: pb.GetJobsStreamReq, access: AccessNow, context: Context
     ) -> None:
+        if request.stream not in pb.Stream.values():
+            raise InvalidRequestError("stream", f"{request.stream} is none; use 0, 1 or 2")
         job_id = await self._within_reach(request.id, access())
         follow = not request.no_follow
         reader = await self._manager.read(job_id, request.from_offset, request.stream, follow)

@@ -130,6 +130,9 @@ class Watch:
                 pass
             self._asked.clear()
             for function in self._each_look:
-                function()
+                try:
+                    function()
+                except Exception:  # nothing that is looked after may end the watch of all
+                    log.exception("a look failed")
             for files in self._files:
                 await files.look(at_once=is_asked)

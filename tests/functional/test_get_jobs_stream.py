@@ -97,6 +97,14 @@ def test_from_offset_continues_exactly(client: Client, offset: int) -> None:
     assert client.output(job.id, from_offset=offset) == whole[offset:]
 
 
+def test_a_stream_that_there_is_not(client: Client) -> None:
+    job = client.create("sleep", "100")
+    with pytest.raises(grpc.RpcError) as caught:
+        client.output(job.id, stream=3)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    client.stop(job.id)
+
+
 def test_from_an_offset_behind_the_end(client: Client) -> None:
     job, output = client.run("echo hello")
     with pytest.raises(grpc.RpcError) as caught:

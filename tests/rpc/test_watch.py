@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.errors import StartupError
-from jobworker.rpc.watch import MOST_SETTLING, WatchedFiles
+from jobworker.rpc.watch import MOST_SETTLING, Watch, WatchedFiles
 
 
 class Reading:
@@ -123,6 +123,25 @@ def test_what_is_written_to_meanwhile_is_left_for_the_next_look(reading: Reading
 def test_a_file_that_is_missing_at_first(tmp_path: Path) -> None:
     with pytest.raises(StartupError):
         WatchedFiles("test's files", [tmp_path / "x"], _fail, print)
+
+
+def test_what_fails_at_a_look_does_not_end_the_watch() -> None:
+    async def main() -> None:
+        looked = asyncio.Queue[None]()
+
+        def look() -> None:
+            looked.put_nowait(None)
+            raise RuntimeError
+
+        watch = Watch()
+        watch.at_each_look(look)
+        watch.start()
+        for _ in range(2):
+            watch.look_now()
+            await asyncio.wait_for(looked.get(), 10)
+        await watch.close()
+
+    asyncio.run(main())
 
 
 def _fail() -> None:
