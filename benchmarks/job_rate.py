@@ -16,6 +16,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -101,13 +102,15 @@ def install_peer() -> str | None:
 
 def measure_peer() -> float:
     """Jobs a second. Raises CalledProcessError."""
-    answer = subprocess.run(
-        [PEER_ENVIRONMENT / "bin" / "python", HERE / "peer_hyperqueue.py", str(JOBS), COMMAND],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    with tempfile.TemporaryDirectory() as folder:  # for all that it leaves behind
+        answer = subprocess.run(
+            [PEER_ENVIRONMENT / "bin" / "python", HERE / "peer_hyperqueue.py", str(JOBS), COMMAND],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=os.environ | {"TMPDIR": folder},
+        )
     return float(answer.stdout.partition("rate ")[2].split()[0])
 
 
