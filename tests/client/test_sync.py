@@ -407,10 +407,12 @@ def test_a_call_whose_connection_breaks_says_that_it_may_have_worked(
 
 
 def test_no_answer_in_time(connect: Connect, start_server: StartServer) -> None:
-    client = connect(start_server(STOP_GRACE="1").address, timeout=0.3)
-    job = client.create("sh", "-c", "trap '' TERM; while :; do sleep 0.1; done")
+    address = start_server(STOP_GRACE="1").address
+    client = connect(address)
+    job = client.create("sh", "-c", "trap '' TERM; echo; while :; do sleep 0.1; done")
+    next(client.stream(job.id))  # from now on it does not mind
     with pytest.raises(DeadlineError):
-        client.stop(job.id)
+        connect(address, timeout=0.3).stop(job.id)
     assert client.wait(job.id, timeout=20).status is Status.STOPPED
 
 
