@@ -245,7 +245,8 @@ class Revoked:
 
 
 NOBODY_REVOKED = Revoked()
-LIST = re.compile(b"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
+LIST_BEGIN = b"-----BEGIN X509 CRL-----"
+LIST = re.compile(LIST_BEGIN + b".*?-----END X509 CRL-----", re.DOTALL)
 SERIAL = re.compile(r"[0-9a-f]{1,40}")  # as `_serial_text` has it
 
 
@@ -257,9 +258,8 @@ def read_revoked(path: Path, ca_path: Path) -> Revoked:
     in `ca_path`. A list that has expired still counts, with a warning.
     """
     content = _read(path)
-    if b"-----BEGIN X509 CRL-----" in content:
-        begin = b"-----BEGIN X509 CRL-----"
-        parts = [begin + part for part in content.split(begin)[1:]]
+    if LIST_BEGIN in content:
+        parts = [LIST_BEGIN + part for part in content.split(LIST_BEGIN)[1:]]
         by_lists = _revoked_by_lists(path, [_parse_list(path, part) for part in parts], ca_path)
         return replace(by_lists, serials=frozenset(_serials_around_lists(content)))
     if content.startswith(b"\x30"):  # a sequence in DER, or a line that begins with the digit 0

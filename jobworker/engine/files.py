@@ -101,11 +101,10 @@ class JobFiles:
     def find(self, path: str) -> str | None:
         """Where this process finds what the job would find at an absolute path; of a folder that
         is the job's own, another one of the same kind. None: the job does not see it."""
+        place = self.real_path(path)
         if not self.is_arranged:
-            place = self.real_path(path)
             is_own = place in REPLACED or place.startswith("/dev/")
             return path if is_own or not self._is_hidden(place) else None
-        place = self.real_path(path)
         is_bound = any(is_in(place, bind.destination) for bind in self.binds)
         if not is_bound and (place in self._own or place.startswith("/dev/")):
             return place
