@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from jobworker.errors import StartupError
 
 log = logging.getLogger(__name__)
 
-# Each look costs a quiet server a tenth of a millisecond.
 LOOK_SECONDS = 1.0
+CLOSE_SECONDS = 1.0  # for a look that is under way, which a file system may keep for ever
 # Looks in which files change, before they are read though they may change again: who revokes
 # certificates one after the other is not waited for.
 MOST_SETTLING = 2
@@ -36,8 +38,9 @@ class WatchedFiles:
         apply: Callable[[Any], None],
         on_outcome: Callable[[str, str], None] = lambda _name, _problem: None,
     ) -> None:
-        """load: reads them, in a thread; raises StartupError. apply: takes what was read, on the
-        loop. on_outcome: is told the name and the problem, "" for none, of each later reading.
+        """load: reads them, in the watch's thread; raises StartupError. apply: takes what was
+        read, on the loop. on_outcome: is told the name and the problem, "" for none, of each
+        later reading.
 
         Reads them; raises StartupError where they cannot be used.
         """
@@ -51,29 +54,35 @@ class WatchedFiles:
         self._settling_looks = 0
         apply(load())
 
-    async def look(self, *, at_once: bool = False) -> None:
-        """Reads them where they have changed, and have been the same for two looks: who writes
-        several files takes a moment, and not for long. at_once: does not wait for that."""
-        found = await asyncio.to_thread(self._signature)
+    def look(self, *, at_once: bool = False) -> Callable[[], None] | None:
+        """To be called in the watch's thread. Reads them where they have changed, and have been
+        the same for two looks: who writes several files takes a moment, and not for long.
+        at_once: does not wait for that. Returns what is to be called on the loop then, if
+        anything."""
+        found = self._signature()
         if found == self._seen:
             self._settling, self._settling_looks = None, 0
         elif found == self._settling or at_once or self._settling_looks >= MOST_SETTLING:
-            await self._read(found)
+            return self._read(found)
         else:
             self._settling = found
             self._settling_looks += 1
+        return None
 
-    async def _read(self, found: Signature) -> None:
+    def _read(self, found: Signature) -> Callable[[], None] | None:
         problem, loaded = "", None
         try:
-            loaded = await asyncio.to_thread(self._load)
+            loaded = self._load()
         except StartupError as error:
             problem = str(error)
         except Exception as error:  # noqa: BLE001 nothing in a file may end the watch of all
             problem = repr(error)
-        if await asyncio.to_thread(self._signature) != found:
-            return  # written to meanwhile: the next look sees it
+        if self._signature() != found:
+            return None  # written to meanwhile: the next look sees it
         self._seen, self._settling, self._settling_looks = found, None, 0
+        return partial(self._tell, problem, loaded)
+
+    def _tell(self, problem: str, loaded: Any) -> None:
         if problem:
             log.error("the %s cannot be used, so the old stay in force: %s", self._name, problem)
         else:
@@ -94,45 +103,61 @@ def _signature_of(path: Path) -> tuple[int, ...] | None:
 
 
 class Watch:
-    """Looks after all watched files, from `start` to `close`."""
+    """Looks after all watched files, from `start` to `close`.
+
+    In a thread of its own, which wakes the loop only for what has changed: a quiet server is to
+    take no processor, and a file system that does not answer holds up nobody.
+    """
 
     def __init__(self) -> None:
         self._files: list[WatchedFiles] = []
         self._each_look: list[Callable[[], None]] = []
-        self._asked = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._asked = threading.Event()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._timer: asyncio.TimerHandle | None = None
 
     def add(self, files: WatchedFiles) -> None:
         self._files.append(files)
 
     def at_each_look(self, function: Callable[[], None]) -> None:
+        """To be called on the loop, as often as files are looked at."""
         self._each_look.append(function)
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        self._thread.start()
+        self._look_on_loop()
 
     def look_now(self) -> None:
         """As on SIGHUP."""
         self._asked.set()
+        self._look_on_loop()
 
     async def close(self) -> None:
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        self._is_closed = True
+        self._asked.set()
+        if self._timer:
+            self._timer.cancel()
+            await asyncio.to_thread(self._thread.join, CLOSE_SECONDS)
 
-    async def _run(self) -> None:
-        while True:
-            is_asked = False
+    def _look_on_loop(self) -> None:
+        for function in self._each_look:
             try:
-                async with asyncio.timeout(LOOK_SECONDS):
-                    is_asked = await self._asked.wait()
-            except TimeoutError:
-                pass
+                function()
+            except Exception:  # nothing that is looked after may end the watch of all
+                log.exception("a look failed")
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(LOOK_SECONDS, self._look_on_loop)
+
+    def _run(self) -> None:
+        while True:
+            is_asked = self._asked.wait(LOOK_SECONDS)
             self._asked.clear()
-            for function in self._each_look:
-                try:
-                    function()
-                except Exception:  # nothing that is looked after may end the watch of all
-                    log.exception("a look failed")
             for files in self._files:
-                await files.look(at_once=is_asked)
+                news = files.look(at_once=is_asked)
+                if self._is_closed:
+                    return
+                if news:
+                    self._loop.call_soon_threadsafe(news)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,8 @@ class Reading:
             path.write_text(content)
 
     def look(self, *, at_once: bool = False) -> None:
-        asyncio.run(self.files.look(at_once=at_once))
+        if news := self.files.look(at_once=at_once):
+            news()
 
     def _load(self) -> str:
         contents = [path.read_text() for path in self.paths]
@@ -142,6 +144,27 @@ def test_what_fails_at_a_look_does_not_end_the_watch() -> None:
         await watch.close()
 
     asyncio.run(main())
+
+
+def test_a_file_system_that_does_not_answer_keeps_nobody_from_ending(reading: Reading) -> None:
+    answer = threading.Event()
+
+    def wait() -> str:
+        assert answer.wait(60)
+        return "late"
+
+    async def main() -> None:
+        watch = Watch()
+        watch.add(reading.files)
+        watch.start()
+        reading.files._load = wait
+        reading.write("22", "22")
+        watch.look_now()
+        await asyncio.wait_for(watch.close(), 10)
+
+    asyncio.run(main())
+    answer.set()
+    assert reading.read == ["1"]
 
 
 def _fail() -> None:
