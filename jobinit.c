@@ -186,6 +186,7 @@ struct job {
 	uint64_t id;
 	uint64_t started_ns, ended_ns, user_us, system_us, max_rss_kib;
 	pid_t pid;
+	pid_t first;              /* process of its namespace of process ids; 0: it has no own one */
 	int stdout_fd, stderr_fd; /* dups of what the server reads from */
 	int status_fd;            /* while STARTING */
 	int group_fd;             /* pidfd of a reaped leader whose group lives on */
@@ -1824,12 +1825,15 @@ static _Noreturn void be_first_in_namespace(void)
 	prctl(PR_SET_NAME, "jobinit: pid 1");
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, NULL);
-	/* jobinit tells that the job is there, or it has died meanwhile. */
+	/* jobinit tells that it has reaped the job, so that this process wakes once for all. Where it
+	 * has died, or something else is reaped before, the end of the job is waited for here. */
 	sigemptyset(&told);
 	sigaddset(&told, SIGCHLD);
 	sigtimedwait(&told, NULL, &patience);
-	/* The kernel reaps. What ended before this is reaped below. */
+	/* The kernel reaps, but for what ended before this. */
 	signal(SIGCHLD, SIG_IGN);
+	while (waitpid(-1, NULL, WNOHANG) > 0)
+		;
 	job.fd = open_pidfd(2);
 	if (job.fd >= 0)
 		poll(&job, 1, -1);
@@ -1839,9 +1843,9 @@ static _Noreturn void be_first_in_namespace(void)
 }
 
 /* As fork, for the second process of a namespace of process ids. It is our child as any other. */
-static pid_t fork_into_namespace(enum step *step)
+static pid_t fork_into_namespace(pid_t *first, enum step *step)
 {
-	pid_t first, pid = -1;
+	pid_t pid = -1;
 	int error;
 
 	/* First whether there is a way back, which takes rights in the user namespace that owns it:
@@ -1849,53 +1853,52 @@ static pid_t fork_into_namespace(enum step *step)
 	*step = STEP_PID_NAMESPACE;
 	if (setns(own_pid_namespace_fd, CLONE_NEWPID) < 0 || unshare(CLONE_NEWPID) < 0)
 		return -1;
-	first = syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
-	if (first == 0)
+	*first = syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
+	if (*first == 0)
 		be_first_in_namespace();
 	*step = STEP_FORK;
-	if (first > 0)
+	if (*first > 0)
 		pid = fork();
 	if (pid == 0)
 		return 0;
 	error = errno;
 	if (setns(own_pid_namespace_fd, CLONE_NEWPID) < 0)
 		die("back to the own namespace of process ids");
-	if (first > 0)
-		kill(first, pid > 0 ? SIGCHLD : SIGKILL);
+	if (*first > 0 && pid < 0)
+		kill(*first, SIGKILL);
 	errno = error;
 	return pid;
 }
 
-struct sibling { pid_t pid; uint32_t step; int32_t error; };
+struct siblings { pid_t first, job; uint32_t step; int32_t error; };
 
 /* Returns in the job only. */
 static void make_siblings(int user_fd, int report_fd)
 {
-	struct sibling job = {.pid = -1, .step = STEP_PID_NAMESPACE};
-	pid_t first = -1;
+	struct siblings made = {.first = -1, .job = -1, .step = STEP_PID_NAMESPACE};
 
 	if (setns(user_fd, CLONE_NEWUSER) == 0 && unshare(CLONE_NEWPID) == 0)
-		first = syscall(SYS_clone, CLONE_PARENT | CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
-	if (first == 0)
+		made.first = syscall(SYS_clone, CLONE_PARENT | CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
+	if (made.first == 0)
 		be_first_in_namespace();
-	if (first > 0) {
-		job.step = STEP_FORK;
-		job.pid = syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
+	if (made.first > 0) {
+		made.step = STEP_FORK;
+		made.job = syscall(SYS_clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
 	}
-	if (job.pid == 0)
+	if (made.job == 0)
 		return;
-	job.error = errno;
-	if (first > 0)
-		kill(first, job.pid > 0 ? SIGCHLD : SIGKILL);
-	_exit(write(report_fd, &job, sizeof job) < 0 ? OWN_FAILURE : 0);
+	made.error = errno;
+	if (made.first > 0 && made.job < 0)
+		kill(made.first, SIGKILL);
+	_exit(write(report_fd, &made, sizeof made) < 0 ? OWN_FAILURE : 0);
 }
 
 /* As fork_into_namespace, for a view that a user namespace owns. Nobody comes back from one: so a
  * process enters it that makes the two as children of ours, and ends. It does nothing that could
  * hang, so it is waited for. */
-static pid_t fork_into_user_namespace(int user_fd, enum step *step)
+static pid_t fork_into_user_namespace(int user_fd, pid_t *first, enum step *step)
 {
-	struct sibling job = {.pid = -1, .step = STEP_FORK, .error = EPIPE};
+	struct siblings made = {.job = -1, .step = STEP_FORK, .error = EPIPE};
 	int ends[2];
 	pid_t between;
 
@@ -1907,24 +1910,25 @@ static pid_t fork_into_user_namespace(int user_fd, enum step *step)
 		return 0;
 	}
 	if (between < 0)
-		job.error = errno;
+		made.error = errno;
 	close(ends[1]);
 	/* Were it killed before it tells, the job would find its pipe closed as it joins its cgroup. */
-	if (between > 0 && read(ends[0], &job, sizeof job) < 0)
-		job.error = errno;
+	if (between > 0 && read(ends[0], &made, sizeof made) < 0)
+		made.error = errno;
 	close(ends[0]);
 	if (between > 0)
 		waitpid(between, NULL, 0);
-	*step = job.step;
-	errno = job.error;
-	return job.pid;
+	*first = made.first;
+	*step = made.step;
+	errno = made.error;
+	return made.job;
 }
 
-static pid_t fork_confined(const struct request *request, enum step *step)
+static pid_t fork_confined(const struct request *request, pid_t *first, enum step *step)
 {
 	if (request->view && request->view->user_fd >= 0)
-		return fork_into_user_namespace(request->view->user_fd, step);
-	return fork_into_namespace(step);
+		return fork_into_user_namespace(request->view->user_fd, first, step);
+	return fork_into_namespace(first, step);
 }
 
 static void start_job(struct job *job, const struct request *request)
@@ -1936,7 +1940,7 @@ static void start_job(struct job *job, const struct request *request)
 
 	if (make_pipes(&pipes, request->merge_output)
 	    && watch(EPOLL_CTL_ADD, pipes.status[0], EPOLLIN, (uintptr_t)job))
-		pid = request->is_confined ? fork_confined(request, &step) : fork();
+		pid = request->is_confined ? fork_confined(request, &job->first, &step) : fork();
 	if (pid < 0) {
 		int error = errno;
 
@@ -2043,8 +2047,12 @@ static void reap(pid_t pid)
 	/* Where there is a cgroup, that is killed. */
 	if (job && job->state == RUNNING && !job->has_cgroup)
 		job->group_fd = open_pidfd(pid);
-	if (wait4(pid, &wait_status, 0, &usage) == pid && job)
-		end_job(job, wait_status, &usage);
+	if (wait4(pid, &wait_status, 0, &usage) != pid || !job)
+		return;
+	/* The number is still its: the kernel keeps it until all others of its namespace are reaped. */
+	if (job->first > 0)
+		kill(job->first, SIGCHLD);
+	end_job(job, wait_status, &usage);
 }
 
 static void reap_all(void)
