@@ -574,8 +574,9 @@ static struct rule rules[] = {
 };
 
 enum {
+	NEW_TIME = 0x80, /* CLONE_NEWTIME, which only unshare has: to clone, a signal of no use */
 	NAMESPACES = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER
-		     | CLONE_NEWPID | CLONE_NEWNET,
+		     | CLONE_NEWPID | CLONE_NEWNET | NEW_TIME,
 	RULES = sizeof rules / sizeof *rules,
 	LONGEST_FILTER = 2 * RULES + 24, /* a jump reaches 255 further */
 };

@@ -255,9 +255,11 @@ def change_a_mount_by_the_new_call(scene: Scene) -> str:
 @attack()
 def pivot_root(scene: Scene) -> str:
     with scratch() as folder:
-        root = folder.encode()
+        root, above = folder.encode(), os.open(os.path.dirname(folder), os.O_RDONLY)
         checked(libc.mount(b"none", root, b"tmpfs", 0, None), "mount")
         system_call("pivot_root", 155, root, root)
+        # It is no mount point any more, and its path no longer leads there.
+        os.rmdir(os.path.basename(folder), dir_fd=above)
         return "has another root"
 
 
