@@ -63,6 +63,7 @@ enum { NO_MAGIC_LINKS = 2, NO_LINKS = 4, IN_ROOT = 0x10 }; /* RESOLVE_... of ope
 enum { WHOLE_TREE = 0x8000 };        /* AT_RECURSIVE */
 enum { READ_ONLY = 1, NO_SUID = 2, NO_DEVICES = 4 }; /* MOUNT_ATTR_... */
 enum { SIGNAL_PROCESS_GROUP = 4 }; /* of pidfd_send_signal, since Linux 6.9 */
+enum { SET_DELEGATION = 1040 };    /* F_SETDELEG, since Linux 6.19 */
 enum { FORKED_NO_EXEC = 0x40 };    /* PF_FORKNOEXEC of include/linux/sched.h */
 
 /* ==== The protocol, which engine/jobinit.py mirrors ====
@@ -525,7 +526,7 @@ enum { OWN_ARCHITECTURE = AUDIT_ARCH_RISCV64 };
  * confined job; nor do those of x32, whose numbers are far higher. */
 enum { LAST_REVIEWED_CALL = 469 };
 
-enum verdict { ALLOW, FORBID, UNKNOWN, NO_NAMESPACES, KNOWN_SOCKETS, VERDICTS };
+enum verdict { ALLOW, FORBID, UNKNOWN, UNSUPPORTED, NO_NAMESPACES, KNOWN_SOCKETS, NO_LEASES, VERDICTS };
 
 struct rule { unsigned call; enum verdict verdict; };
 
@@ -558,6 +559,13 @@ static struct rule rules[] = {
 	{427 /* io_uring_register */, UNKNOWN},
 	/* So do they without this; the whole machine has a number of these, fs.aio-max-nr. */
 	{SYS_io_setup, UNKNOWN},
+	/* While they wait for a socket that has nothing, they hold the lock of the pipe that they write
+	 * to: whoever looks at the other end of a job's output waits as long, and cannot even be
+	 * killed. Programs copy by themselves where these say that they do not go together. */
+	{SYS_splice, UNSUPPORTED}, {SYS_sendfile, UNSUPPORTED},
+	/* Who opens the file waits for the lease's holder: the server for its own code, where its jobs
+	 * have its user. */
+	{SYS_fcntl, NO_LEASES},
 	/* Keys, which no namespace separates */
 	{SYS_keyctl, FORBID}, {SYS_add_key, FORBID}, {SYS_request_key, FORBID},
 	/* The machine as a whole */
@@ -578,7 +586,7 @@ enum {
 	NAMESPACES = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER
 		     | CLONE_NEWPID | CLONE_NEWNET | NEW_TIME,
 	RULES = sizeof rules / sizeof *rules,
-	LONGEST_FILTER = 2 * RULES + 24, /* a jump reaches 255 further */
+	LONGEST_FILTER = 2 * RULES + 32, /* a jump reaches 255 further */
 };
 
 _Static_assert(LONGEST_FILTER < 255, "jumps would not reach");
@@ -633,6 +641,19 @@ static unsigned make_socket_filter(void)
 	return first;
 }
 
+/* Returns where it begins. */
+static unsigned make_lease_filter(void)
+{
+	unsigned first;
+
+	first = emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1]), 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, F_SETLEASE, 1, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, SET_DELEGATION, 0, 1);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	return first;
+}
+
 /* The verdicts come last, as jumps go forwards only. */
 static void make_filter(void)
 {
@@ -653,7 +674,9 @@ static void make_filter(void)
 	emit(BPF_JMP | BPF_JSET | BPF_K, NAMESPACES, 1, 0);
 	targets[ALLOW] = emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
 	targets[FORBID] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
+	targets[UNSUPPORTED] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EINVAL, 0, 0);
 	targets[KNOWN_SOCKETS] = make_socket_filter();
+	targets[NO_LEASES] = make_lease_filter();
 	for (i = 4; i < tree_end; i++)
 		if (BPF_OP(filter[i].code) != BPF_JGE && BPF_CLASS(filter[i].code) == BPF_JMP)
 			filter[i].jt = targets[filter[i].jt] - i - 1;

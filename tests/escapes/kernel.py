@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import platform
@@ -12,7 +13,10 @@ import socket
 import stat
 import struct
 import tempfile
+import termios
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -263,6 +267,50 @@ def change_the_processors_tables(scene: Scene) -> str:
 def watch_all_files(scene: Scene) -> str:
     os.close(system_call("fanotify_init", 300, 0x04, 0))  # FAN_CLASS_CONTENT
     return "has a fanotify of contents"
+
+
+@attack(shown_as="user")
+def keep_a_pipe_locked_by_splice(scene: Scene) -> str:
+    return _keep_a_pipe_locked(lambda source, pipe: os.splice(source, pipe, 1))
+
+
+@attack(shown_as="user")
+def keep_a_pipe_locked_by_sendfile(scene: Scene) -> str:
+    return _keep_a_pipe_locked(lambda source, pipe: os.sendfile(pipe, source, None, 1))
+
+
+def _keep_a_pipe_locked(move: Callable[[int, int], int]) -> str:
+    """While it waits for a socket that has nothing: who looks at the pipe's other end, as the
+    server does at each job's output, waits as long, and cannot be killed."""
+    ours, theirs = socket.socketpair()
+    reading, writing = os.pipe()
+    ours.send(b"x")
+    move(theirs.fileno(), writing)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
+    holder = os.fork()
+    if holder == 0:
+        with suppress(OSError):
+            move(theirs.fileno(), writing)
+        os._exit(0)
+    time.sleep(0.3)
+    began = time.monotonic()
+    fcntl.ioctl(reading, termios.FIONREAD, b"    ")
+    waited = time.monotonic() - began
+    os.waitpid(holder, 0)
+    if waited < 0.3:
+        raise PermissionError("nobody waits")
+    return f"who looked at it waited for {waited:.1f} s"
+
+
+@attack(shown_as="user")
+def have_others_wait_to_open_its_files(scene: Scene) -> str:
+    """A lease: of the server's code, too, where that belongs to the job's user."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "file")
+        path.touch()
+        with path.open() as file:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    return "has a lease"
 
 
 # mov eax, 20 (getpid); int 0x80; ret: as a 32-bit program would call.
