@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -127,6 +128,14 @@ def test_nothing_is_put_in_the_place_of_the_servers_files(client: Client, server
     _, output = client.run(f"touch {around}/x; mv {server.certs} {around}/y; mkdir {around}/z")
     assert output.count(b"Read-only file system") + output.count(b"busy") == 3, output
     assert server.certs.exists() and not (around / "z").exists()
+
+
+def test_jobinit_runs_from_what_no_job_can_change(server: Server) -> None:
+    """A script with /proc/self/exe as its interpreter comes to it, by a mount of the machine."""
+    program = f"/proc/{server.jobinit_pid()}/exe"
+    with open(program, "rb") as file:
+        assert fcntl.fcntl(file, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    assert Path(os.readlink(program)).name.startswith("memfd:jobinit")
 
 
 def test_neither_is_it_in_sight_where_it_is_mounted_once_more(
