@@ -37,11 +37,9 @@
 #include <sys/epoll.h>
 #include <sys/fsuid.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
-#include <sys/sendfile.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -65,7 +63,6 @@ enum { NO_MAGIC_LINKS = 2, NO_LINKS = 4, IN_ROOT = 0x10 }; /* RESOLVE_... of ope
 enum { WHOLE_TREE = 0x8000 };        /* AT_RECURSIVE */
 enum { READ_ONLY = 1, NO_SUID = 2, NO_DEVICES = 4 }; /* MOUNT_ATTR_... */
 enum { SIGNAL_PROCESS_GROUP = 4 }; /* of pidfd_send_signal, since Linux 6.9 */
-enum { EXECUTABLE_MEMORY = 0x10 };  /* MFD_EXEC */
 enum { SET_DELEGATION = 1040 };    /* F_SETDELEG, since Linux 6.19 */
 enum { FORKED_NO_EXEC = 0x40 };    /* PF_FORKNOEXEC of include/linux/sched.h */
 
@@ -2778,33 +2775,9 @@ static void handle_events(void)
 	}
 }
 
-/* From here on this runs from memory that nobody can change. For a moment each job is a copy of
- * this process, and its command may be a script with /proc/self/exe as its interpreter: so it can
- * come to the file that this runs from, and by a mount of the machine, which is not read-only as
- * those of its view. Where that file belongs to the job's user, it could change it. */
-static void leave_own_file(char **arguments)
+static int serve(bool confines_all)
 {
-	enum { SEALS = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE };
-	int own = open("/proc/self/exe", O_RDONLY | O_CLOEXEC), copy;
-
-	if (own >= 0 && fcntl(own, F_GET_SEALS) == SEALS) {
-		prctl(PR_SET_NAME, "jobinit"); /* and not the number of a descriptor */
-		close(own);
-		return;
-	}
-	copy = memfd_create("jobinit", MFD_CLOEXEC | MFD_ALLOW_SEALING | EXECUTABLE_MEMORY);
-	if (copy < 0) /* before Linux 6.3 all of it is */
-		copy = memfd_create("jobinit", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-	while (sendfile(copy, own, NULL, 1 << 20) > 0)
-		;
-	if (fcntl(copy, F_ADD_SEALS, SEALS) == 0)
-		fexecve(copy, arguments, environ);
-	die("cannot run from memory");
-}
-
-static int serve(char **arguments, bool confines_all)
-{
-	leave_own_file(arguments);
+	prctl(PR_SET_NAME, "jobinit"); /* it may have been started by a descriptor's number */
 	/* Fixed, as it would else grow with the largest start, and memory be kept for ever. */
 	mallopt(M_MMAP_THRESHOLD, 64 << 10);
 	make_filter();
@@ -2915,9 +2888,9 @@ static int show_usage(void)
 int main(int argc, char **argv)
 {
 	if (argc == 2 && !strcmp(argv[1], "--serve"))
-		return serve(argv, false);
+		return serve(false);
 	if (argc == 2 && !strcmp(argv[1], "--serve-confined"))
-		return serve(argv, true);
+		return serve(true);
 	if (argc > 2 && !strcmp(argv[1], "--"))
 		return run_by_hand("", argv + 2);
 	if (argc > 4 && !strcmp(argv[1], "--cgroup") && !strcmp(argv[3], "--"))

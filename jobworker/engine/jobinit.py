@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import enum
+import errno
 import fcntl
 import logging
 import os
@@ -84,6 +86,7 @@ HAS_PIDFD, HAS_STDOUT, HAS_STDERR = 1, 2, 4
 # As plain numbers: an operation on the enum's members takes ten times as long.
 TRUNCATED, DESCRIPTORS_TRUNCATED = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)
 
+MFD_EXEC = 0x10
 SEALED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 STEPS = {
@@ -244,6 +247,38 @@ def listen(path: Path) -> socket.socket:
             "use a state folder that is writable and has a short path"
         ) from error
     return listener
+
+
+@contextlib.contextmanager
+def sealed_copy(binary: Path) -> Iterator[Path]:
+    """In memory, where nobody can change it. For a moment each job is a copy of jobinit, and its
+    command may be a script with /proc/self/exe as its interpreter: so it comes to the file that
+    jobinit runs from, and past its view, as by a mount of the machine. Were that the file on disk,
+    a job with its owner's user could change it. Raises StartupError."""
+    try:
+        memfd = _executable_memfd(binary.read_bytes())
+    except OSError as error:
+        if error.errno == errno.EACCES and os.geteuid() == 0:
+            log.warning("jobinit runs from its file, as vm.memfd_noexec leaves no other way")
+            yield binary
+            return
+        raise StartupError(
+            f"{binary} cannot be started from memory: {error.strerror}; check that it is there, "
+            "and that the setting vm.memfd_noexec of the kernel is not 2"
+        ) from error
+    try:
+        yield Path(f"/proc/self/fd/{memfd}")
+    finally:
+        os.close(memfd)
+
+
+def _executable_memfd(data: bytes) -> int:
+    try:
+        return _sealed_memfd("jobinit", data, MFD_EXEC)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return _sealed_memfd("jobinit", data)  # before Linux 6.3, where all can be executed
 
 
 def spawn(binary: Path, listener: socket.socket, *, confines_all: bool = False) -> int:
@@ -642,20 +677,28 @@ def _encode_start(request: StartRequest) -> bytes:
 
 
 def _memfds_with(contents: Iterable[bytes]) -> tuple[int, ...]:
-    """To be read from the beginning, and to be changed by nobody: a job gets one as stdin."""
     memfds: list[int] = []
     try:
-        for data in contents:
-            memfds.append(os.memfd_create("start", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
-            view = memoryview(data)
-            while view:
-                view = view[os.write(memfds[-1], view) :]
-            os.lseek(memfds[-1], 0, os.SEEK_SET)
-            fcntl.fcntl(memfds[-1], fcntl.F_ADD_SEALS, SEALED)
+        memfds.extend(_sealed_memfd("start", data) for data in contents)
     except BaseException:
         _close_all(memfds)
         raise
     return tuple(memfds)
+
+
+def _sealed_memfd(name: str, data: bytes, flags: int = 0) -> int:
+    """To be read from the beginning, and to be changed by nobody: a job gets one as stdin."""
+    memfd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(memfd, view) :]
+        os.lseek(memfd, 0, os.SEEK_SET)
+        fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, SEALED)
+    except BaseException:
+        os.close(memfd)
+        raise
+    return memfd
 
 
 def _send_packet(connection: socket.socket, packet: bytes, memfds: tuple[int, ...]) -> None:

@@ -37,6 +37,7 @@ from jobworker.engine.jobinit import (
     View,
     dial,
     listen,
+    sealed_copy,
     spawn,
 )
 from jobworker.errors import JobinitError, JobWorkerError, StartFailedError
@@ -273,11 +274,11 @@ class Jobinits:
     def _spawn(self) -> None:
         self._spawned_at = time.monotonic()
         now = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with listen(self._path) as listener:
+        with sealed_copy(self._binary) as program, listen(self._path) as listener:
             # It hands on to the jobs what it inherits.
             resource.setrlimit(resource.RLIMIT_NOFILE, self._jobs_open_files)
             try:
-                spawn(self._binary, listener, confines_all=self._confines_all)
+                spawn(program, listener, confines_all=self._confines_all)
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, now)
             self._dialled[self._path] = dial(self._path)
