@@ -60,6 +60,10 @@ LARGEST_LASTING_BYTES = 64 << 10
 # Of a request, more than one job can have strings: what 4 MiB can hold of empty ones would take a
 # second and 400 MiB.
 MOST_FIELDS = 70_000
+# Of all headers of a request together, each with its name and what HTTP/2 adds to it. gRPC bounds
+# them only where a client has acknowledged the server's settings.
+LARGEST_HEADERS_BYTES = 16 << 10
+HEADER_BYTES = 32
 
 Context = grpc.aio.ServicerContext[Any, Any]
 # What the caller may now: roles may change while a call is under way. Raises
@@ -161,6 +165,7 @@ class Gate:
         self._clients: dict[str, _Client] = {}
         self._refusals: dict[str, _Refusals] = {}
         self._endings: set[asyncio.Task[None]] = set()
+        self._shutting: set[str] = set()
         self.port = 0
 
     def guard(
@@ -231,6 +236,21 @@ class Gate:
             return await self._abort(call, context, code, text, metadata)
 
         return handle
+
+    async def turn_away(self, _requests: Any, context: Context) -> None:
+        """A handler for gRPC of what no honest client sends: ends the connection."""
+        peer = context.peer()
+        if peer not in self._shutting:
+            self._shutting.add(peer)
+            log.warning("ending a connection of %s with too large headers", peer)
+            self._spawn(self._turn_away(peer))
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the headers are too large")
+
+    async def _turn_away(self, peer: str) -> None:
+        try:
+            await self._shut({peer})
+        finally:
+            self._shutting.discard(peer)
 
     def revoke(self, revoked: certs.Revoked) -> None:
         """From now on these are refused; what they have under way is ended."""
@@ -533,6 +553,20 @@ class _GuardedHandler(grpc.GenericRpcHandler):
             make = grpc.stream_stream_rpc_method_handler
         parse = parser(inner.request_deserializer, rpc) if inner.request_streaming else None
         return make(handler, parse, inner.response_serializer)
+
+
+class LargeHeaders(grpc.GenericRpcHandler):
+    """To be the first handler: takes the calls with headers that are larger than gRPC is told to
+    let in, and turns their callers away."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._handler: Any = grpc.stream_unary_rpc_method_handler(gate.turn_away)
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        size = 0
+        for name, value in details.invocation_metadata:
+            size += len(name) + len(value) + HEADER_BYTES
+        return self._handler if size > LARGEST_HEADERS_BYTES else None
 
 
 class UnknownMethods(grpc.GenericRpcHandler):

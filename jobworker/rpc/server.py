@@ -26,7 +26,7 @@ from jobworker.roles import Clients, Entries
 from jobworker.rpc import connections
 from jobworker.rpc.audit import AuditLog
 from jobworker.rpc.credentials import Credentials
-from jobworker.rpc.gate import ClientLimits, Gate, GuardedServices, UnknownMethods
+from jobworker.rpc.gate import ClientLimits, Gate, GuardedServices, LargeHeaders, UnknownMethods
 from jobworker.rpc.service import SERVICE, SUBJECTS, JobService, ServiceHandler
 from jobworker.rpc.watch import Watch, WatchedFiles
 
@@ -122,6 +122,7 @@ class RpcServer:
             self._watch.at_each_look(function)
         options = [*OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections)]
         self._server = grpc.aio.server(options=options)
+        self._server.add_generic_rpc_handlers((LargeHeaders(self._gate),))
         self._server.add_generic_rpc_handlers((ServiceHandler(service, self._gate),))
         self._health = health.aio.HealthServicer()
         guarded: Any = GuardedServices(self._server, self._gate)

@@ -481,6 +481,29 @@ def test_large_metadata(server: Server, mallory: str, size: int) -> None:
         assert call(b"", metadata=(("x", "y" * 4000),), timeout=DEADLINE_SECONDS) is not None
 
 
+def test_large_headers_of_who_acknowledges_no_settings(
+    start_server: StartServer, mallory: str
+) -> None:
+    """Of whom gRPC does not bound them: each byte refers to a header that was sent before."""
+    server = start_server()
+    before = server.rss_bytes()
+    headers = headers_of("GetServerInfo")
+    large = headers + b"\xbe" * 24_000
+    with connect(server, mallory) as hostile:
+        hostile.settimeout(1)
+        first = headers + b"\x40\3x-a\1a"
+        hostile.sendall(frame(HEADERS, END_HEADERS | END_STREAM, 1, first))
+        with contextlib.suppress(OSError):
+            for number in range(3, 303, 2):
+                hostile.sendall(
+                    frame(HEADERS, END_STREAM, number, large[:16_000])
+                    + frame(CONTINUATION, END_HEADERS, number, large[16_000:])
+                )
+        wait_until(lambda: "too large headers" in server.log)
+        others_work(server)
+    assert server.rss_bytes() - before < 200 * MEBIBYTE
+
+
 def test_bytes_that_are_no_text_are_hardly_said(start_server: StartServer, mallory: str) -> None:
     """Anybody with a certificate could fill the disk with lines, and say anything in them."""
     server = start_server()
