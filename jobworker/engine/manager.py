@@ -239,9 +239,9 @@ class Manager:
     async def require_owner(self, job_id: int, owner: str) -> None:
         """Raises JobNotFoundError for a job of another, exactly as for one that does not exist:
         the store is asked in any case, so that not even the time tells them apart."""
-        stored = await self._store.owner_of(job_id)
+        is_stored = await self._store.is_owner(owner, job_id)
         live = self._live.get(job_id)
-        if not owner or owner != (live.job.owner if live else stored):
+        if not owner or not (live.job.owner == owner if live else is_stored):
             raise JobNotFoundError(str(job_id))
 
     async def page(

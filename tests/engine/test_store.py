@@ -20,7 +20,7 @@ import pytest
 
 from jobworker import job as transition
 from jobworker.engine import store as store_module
-from jobworker.engine.store import EndedJob, EndedTotals, Store
+from jobworker.engine.store import IS_OWNER, EndedJob, EndedTotals, Store
 from jobworker.errors import StateFolderError, StoreError
 from jobworker.job import (
     Accounting,
@@ -238,7 +238,7 @@ def test_no_question_takes_longer_with_more_jobs(tmp_path: Path) -> None:
         "owner with many, name of many, a status that none has": lambda store: store.page(
             None, 10, {Status.STOPPED}, "a", "bob"
         ),
-        "owner of one": lambda store: store.owner_of(20),
+        "whether one is its owner": lambda store: store.is_owner("alice", 20),
         "unended": lambda store: store.unended(),
         "ended": lambda store: store.ended_before(1 << 62, 10),
         "totals": lambda store: store.ended_totals(),
@@ -270,6 +270,25 @@ def test_no_question_takes_longer_with_more_jobs(tmp_path: Path) -> None:
     run(tmp_path, test)
     for question, (few, many) in steps.items():
         assert 0 < many <= few * 1.1 + 20, question
+
+
+def test_whose_a_job_is_says_the_index_alone(tmp_path: Path) -> None:
+    """The time that a row takes would tell who may not know of it how long that is."""
+
+    async def test(store: Store) -> None:
+        await put_all(store, [ended_job(1, owner="alice"), running_job(2, owner="alice")])
+        assert [await store.is_owner("alice", job_id) for job_id in (1, 2, 3)] == [
+            True,
+            True,
+            False,
+        ]
+        assert not await store.is_owner("bob", 1)
+        question = f"EXPLAIN QUERY PLAN {IS_OWNER}"
+        plan = store._reader.execute(question, ("alice", 1, *Status)).fetchall()
+        assert len(plan) == 1
+        assert "USING COVERING INDEX jobs_by_owner" in str(plan)
+
+    run(tmp_path, test)
 
 
 # Writing
@@ -655,8 +674,8 @@ def test_a_database_of_version_2_is_brought_up_to_date(tmp_path: Path) -> None:
         )
         assert (first.lost_bytes, first.log_bytes) == (4, 60)
         assert await store.get_output(1) == (b"segment\0", b"index")
-        assert await store.owner_of(1) == ""
-        assert await store.owner_of(5) is None
+        assert not await store.is_owner("", 1)
+        assert not await store.is_owner("alice", 5)
         assert await store.page(owner="") == []
         await store.put(new_job(5, "nightly", "alice"))
         assert await store.page(owner="alice") == [new_job(5, "nightly", "alice")]
