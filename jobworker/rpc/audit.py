@@ -7,7 +7,6 @@ among what is given to `write`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ class AuditLog:
         self._waiting: deque[bytes] = deque()
         self._lost = 0
         self._problem = ""
+        self._missing = ""  # why there is no file where it should be
         if path is None:
             return
         try:
@@ -55,8 +55,8 @@ class AuditLog:
         be begun."""
         if self._waiting:
             self._flush()
-        if self._waiting:
-            raise AuditError(self._problem)
+        if self._waiting or self._missing:
+            raise AuditError(self._problem or self._missing)
 
     def write(self, **fields: Any) -> None:
         """Adds the time. A line that cannot be written waits for the next, or for `look`."""
@@ -70,9 +70,13 @@ class AuditLog:
         called every now and then, and after a rotation."""
         if self._path is None:
             return
-        with contextlib.suppress(OSError):
-            # Missing folders and the like are met again, and said, by the next write.
+        try:
             self._reopen_if_moved()
+        except OSError as error:
+            # Lines go on to where it was moved; but that may be nowhere.
+            self._say_missing(error.strerror or str(error))
+        else:
+            self._say_missing("")
         if self._waiting:
             self._flush()
 
@@ -112,6 +116,20 @@ class AuditLog:
                 "the audit log %s cannot be written, so no job is created: %s", self._path, problem
             )
         self._problem = problem
+
+    def _say_missing(self, problem: str) -> None:
+        if problem == self._missing:
+            return
+        self._missing = problem
+        if problem:
+            log.error(
+                "the audit log %s was moved or removed, and cannot be begun anew, so no job is "
+                "created: %s",
+                self._path,
+                problem,
+            )
+        else:
+            log.error("the audit log is begun anew")
 
     def _say_again(self) -> None:
         if not self._problem:

@@ -9,7 +9,7 @@ import resource
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,25 @@ def test_a_file_that_was_moved_away_is_begun_anew(audit_log: AuditLog, path: Pat
     audit_log.look()
     audit_log.write(number=4)
     assert [line["number"] for line in lines(path)] == [4]
+
+
+@pytest.mark.parametrize("spoil", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
+def test_what_cannot_be_begun_anew_is_said_and_keeps_jobs_from_being_created(
+    audit_log: AuditLog, path: Path, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    path.unlink()
+    spoil(path)
+    for _ in range(2):
+        audit_log.look()
+    assert caplog.text.count("cannot be begun anew") == 1
+    with pytest.raises(AuditError):
+        audit_log.check()
+    audit_log.write(event="kept where it was")
+    with pytest.raises(AuditError):
+        audit_log.check()
+    path.rmdir() if path.is_dir() else path.unlink()
+    audit_log.look()
+    audit_log.check()
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
