@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jobworker.cli.display import printable
 from jobworker.cli.exit_codes import HINT
 from jobworker.errors import SettingError
 
@@ -150,7 +151,7 @@ def _tell_of_breaks() -> None:
 
     class Teller(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            click.echo(f"jobworker: {record.getMessage()}", err=True)
+            click.echo(f"jobworker: {printable(record.getMessage())}", err=True)
 
     log = logging.getLogger("jobworker.client")
     log.setLevel(logging.INFO)

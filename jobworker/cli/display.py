@@ -166,13 +166,15 @@ def explained_ending(job: Job) -> str:
         return ""
     if job.cause is Cause.START_FAILED:
         problem = os.strerror(job.failed_errno) if job.failed_errno else ""
-        return ", ".join(filter(None, ("never ran", job.failed_step, problem, job.detail)))
+        return printable(
+            ", ".join(filter(None, ("never ran", job.failed_step, problem, job.detail)))
+        )
     exit_code = f"exit code {job.exit_code}" if job.exit_code >= 0 else ""
     by_signal = f"by {signal_name(job.signal)}" if job.signal else ""
     # "ended by SIGKILL" says no more than "by SIGKILL".
     detail = "" if job.cause is Cause.SIGNALLED else job.detail
     cause = ENDINGS.get(job.cause, "") if job.cause and not detail else ""
-    return ", ".join(filter(None, (cause, exit_code, by_signal, detail)))
+    return printable(", ".join(filter(None, (cause, exit_code, by_signal, detail))))
 
 
 def coloured_status(job: Job) -> str:

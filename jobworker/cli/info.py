@@ -45,7 +45,7 @@ def info_command(connect: Connect, as_json: bool) -> None:
         display.write_paragraph(f"Profile {printable(profile.name)}: {printable(measures)}")
     for problem in dict.fromkeys(each.problem for each in info.controllers if each.problem):
         names = ", ".join(each.name for each in info.controllers if each.problem == problem)
-        display.write_paragraph(f"Missing:   {names}: {printable(problem)}")
+        display.write_paragraph(f"Missing:   {printable(names)}: {printable(problem)}")
 
 
 def _fields(info: ServerInfo) -> list[tuple[str, str]]:
@@ -70,7 +70,7 @@ def _fields(info: ServerInfo) -> list[tuple[str, str]]:
 
 
 def _role(info: ServerInfo) -> str:
-    return f"with the role {info.role}" if info.role else "without a role"
+    return f"with the role {printable(info.role)}" if info.role else "without a role"
 
 
 def _is_users(info: ServerInfo) -> bool:
@@ -139,9 +139,10 @@ def _output(info: ServerInfo) -> str:
 
 
 def _controller(controller: Controller) -> str:
+    name = printable(controller.name)
     if controller.available:
-        return f"{controller.name} {coloured('yes', 'green')}"
-    return f"{controller.name} {coloured('no', 'yellow')}"
+        return f"{name} {coloured('yes', 'green')}"
+    return f"{name} {coloured('no', 'yellow')}"
 
 
 def _defaults(info: ServerInfo) -> str:

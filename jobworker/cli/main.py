@@ -13,7 +13,7 @@ import click
 
 from jobworker import __version__
 from jobworker.cli.connection import server_options
-from jobworker.cli.display import json_option
+from jobworker.cli.display import json_option, printable
 from jobworker.cli.exit_codes import ExitCode, FailedError, code_of, message_of, one_line, perhaps
 from jobworker.errors import JobWorkerError
 
@@ -130,7 +130,7 @@ class LazyGroup(click.Group):
             click.echo(error.format_message())
             code = error.exit_code
         except click.ClickException as error:
-            click.echo(f"jobworker: {one_line(error)}", err=True)
+            click.echo(f"jobworker: {printable(one_line(error))}", err=True)
             code = error.code if isinstance(error, FailedError) else error.exit_code
         except click.Abort:
             code = ExitCode.INTERRUPTED

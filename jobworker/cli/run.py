@@ -16,7 +16,7 @@ import click
 
 from jobworker.cli import display
 from jobworker.cli.connection import Connect, speaks_to_server
-from jobworker.cli.display import json_option
+from jobworker.cli.display import json_option, printable
 from jobworker.cli.exit_codes import ExitCode, FailedError, message_of, one_line
 from jobworker.cli.jobs import VERBATIM, CommandWords, job_options
 from jobworker.cli.stream import JsonWriter, SplitWriter, Writer, retry_option, telling_lost
@@ -157,7 +157,9 @@ class Interrupts:
         except JobWorkerError as error:
             # That it has ended meanwhile is what was wanted.
             if not isinstance(error, WrongStateError):
-                click.echo(f"jobworker: job {job_id} was not stopped: {error}", err=True)
+                click.echo(
+                    f"jobworker: job {job_id} was not stopped: {printable(str(error))}", err=True
+                )
 
 
 # Exit codes

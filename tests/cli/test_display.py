@@ -153,6 +153,11 @@ def test_endings(job: Job, word: str, explanation: str) -> None:
     assert display.explained_ending(job) == explanation
 
 
+@pytest.mark.parametrize("cause", [Cause.START_FAILED, Cause.OUT_OF_MEMORY])
+def test_what_a_server_says_of_an_ending_changes_no_terminal(cause: Cause) -> None:
+    assert display.explained_ending(ended(cause, detail="\x1b[31m")).endswith("\\x1b[31m")
+
+
 def test_a_job_in_one_line() -> None:
     assert display.summary(ended(Cause.EXITED, exit_code=3)) == "Job 7: FAILED (exit-3) after 2.0s"
     good = ended(Cause.EXITED, Status.COMPLETED, exit_code=0)

@@ -21,6 +21,7 @@ from client.old_server import OldServer
 from functional.server import Server
 from jobworker import certs
 from jobworker.cli.main import COMMANDS, main
+from jobworker.errors import CallError
 
 
 @pytest.fixture
@@ -154,6 +155,18 @@ def test_what_is_misspelt(words: list[str], told: str) -> None:
     answer = in_this_process(*words)
     assert_one_line(answer, 2, told)
     assert "?" not in answer.stderr
+
+
+def test_errors_change_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise CallError("GetJob", "INTERNAL", "of the server: \x1b[31m")
+
+    monkeypatch.setattr("jobworker.client.Client.get", fail)
+    monkeypatch.setattr("jobworker.client.Client.__init__", lambda *_, **__: None)
+    monkeypatch.setattr("jobworker.client.Client.close", lambda _: None)
+    answer = in_this_process("get", "7")
+    assert "\\x1b[31m" in answer.stderr
+    assert "\x1b" not in answer.stderr
 
 
 def test_the_largest_limit_is_no_usage_error(jobworker: Program) -> None:
