@@ -52,7 +52,7 @@ class WatchedFiles:
         self._seen = self._signature()
         self._settling: Signature | None = None
         self._settling_looks = 0
-        apply(load())
+        apply(self._load_files())
 
     def look(self, *, at_once: bool = False) -> Callable[[], None] | None:
         """To be called in the watch's thread. Reads them where they have changed, and have been
@@ -72,7 +72,7 @@ class WatchedFiles:
     def _read(self, found: Signature) -> Callable[[], None] | None:
         problem, loaded = "", None
         try:
-            loaded = self._load()
+            loaded = self._load_files()
         except StartupError as error:
             problem = str(error)
         except Exception as error:  # noqa: BLE001 nothing in a file may end the watch of all
@@ -89,6 +89,13 @@ class WatchedFiles:
             self._apply(loaded)
             log.info("read the %s again", self._name)
         self._on_outcome(self._name, problem)
+
+    def _load_files(self) -> Any:
+        """Raises StartupError, also for what could keep the reader waiting for ever, as a pipe."""
+        for path in self._paths:
+            if path.exists() and not path.is_file():
+                raise StartupError(f"{path} is no ordinary file; put one there")
+        return self._load()
 
     def _signature(self) -> Signature:
         return tuple(map(_signature_of, self._paths))

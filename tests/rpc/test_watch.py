@@ -85,6 +85,18 @@ def test_no_error_ends_the_watch(reading: Reading) -> None:
     assert reading.outcomes == ["ValueError('not what anybody thought of')", ""]
 
 
+def test_a_pipe_is_not_waited_for(reading: Reading) -> None:
+    reading.paths[1].unlink()
+    os.mkfifo(reading.paths[1])
+    reading.look(at_once=True)
+    assert reading.read == ["1"]
+    assert "is no ordinary file" in reading.outcomes[0]
+    reading.paths[1].unlink()
+    reading.write("22", "22")
+    reading.look(at_once=True)
+    assert reading.read == ["1", "22"]
+
+
 def test_who_asks_does_not_wait(reading: Reading) -> None:
     reading.write("22", "22")
     reading.look(at_once=True)
