@@ -115,8 +115,8 @@ class Log:
         pipes and are tried again, or are dropped; 0 while all is well."""
 
     def drain(self) -> None:
-        """To be called once nothing of the job is left to write: takes what its pipes hold at
-        this moment, so that a process that is not the job's cannot prolong it, and closes
+        """To be called once nothing of the job is left to write: takes what its pipes hold when
+        a thread looks, so that a process that is not the job's cannot prolong it, and closes
         them. FINISHED follows, unless it came before."""
 
     def add_reader(self) -> None:

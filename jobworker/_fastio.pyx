@@ -165,6 +165,7 @@ cdef enum:
     NAME_BYTES = 64
     SMALL_FILE_BYTES = 64 << 10
 
+cdef uint64_t NOT_MEASURED = ~<uint64_t> 0
 cdef uint64_t OFFSET_MASK = (<uint64_t> 1 << STREAM_SHIFT) - 1
 # No log comes to that; a damaged index may say so.
 cdef uint64_t LARGEST_OFFSET = <uint64_t> 1 << (STREAM_SHIFT - 1)
@@ -253,7 +254,7 @@ cdef struct LogState:
     uint64_t forgotten_bytes  # how many of them were before `start`
     uint64_t disk_bytes    # the size of all files
     bint draining          # nobody may write any more: take what is in the pipes and finish
-    uint64_t drain_left[2]
+    uint64_t drain_left[2]  # NOT_MEASURED: no thread has looked since
     bint finished
     int error              # errno of a disk that refuses; 0: it takes bytes
 
@@ -350,6 +351,8 @@ cdef void serve_pipe(LogState *log, int stream, bint draining) noexcept nogil:
         if waiting >= DEFAULT_PIPE_BYTES and not log.was_enlarged[stream]:
             enlarge_pipe(log, stream)
         if draining:
+            if log.drain_left[stream] == NOT_MEASURED:
+                log.drain_left[stream] = waiting
             waiting = min(waiting, <int64_t> log.drain_left[stream])
         if waiting == 0:
             over = draining or is_hung_up(pipe)
@@ -719,12 +722,23 @@ cdef bint is_hung_up(int pipe) noexcept nogil:
 cdef void enlarge_pipe(LogState *log, int stream) noexcept nogil:
     """A loud job's pipe gets 1 MiB, which doubles its throughput and more."""
     cdef PumpState *pump = log.pump
+    cdef bint is_one_more
     log.was_enlarged[stream] = True  # asked once, though it may be refused
     pthread_mutex_lock(&pump.lock)
-    if (pump.loud_pipes < LOUD_PIPES
-            and fcntl(log.pipes[stream], F_SETPIPE_SZ, LOUD_PIPE_BYTES) >= 0):
-        pump.loud_pipes += 1
-        log.is_loud[stream] = True
+    is_one_more = pump.loud_pipes < LOUD_PIPES
+    pump.loud_pipes += is_one_more
+    pthread_mutex_unlock(&pump.lock)
+    if not is_one_more:
+        return
+    # Without the lock: who writes to the pipe may have this wait.
+    log.is_loud[stream] = fcntl(log.pipes[stream], F_SETPIPE_SZ, LOUD_PIPE_BYTES) >= 0
+    if not log.is_loud[stream]:
+        count_out_loud_pipe(pump)
+
+
+cdef void count_out_loud_pipe(PumpState *pump) noexcept nogil:
+    pthread_mutex_lock(&pump.lock)
+    pump.loud_pipes -= 1
     pthread_mutex_unlock(&pump.lock)
 
 
@@ -878,9 +892,7 @@ cdef void close_pipe(LogState *log, int stream) noexcept nogil:
     log.pipes[stream] = -1
     pthread_mutex_unlock(&log.lock)
     if log.is_loud[stream]:
-        pthread_mutex_lock(&log.pump.lock)
-        log.pump.loud_pipes -= 1
-        pthread_mutex_unlock(&log.pump.lock)
+        count_out_loud_pipe(log.pump)
     close(pipe)
 
 
@@ -1445,7 +1457,7 @@ cdef class Log:
     def drain(self):
         cdef LogState *state = self.state
         cdef int stream
-        if not self.watched and not state.finished and not self.has_bytes_waiting():
+        if not self.watched and not state.finished and self.is_over():
             # No thread knows of it, and none need be woken for nothing.
             self.abandon()
             del self.pump.logs[state.job]
@@ -1454,21 +1466,21 @@ cdef class Log:
         pthread_mutex_lock(&state.lock)
         if not state.draining and not state.finished:
             for stream in range(2):
-                if state.pipes[stream] >= 0:
-                    state.drain_left[stream] = bytes_waiting(state.pipes[stream])
+                state.drain_left[stream] = NOT_MEASURED  # by a thread: see is_over
             state.draining = True
             pthread_mutex_lock(&state.pump.lock)
             kick_locked(state)
             pthread_mutex_unlock(&state.pump.lock)
         pthread_mutex_unlock(&state.lock)
 
-    cdef bint has_bytes_waiting(self) noexcept:
-        """Where no thread is at it."""
+    cdef bint is_over(self) noexcept:
+        """Where no thread is at it. Asks by poll alone: all else waits for the pipe's lock, and a
+        writer has that while its memory is read, for as long as it likes."""
         cdef int stream
         for stream in range(2):
-            if self.state.pipes[stream] >= 0 and bytes_waiting(self.state.pipes[stream]):
-                return True
-        return False
+            if self.state.pipes[stream] >= 0 and not is_hung_up(self.state.pipes[stream]):
+                return False
+        return True
 
     def add_reader(self):
         cdef LogState *state = self.state

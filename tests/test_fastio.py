@@ -9,6 +9,8 @@ import resource
 import select
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -351,9 +353,9 @@ def test_what_is_not_watched_stays_in_the_pipes(pump: Pump, folder: int) -> None
 def test_a_silent_job_that_is_not_watched_is_finished_at_once(pump: Pump, folder: int) -> None:
     before = len(os.listdir("/proc/self/fd"))
     job = Job(pump, folder, watched=False)
+    job.close()
     job.log.drain()
     assert job.log.finished
-    job.close()
     assert len(os.listdir("/proc/self/fd")) == before
     job.log.watch()
     job.log.drain()
@@ -369,6 +371,44 @@ def test_drain_takes_what_was_not_watched(pump: Pump, folder: int) -> None:
     job.log.drain()
     wait_finished(pump, job.log)  # though the write ends are still open
     assert job.log.stream_bytes == (60_000, 60_000)
+    job.close()
+
+
+SPLICE = ("275", "76")  # its numbers on x86_64 and aarch64
+
+
+@contextlib.contextmanager
+def locked(pipe: int) -> Iterator[Callable[[], bool]]:
+    """By another process, which waits for a socket with the pipe's lock; gives whether it still
+    does."""
+    source, silent = socket.socketpair()
+    silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 20, 0))
+    holder = os.fork()
+    if holder == 0:
+        source.close()
+        with contextlib.suppress(OSError):
+            os.splice(silent.fileno(), pipe, 1)
+        os._exit(0)
+    silent.close()
+
+    def is_waiting() -> bool:
+        return Path(f"/proc/{holder}/syscall").read_text().split()[0] in SPLICE
+
+    wait_until(is_waiting)
+    yield is_waiting
+    source.close()
+    os.waitpid(holder, 0)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_drain_does_not_wait_for_who_has_the_pipe_locked(
+    pump: Pump, folder: int, watched: bool
+) -> None:
+    job = Job(pump, folder, watched=watched)
+    with locked(job.their_fds[STDOUT]) as is_locked:
+        job.log.drain()
+        assert is_locked()
+    wait_finished(pump, job.log)
     job.close()
 
 
