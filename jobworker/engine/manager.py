@@ -777,6 +777,8 @@ class Manager:
         live.stop_signal = signal_number
         if live.job.status is Status.RUNNING:
             self._send_stop(live)
+        else:
+            self._set_kill_timer(live)  # its exec may hang, as where a disk does not answer
 
     def _set_timeout(self, live: _LiveJob) -> None:
         """From the job's start on, though that may have been under an earlier server."""
@@ -794,6 +796,10 @@ class Manager:
         assert live.kill_at is not None
         if live.exited is None and live.kill_at > self._loop.time():
             self._spawn(self._store_and_signal(live))
+        self._set_kill_timer(live)
+
+    def _set_kill_timer(self, live: _LiveJob) -> None:
+        assert live.kill_at is not None
         if live.kill_timer:
             live.kill_timer.cancel()
         live.kill_timer = self._loop.call_at(live.kill_at, self._kill_soon, live)
@@ -815,9 +821,9 @@ class Manager:
             await self._store_running(live)
         if live.job.is_ended:
             return
-        if live.cgroup:
+        if live.cgroup and live.job.status is Status.RUNNING:
             await asyncio.to_thread(live.cgroup.kill)
-        else:
+        else:  # of one that starts there is one process, which may not have a cgroup yet
             self._jobinits.signal(live.job.id, signal.SIGKILL)
 
     async def _end(self, live: _LiveJob) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
+from escapes.stage import public_folder
 from functional.server import Client, Server
 from jobworker.pb import job_worker_pb2 as pb
 
@@ -51,6 +55,31 @@ def test_a_job_may_end_gracefully(client: Client) -> None:
     assert (stopped.status, stopped.exitCode) == ("STOPPED", 7)
     # Not stderr: the shell may say there that the signal has ended its `sleep` too.
     assert client.output(job.id, stream=pb.STDOUT) == b"up\nbye\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may have a lease on what others execute")
+def test_a_start_that_hangs(client: Client) -> None:
+    """Its exec waits for who has a lease on the file, as it would for a disk."""
+    with public_folder() as folder:
+        program = folder / "program"
+        shutil.copy("/bin/true", program)
+        with program.open("rb") as file, ignored(signal.SIGIO):
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            creating = client.create_soon(str(program))
+            while not (starting := [job for job in client.jobs() if job.command == str(program)]):
+                time.sleep(0.02)
+            assert starting[0].status == "INITIALIZING"
+            stopped = client.stop(starting[0].id, grace_milliseconds=1)
+    assert stopped.status == creating.result().status == "STOPPED"
+    job = client.get(starting[0].id)
+    assert (job.cause, job.failed_step) == (pb.STOPPED, "exec")
+
+
+@contextlib.contextmanager
+def ignored(number: int) -> Iterator[None]:
+    before = signal.signal(number, signal.SIG_IGN)
+    yield
+    signal.signal(number, before)
 
 
 def test_a_chosen_signal(client: Client) -> None:
