@@ -20,6 +20,7 @@ from jobworker.pb import job_worker_pb2 as pb
 READY_SECONDS = 20
 END_SECONDS = 30
 CALL_SECONDS = 30
+DEADLINE_SECONDS = 30
 
 ANSWERS: dict[str, Any] = {
     "CreateJob": pb.Job,
@@ -31,6 +32,13 @@ ANSWERS: dict[str, Any] = {
     "CreateJobs": pb.CreateJobsRes,
     "DeleteJob": pb.DeleteJobRes,
 }
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
 
 
 class Server:

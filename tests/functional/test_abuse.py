@@ -16,11 +16,10 @@ from typing import Any
 import grpc
 import pytest
 
-from functional.server import Client, Server, channel
+from functional.server import DEADLINE_SECONDS, Client, Server, channel, wait_until
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
 
-DEADLINE_SECONDS = 30
 MEBIBYTE = 1 << 20
 
 StartServer = Callable[..., Server]
@@ -99,13 +98,6 @@ def is_reachable(server: Server) -> bool:
             return bool(client.info().version)
     except grpc.RpcError:
         return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # Connections

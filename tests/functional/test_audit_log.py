@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from typing import Any
 import grpc
 import pytest
 
-from functional.server import Server
+from functional.server import DEADLINE_SECONDS, Server, wait_until
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
 
-DEADLINE_SECONDS = 20
 SECRET = "swordfish"
 
 StartServer = Callable[..., Server]
@@ -37,13 +35,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def calls(path: Path, rpc: str) -> list[dict[str, Any]]:
     return [line for line in lines(path) if line.get("rpc") == rpc]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_each_change_has_a_line_when_it_is_answered(start_server: StartServer, path: Path) -> None:

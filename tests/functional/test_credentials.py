@@ -18,10 +18,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from functional.server import Client, Server, channel
+from functional.server import DEADLINE_SECONDS, Client, Server, channel, wait_until
 from jobworker import certs
 
-DEADLINE_SECONDS = 20
 NOTICED_SECONDS = 5
 TICKS = "while :; do echo tick; sleep 0.05; done"
 
@@ -45,13 +44,6 @@ def start(tmp_path: Path, folder: Path) -> Iterator[StartServer]:
     yield start
     for server in servers:
         server.stop()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def shown_serial(server: Server) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from faults.farm import Farm
-from functional.server import Server
+from functional.server import Server, wait_until
 
 KILLS = int(os.environ.get("JOBWORKER_KILLS", "20"))
 # A kill and a restart take some half second; what is under way is then waited for.
@@ -31,13 +31,6 @@ def farm(start_server: Callable[..., Server], tmp_path: Path) -> Farm:
     seed = int(os.environ.get("JOBWORKER_SEED", str(time.time_ns() % 1_000_000)))
     sys.stderr.write(f"JOBWORKER_SEED={seed}\n")  # to be seen where it fails
     return Farm(start, tmp_path, seed)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def has_another_jobinit(farm: Farm, pid: int) -> bool:

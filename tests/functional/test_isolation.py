@@ -7,7 +7,6 @@ import pwd
 import re
 import signal
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 
 import jobworker
 from escapes.stage import public_folder
-from functional.server import Client, Server
+from functional.server import Client, Server, wait_until
 from jobworker.engine.files import REPLACED, is_in_any
 from jobworker.pb import job_worker_pb2 as pb
 
@@ -236,13 +235,6 @@ def processes_with(word: str) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.02)
 
 
 def test_its_daemons_end_with_it(start_server: Callable[..., Server]) -> None:

@@ -22,8 +22,8 @@ from escapes.stage import (
     program,
     public_folder,
 )
-from functional.server import Client, Server
-from functional.test_isolation import first_processes, mounts_of, status_of, wait_until
+from functional.server import Client, Server, wait_until
+from functional.test_isolation import first_processes, mounts_of, status_of
 from functional.unprivileged import USER, StartServer, servers
 from jobworker.pb import job_worker_pb2 as pb
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from functional.server import Client, Server
+from functional.server import Client, Server, wait_until
 from jobworker.pb import job_worker_pb2 as pb
 
 StartServer = Callable[..., Server]
@@ -18,13 +18,6 @@ StartServer = Callable[..., Server]
 
 def files(server: Server) -> list[str]:
     return sorted(os.listdir(server.state / "output"))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def read(client: Client, job_id: str, **fields: int) -> tuple[bytes, int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from functional.server import Server
+from functional.server import Server, wait_until
 from jobworker.engine import jobinit
 from jobworker.engine.jobinit import Ask, Tell
 from jobworker.engine.store import Store
@@ -64,13 +64,6 @@ def start_of_version_1(spec: JobSpec) -> bytes:
     strings = [spec.command, spec.working_directory, "", spec.command, *spec.args]
     head = struct.pack("=IIIIII", 0, 1 + len(spec.args), 0, 0, 0, 0)
     return head + "\0".join(strings).encode() + b"\0"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_an_older_jobinit_hands_over_all_its_jobs(
