@@ -66,13 +66,9 @@ LARGEST_HEADERS_BYTES = 16 << 10
 HEADER_BYTES = 32
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# What the caller may now: roles may change while a call is under way. Raises
-# PermissionDeniedError.
-AccessNow = Callable[[], Access]
 Parse = Callable[[bytes], Any]
-# With the request, what the caller may (not to be called of an RPC without a rule), and the
-# context; the answer of a stream is None.
-Method = Callable[[Any, AccessNow, Context], Awaitable[Any]]
+# The answer of a stream is None.
+Method = Callable[[Any, "Entry", Context], Awaitable[Any]]
 # Whether the caller may still have the stream that it asked for: raises JobWorkerError if not.
 StillMay = Callable[[Any, Access], Awaitable[object]]
 Subject = Callable[[Any, Any], Iterable[Mapping[str, Any]]]
@@ -143,6 +139,20 @@ class _Call:
             self.task.cancel()
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Of one call: what a method asks the gate while it is under way."""
+
+    # What the caller may now, as roles may change. Not for an RPC without a rule. Raises
+    # PermissionDeniedError.
+    access: Callable[[], Access]
+    # For a call of many parts, before each. Raises AuditError.
+    require_log: Callable[[], None]
+    # For the same, after each, as the end of the call may be far: a line of the audit log, with a
+    # code and what else is told of the part.
+    note: Callable[[Callable[[], Mapping[str, Any]]], None]
+
+
 class Gate:
     """All calls under way."""
 
@@ -191,14 +201,18 @@ class Gate:
             # Not when this ends, but when the answer has gone out: until then it takes memory.
             leave: Any = functools.partial(self._leave, call)
             context.add_done_callback(leave)
-            access_now = functools.partial(self._access, call)
+            entry = Entry(
+                functools.partial(self._access, call),
+                self._audit.check,
+                functools.partial(self._note_part, call),
+            )
             request = answer = sent = None
             try:
                 try:
                     self._admit(call, context)
                     assert call.client is not None
                     if is_ours:
-                        access_now()
+                        entry.access()
                     if takes_stream:
                         request = requests
                     else:
@@ -207,7 +221,7 @@ class Gate:
                     if still_may:
                         call.still_may = functools.partial(still_may, request)
                     _check_untaken(call)
-                    answer = sent = await method(request, access_now, context)
+                    answer = sent = await method(request, entry, context)
                     if is_ours and not is_stream:
                         sent = self._counted(call, answer)
                 except GivenUp as given_up:
@@ -431,6 +445,10 @@ class Gate:
         if error and not is_told and (subject or isinstance(error, REFUSALS)):
             self._write(call, {"code": code, **problem})
 
+    def _note_part(self, call: _Call, tell: Callable[[], Mapping[str, Any]]) -> None:
+        if self._audit.is_on:
+            self._write(call, tell())
+
     def _write(self, call: _Call, fields: Mapping[str, Any]) -> None:
         """fields: the code among them. What was or may have been done always has its line."""
         if fields["code"] not in DONE and not self._may_note_failure(call):
@@ -581,12 +599,12 @@ class UnknownMethods(grpc.GenericRpcHandler):
         return self._handler
 
 
-async def _unknown(_requests: Any, _access: AccessNow, _context: Context) -> None:
+async def _unknown(_requests: Any, _entry: Entry, _context: Context) -> None:
     raise UnknownMethodError
 
 
 def _answering(inner: Any) -> Method:
-    async def method(request: Any, _access: AccessNow, context: Context) -> Any:
+    async def method(request: Any, _entry: Entry, context: Context) -> Any:
         return await inner.unary_unary(request, context)
 
     return method
@@ -595,7 +613,7 @@ def _answering(inner: Any) -> Method:
 def _streaming(inner: Any) -> Method:
     behaviour = inner.stream_stream or inner.unary_stream
 
-    async def method(request: Any, _access: AccessNow, context: Context) -> None:
+    async def method(request: Any, _entry: Entry, context: Context) -> None:
         if inspect.iscoroutinefunction(behaviour):
             await behaviour(request, context)
         else:

@@ -21,7 +21,16 @@ from jobworker.errors import InvalidRequestError
 from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
-from jobworker.rpc.gate import AccessNow, ClientLimits, Gate, GivenUp, StillMay, Subject, expected
+from jobworker.rpc.gate import (
+    ClientLimits,
+    Entry,
+    Gate,
+    GivenUp,
+    Method,
+    StillMay,
+    Subject,
+    expected,
+)
 
 SERVICE = "job_worker.JobService"
 PAGE_JOBS = 100
@@ -63,7 +72,10 @@ class JobService:
             raise GivenUp(_shown(await creating, access)) from None
         return _shown(job, access)
 
-    async def create_jobs(self, request: pb.CreateJobsReq, access: Access) -> pb.CreateJobsRes:
+    async def create_jobs(
+        self, request: pb.CreateJobsReq, entry: Entry, _context: Context
+    ) -> pb.CreateJobsRes:
+        access = entry.access()
         count = len(request.jobs)
         if count > MOST_CREATES:
             problem = f"{count} are too many for one request; use at most {MOST_CREATES}"
@@ -74,7 +86,8 @@ class JobService:
         async def work() -> None:
             while pending:
                 place, each = pending.popleft()
-                results[place] = await self._result_of(each, access)
+                result = results[place] = await self._result_of(each, entry, access)
+                entry.note(partial(_told_of, each, result))
 
         workers = asyncio.gather(*(work() for _ in range(min(CREATES_AT_ONCE, count))))
         try:
@@ -82,11 +95,14 @@ class JobService:
         except asyncio.CancelledError:
             pending.clear()
             await workers  # what is begun goes on
-            raise GivenUp(pb.CreateJobsRes(results=results)) from None
+            raise
         return pb.CreateJobsRes(results=results)
 
-    async def _result_of(self, request: pb.CreateJobReq, access: Access) -> pb.CreateJobsRes.Result:
+    async def _result_of(
+        self, request: pb.CreateJobReq, entry: Entry, access: Access
+    ) -> pb.CreateJobsRes.Result:
         try:
+            entry.require_log()
             job = await self._create(request, access)
         except Exception as caught:  # noqa: BLE001 the others' results are not lost with it
             error = expected(caught, "CreateJobs")
@@ -210,18 +226,18 @@ class JobService:
         return info
 
     async def get_jobs_stream(
-        self, request: pb.GetJobsStreamReq, access: AccessNow, context: Context
+        self, request: pb.GetJobsStreamReq, entry: Entry, context: Context
     ) -> None:
         if request.stream not in pb.Stream.values():
             raise InvalidRequestError("stream", f"{request.stream} is none; use 0, 1 or 2")
-        job_id = await self._within_reach(request.id, access())
+        job_id = await self._within_reach(request.id, entry.access())
         follow = not request.no_follow
         reader = await self._manager.read(job_id, request.from_offset, request.stream, follow)
         try:
             # The messages are finished bytes, shared by all readers at the same place.
             while (message := await reader.next()) is not None:
                 await context.write(message)
-            await self._write_ending(job_id, reader, follow, access, context)
+            await self._write_ending(job_id, reader, follow, entry, context)
         finally:
             reader.close()
 
@@ -229,12 +245,14 @@ class JobService:
         await self._within_reach(request.id, access)
 
     async def _write_ending(
-        self, job_id: int, reader: Reader, follow: bool, access: AccessNow, context: Context
+        self, job_id: int, reader: Reader, follow: bool, entry: Entry, context: Context
     ) -> None:
         job = await (self._manager.wait(job_id) if follow else self._manager.get(job_id))
         if job.is_ended:
             last = pb.DataChunk(
-                offset=reader.offset, next_offset=reader.offset, ending=_shown(job, access())
+                offset=reader.offset,
+                next_offset=reader.offset,
+                ending=_shown(job, entry.access()),
             )
             await context.write(last.SerializeToString())
 
@@ -265,7 +283,6 @@ def _page_start(token: str) -> int | None:
 # Registration
 
 UnaryMethod = Callable[[Any, Access], Awaitable[Any]]
-StreamMethod = Callable[[Any, AccessNow, Context], Awaitable[None]]
 
 
 class ServiceHandler(grpc.GenericRpcHandler):
@@ -275,7 +292,6 @@ class ServiceHandler(grpc.GenericRpcHandler):
     def __init__(self, service: JobService, gate: Gate) -> None:
         unary: list[tuple[str, UnaryMethod, Any]] = [
             ("CreateJob", service.create_job, pb.CreateJobReq),
-            ("CreateJobs", service.create_jobs, pb.CreateJobsReq),
             ("DeleteJob", service.delete_job, pb.DeleteJobReq),
             ("GetJob", service.get_job, pb.GetJobReq),
             ("StopJob", service.stop_job, pb.StopJobReq),
@@ -283,11 +299,12 @@ class ServiceHandler(grpc.GenericRpcHandler):
             ("ListJobs", service.list_jobs, pb.ListJobsReq),
             ("GetServerInfo", service.get_server_info, pb.EmptyRequest),
         ]
-        streams: list[tuple[str, StreamMethod, StillMay, Any]] = [
+        streams: list[tuple[str, Method, StillMay, Any]] = [
             ("GetJobsStream", service.get_jobs_stream, service.may_stream, pb.GetJobsStreamReq),
         ]
         methods = {rpc: _unary(gate, rpc, *rest) for rpc, *rest in unary}
         methods |= {rpc: _stream(gate, rpc, *rest) for rpc, *rest in streams}
+        methods["CreateJobs"] = _whole(gate, "CreateJobs", service.create_jobs, pb.CreateJobsReq)
         if methods.keys() != RULES.keys():
             raise RuntimeError(f"RPCs without a rule: {methods.keys() ^ RULES.keys()}")
         self._methods: Mapping[str, Any] = {
@@ -299,16 +316,19 @@ class ServiceHandler(grpc.GenericRpcHandler):
 
 
 def _unary(gate: Gate, rpc: str, method: UnaryMethod, request_type: Any) -> Any:
-    async def answer(request: Any, access: AccessNow, _context: Context) -> Any:
-        return await method(request, access())
+    async def answer(request: Any, entry: Entry, _context: Context) -> Any:
+        return await method(request, entry.access())
 
-    handle = gate.guard(rpc, answer, request_type.FromString, is_stream=False)
+    return _whole(gate, rpc, answer, request_type)
+
+
+def _whole(gate: Gate, rpc: str, method: Method, request_type: Any) -> Any:
+    """Its answer is one message."""
+    handle = gate.guard(rpc, method, request_type.FromString, is_stream=False)
     return grpc.stream_unary_rpc_method_handler(handle, None, None)
 
 
-def _stream(
-    gate: Gate, rpc: str, method: StreamMethod, still_may: StillMay, request_type: Any
-) -> Any:
+def _stream(gate: Gate, rpc: str, method: Method, still_may: StillMay, request_type: Any) -> Any:
     handle = gate.guard(rpc, method, request_type.FromString, is_stream=True, still_may=still_may)
     # No serializer: what is written is finished bytes.
     return grpc.stream_stream_rpc_method_handler(handle, None, None)
@@ -324,22 +344,15 @@ def _created(request: pb.CreateJobReq | None, answer: pb.Job | None) -> list[dic
     return [_asked(request) | made]
 
 
-def _created_many(
-    request: pb.CreateJobsReq | None, answer: pb.CreateJobsRes | None
-) -> list[dict[str, Any]]:
-    if request is None or answer is None:
-        return []
-    return [
-        _asked(each) | _result(result)
-        for each, result in zip(request.jobs, answer.results, strict=True)
-        if result.id or result.code  # else the call ended before it was begun
-    ]
+def _told_before(_request: Any, _answer: Any) -> list[dict[str, Any]]:
+    """Job by job, as each was created."""
+    return []
 
 
-def _result(result: pb.CreateJobsRes.Result) -> dict[str, Any]:
+def _told_of(request: pb.CreateJobReq, result: pb.CreateJobsRes.Result) -> dict[str, Any]:
     if result.code:
-        return {"code": CODE_NAMES[result.code], "problem": result.error}
-    return _made(result.id, result.status)
+        return _asked(request) | {"code": CODE_NAMES[result.code], "problem": result.error}
+    return _asked(request) | _made(result.id, result.status)
 
 
 def _made(job_id: str, status: str) -> dict[str, Any]:
@@ -383,7 +396,7 @@ LONGEST_TOLD = 1024  # characters of a command, and of what else a client says
 SUBJECTS: Mapping[str, Subject] = MappingProxyType(
     {
         "CreateJob": _created,
-        "CreateJobs": _created_many,
+        "CreateJobs": _told_before,
         "StopJob": _named,
         "DeleteJob": _named,
     }

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def test_each_job_of_many_has_a_line(start_server: StartServer, path: Path) -> N
             ]
         )
         made, refused = client.call("CreateJobs", request).results
-    first, second = calls(path, "CreateJobs")
+    # In the order in which they came to their ends.
+    second, first = sorted(calls(path, "CreateJobs"), key=lambda line: str(line["code"]))
     assert (first["job"], first["code"]) == (made.id, "OK")
     assert (second["code"], second["problem"]) == ("INVALID_ARGUMENT", refused.error)
     assert second["command"] == ["/nowhere"]
@@ -158,13 +160,19 @@ def test_jobs_of_a_call_that_is_given_up_have_their_lines(
             certs.revoke(revoked, server.certs / "given-up-cert.pem")
             server.process.send_signal(signal.SIGHUP)
             assert call.code() is grpc.StatusCode.PERMISSION_DENIED
-        wait_until(lambda: len(calls(path, "CreateJobs")) > 0)
+        wait_until(lambda: len(calls(path, "CreateJobs")) > 0 and nothing_goes_on(path))
         running = {each.id for each in admin.jobs()}
         assert 0 < len(running) < 1000
         told = calls(path, "CreateJobs")
         assert {line["job"] for line in told if line["code"] == "OK"} == running
         if how == "revoked":
             assert [line["code"] for line in told if line["code"] != "OK"] == ["PERMISSION_DENIED"]
+
+
+def nothing_goes_on(path: Path) -> bool:
+    size = path.stat().st_size
+    time.sleep(0.5)
+    return path.stat().st_size == size
 
 
 @pytest.mark.parametrize("how", ["SIGHUP", "by itself"])
@@ -206,6 +214,44 @@ def test_no_job_is_created_that_the_log_could_not_tell_of(
         assert client.create("true").id
     assert [line["job"] for line in calls(path, "StopJob")] == ["77", job.id]
     assert "ERROR jobworker.rpc.audit" in server.log
+
+
+def test_a_bulk_does_not_go_on_where_the_log_cannot_tell_of_it(
+    start_server: StartServer, path: Path
+) -> None:
+    path.touch()
+    most = 64 << 20
+    os.truncate(path, most - 2000)  # room for some lines
+    server = start_server(AUDIT_LOG=str(path))
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    with server.connect() as client:
+        job = pb.CreateJobReq(command="true", args=["x" * 100])
+        results = client.call("CreateJobs", pb.CreateJobsReq(jobs=[job] * 1000)).results
+        made = {result.id for result in results if result.id}
+        assert 0 < len(made) < 200
+        refused = {(result.code, result.error.partition(":")[0]) for result in results} - {(0, "")}
+        ((code, problem),) = refused
+        assert code == grpc.StatusCode.UNAVAILABLE.value[0]
+        assert "audit log cannot be written" in problem
+        limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
+        client.create("true")
+    told = [line["job"] for line in calls(path, "CreateJobs") if line["code"] == "OK"]
+    assert sorted(told) == sorted(made)
+
+
+def test_a_bulk_that_is_killed_has_its_lines(start_server: StartServer, path: Path) -> None:
+    """Of all jobs that were created, but for the ones that just then were."""
+    server = start_server(AUDIT_LOG=str(path))
+    with server.connect() as client:
+        create: Any = client._channel.unary_unary(
+            "/job_worker.JobService/CreateJobs", pb.CreateJobsReq.SerializeToString
+        )
+        job = pb.CreateJobReq(command="true")
+        call = create.future(pb.CreateJobsReq(jobs=[job] * 1000), timeout=DEADLINE_SECONDS)
+        wait_until(lambda: len(calls(path, "CreateJobs")) > 0)
+        assert not call.done()
+        server.stop(signal.SIGKILL)
 
 
 def test_a_log_that_cannot_be_opened(start_server: StartServer, tmp_path: Path) -> None:
