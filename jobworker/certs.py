@@ -123,7 +123,7 @@ def _check_name_is_free(folder: Path, name: str) -> None:
     """Of two clients with one CN each would have the other's jobs."""
     for path in sorted(folder.glob("*-cert.pem")):
         try:
-            taken, _ = _subject_fields(_read_certificates(path)[0])
+            taken, _ = _subject_fields(path, _read_certificates(path)[0])
         except CertificateError:
             continue
         if taken == name and path.name != f"{name}-cert.pem":
@@ -142,8 +142,9 @@ def subject_of(pem: bytes) -> tuple[str, tuple[str, ...], str]:
     From the parsed certificate and never from a subject in one line of text, in which
     `CN=x\\,OU=admin` looks like a role. Raises CertificateError.
     """
-    certificate = _parse_certificates("the client's certificate", pem)[0]
-    return (*_subject_fields(certificate), _serial_of(certificate))
+    about = "the client's certificate"
+    certificate = _parse_certificates(about, pem)[0]
+    return (*_subject_fields(about, certificate), _serial_of(certificate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ class Description:
 def describe(path: Path) -> Description:
     """What the first certificate of a PEM file says. Raises CertificateError."""
     certificate = _read_certificates(path)[0]
-    name, units = _subject_fields(certificate)
+    name, units = _subject_fields(path, certificate)
     return Description(
         name=name,
         units=units,
@@ -275,7 +276,7 @@ def revoke(path: Path, certificate_path: Path) -> str:
     """Appends the certificate's serial number to a file of them, with a comment that says whose
     it is; returns it, in hexadecimal. Raises CertificateError."""
     certificate = _read_certificates(certificate_path)[0]
-    name, _ = _subject_fields(certificate)
+    name, _ = _subject_fields(certificate_path, certificate)
     before = _read(path) if path.exists() else b""
     if b"-----BEGIN" in before or b"\0" in before:
         raise CertificateError(
@@ -686,9 +687,15 @@ def _is_issued_by(certificate: x509.Certificate, issuers: Iterable[x509.Certific
 # Describing
 
 
-def _subject_fields(certificate: x509.Certificate) -> tuple[str, tuple[str, ...]]:
+def _subject_fields(about: object, certificate: x509.Certificate) -> tuple[str, tuple[str, ...]]:
+    try:
+        subject = certificate.subject
+    except ValueError as error:  # a CA signs what it likes
+        remedy = "have it made anew, with CN and OU as UTF8String"
+        raise CertificateError(about, "has a subject that is no text", remedy) from error
+
     def values(oid: x509.ObjectIdentifier) -> tuple[str, ...]:
-        return tuple(str(a.value) for a in certificate.subject.get_attributes_for_oid(oid))
+        return tuple(str(a.value) for a in subject.get_attributes_for_oid(oid))
 
     names = values(NameOID.COMMON_NAME)
     # Two are as good as none: it could be taken for either client.

@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.name import _ASN1Type
 
 from jobworker import certs
-from jobworker.errors import CertificateError
+from jobworker.errors import CertificateError, PermissionDeniedError
+from jobworker.rpc.identity import identity_of
 
 needs_openssl = pytest.mark.skipif(
     shutil.which("openssl") is None,
@@ -291,6 +292,26 @@ def test_what_is_no_certificate_has_no_subject(pem: bytes) -> None:
 
 
 @needs_openssl
+@pytest.mark.parametrize(
+    ("tag", "content"),
+    [(0x14, "K\u00f6ln".encode("latin-1")), (0x02, b"\1\2\3\4"), (0x13, b"a\xff*b")],
+)
+def test_a_subject_that_is_no_text_is_refused(folder: Path, tag: int, content: bytes) -> None:
+    """Names in Latin-1, or numbers, as some CAs have signed them."""
+    certs.make_client(folder, "Mona", "user")
+    path = folder / "Mona-cert.pem"
+    der = x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(serialization.Encoding.DER)
+    assert der.count(b"\x0c\4Mona") == 1
+    odd = der.replace(b"\x0c\4Mona", bytes([tag, 4]) + content)
+    pem = ssl.DER_cert_to_PEM_cert(odd).encode()
+    with pytest.raises(PermissionDeniedError, match="is no text"):
+        identity_of(pem)
+    path.write_bytes(pem)
+    with pytest.raises(CertificateError, match=r"Mona-cert\.pem has a subject that is no text"):
+        certs.describe(path)
+    assert certs.make_client(folder, "next", "user")
+
+
 def test_certificates_made_by_hand_serve(by_hand: Path) -> None:
     certs.check_server_files(by_hand)
 

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from jobworker.certs import subject_of
-from jobworker.errors import PermissionDeniedError
+from jobworker.errors import CertificateError, PermissionDeniedError
 from jobworker.roles import Identity
 
 
@@ -21,5 +21,9 @@ def certificate_of(context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
 
 def identity_of(pem: bytes) -> Identity:
     """From the parsed certificate: in the subject as text, a CN of `x,OU=admin` would pass
-    for a role (RFC 2253 escapes it, and a split on commas does not know)."""
-    return Identity(*subject_of(pem))
+    for a role (RFC 2253 escapes it, and a split on commas does not know). Raises
+    PermissionDeniedError where it cannot be read."""
+    try:
+        return Identity(*subject_of(pem))
+    except CertificateError as error:
+        raise PermissionDeniedError(str(error)) from error
