@@ -287,7 +287,7 @@ class Listing:
             page_size=min(self._left or LARGEST_PAGE_JOBS, LARGEST_PAGE_JOBS),
             page_token=self._token,
         )
-        return Call("ListJobs", request, _read_page)
+        return Call("ListJobs", request, self._read_page)
 
     def old_request(self, error: UnsupportedError) -> Call[Page]:
         """For a server without ListJobs; raises the error where that does not help."""
@@ -302,6 +302,12 @@ class Listing:
             self._left -= len(jobs)
         self.is_over = self._left == 0 or not self._token
         return jobs
+
+    def _read_page(self, answer: bytes) -> Page:
+        message = pb.ListJobsRes.FromString(answer)
+        if message.next_page_token and message.next_page_token == self._token:
+            raise ValueError(f"after the page {self._token!r} comes the same again")
+        return Page([job_from(job) for job in message.jobs], message.next_page_token)
 
     def _read_all(self, answer: bytes) -> Page:
         jobs = map(job_from, pb.Jobs.FromString(answer).jobs)
@@ -318,11 +324,6 @@ def _read_nothing(answer: bytes) -> None:
 
 def _read_job(answer: bytes) -> Job:
     return job_from(pb.Job.FromString(answer))
-
-
-def _read_page(answer: bytes) -> Page:
-    message = pb.ListJobsRes.FromString(answer)
-    return Page([job_from(job) for job in message.jobs], message.next_page_token)
 
 
 def _read_info(answer: bytes) -> ServerInfo:

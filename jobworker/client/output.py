@@ -44,6 +44,9 @@ class Stream(enum.IntEnum):
     STDERR = 2
 
 
+STREAMS = frozenset(map(int, Stream))
+
+
 class Run(NamedTuple):
     """Bytes of a payload that came from one stream at one time."""
 
@@ -247,6 +250,8 @@ class Reading:
         view, rest = split_payload(message)
         if view and not rest.next_offset:
             return self._take_old(view)
+        if any(run.stream not in STREAMS for run in rest.runs):
+            raise ValueError("it has bytes of an unknown stream")
         self.patience.progressed()
         if not view and not rest.next_offset and not rest.HasField("ending"):
             return None

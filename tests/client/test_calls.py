@@ -232,6 +232,14 @@ def test_a_listing_ends_at_its_limit_and_at_the_last_page() -> None:
     assert endless.is_over
 
 
+def test_a_page_that_comes_again_and_again_is_no_answer() -> None:
+    listing = calls.Listing((), "", None)
+    answer = pb.ListJobsRes(next_page_token="7").SerializeToString()
+    listing.take(listing.request().read(answer))
+    with pytest.raises(ValueError, match="the page '7' comes the same again"):
+        listing.request().read(answer)
+
+
 def test_an_old_server_cannot_list_by_name_or_owner() -> None:
     error = UnsupportedError("ListJobs", "UNIMPLEMENTED", "too old")
     for listing in (calls.Listing((), "name", None), calls.Listing((), "", None, "alice")):

@@ -236,3 +236,10 @@ def test_the_time_for_all_is_over() -> None:
     with pytest.raises(DeadlineError):
         patience.failed(BROKEN)
     assert Patience(60).left_seconds() is None
+
+
+def test_bytes_of_an_unknown_stream_are_no_chunk() -> None:
+    run = pb.DataChunk.Run(stream=7, length=3)  # type: ignore[arg-type]
+    message = pb.DataChunk(payload=b"abc", next_offset=3, runs=[run]).SerializeToString()
+    with pytest.raises(ValueError, match="unknown stream"):
+        reading().take(message)
