@@ -18,6 +18,7 @@ import pytest
 from functional.server import DEADLINE_SECONDS, Server, wait_until
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
+from jobworker.rpc.service import CREATES_AT_ONCE
 
 SECRET = "swordfish"
 
@@ -241,7 +242,7 @@ def test_a_bulk_does_not_go_on_where_the_log_cannot_tell_of_it(
 
 
 def test_a_bulk_that_is_killed_has_its_lines(start_server: StartServer, path: Path) -> None:
-    """Of all jobs that were created, but for the ones that just then were."""
+    """Of all jobs that were created, but for those that were under way just then."""
     server = start_server(AUDIT_LOG=str(path))
     with server.connect() as client:
         create: Any = client._channel.unary_unary(
@@ -249,9 +250,14 @@ def test_a_bulk_that_is_killed_has_its_lines(start_server: StartServer, path: Pa
         )
         job = pb.CreateJobReq(command="true")
         call = create.future(pb.CreateJobsReq(jobs=[job] * 1000), timeout=DEADLINE_SECONDS)
-        wait_until(lambda: len(calls(path, "CreateJobs")) > 0)
+        wait_until(lambda: len(calls(path, "CreateJobs")) > 100)
         assert not call.done()
         server.stop(signal.SIGKILL)
+    told = {line["job"] for line in calls(path, "CreateJobs")}
+    with start_server().connect() as client:
+        made = {job.id for job in client.jobs()}
+    assert told <= made
+    assert len(made - told) <= CREATES_AT_ONCE
 
 
 def test_a_log_that_cannot_be_opened(start_server: StartServer, tmp_path: Path) -> None:
