@@ -187,7 +187,7 @@ struct job {
 	uint64_t id;
 	uint64_t started_ns, ended_ns, user_us, system_us, max_rss_kib;
 	pid_t pid;
-	pid_t first;              /* process of its namespace of process ids; 0: it has no own one */
+	pid_t first;              /* of its namespace of process ids; 0: it has none of its own */
 	int stdout_fd, stderr_fd; /* dups of what the server reads from */
 	int status_fd;            /* while STARTING */
 	int group_fd;             /* pidfd of a reaped leader whose group lives on */
@@ -526,7 +526,9 @@ enum { OWN_ARCHITECTURE = AUDIT_ARCH_RISCV64 };
  * confined job; nor do those of x32, whose numbers are far higher. */
 enum { LAST_REVIEWED_CALL = 469 };
 
-enum verdict { ALLOW, FORBID, UNKNOWN, UNSUPPORTED, NO_NAMESPACES, KNOWN_SOCKETS, NO_LEASES, VERDICTS };
+enum verdict {
+	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, NO_NAMESPACES, KNOWN_SOCKETS, NO_LEASES, VERDICTS,
+};
 
 struct rule { unsigned call; enum verdict verdict; };
 

@@ -394,10 +394,12 @@ def locked(pipe: int) -> Iterator[Callable[[], bool]]:
     def is_waiting() -> bool:
         return Path(f"/proc/{holder}/syscall").read_text().split()[0] in SPLICE
 
-    wait_until(is_waiting)
-    yield is_waiting
-    source.close()
-    os.waitpid(holder, 0)
+    try:
+        wait_until(is_waiting)
+        yield is_waiting
+    finally:
+        source.close()
+        os.waitpid(holder, 0)
 
 
 @pytest.mark.parametrize("watched", [True, False])

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobworker.cli.display import printable
+from jobworker.cli.display import remark
 from jobworker.cli.exit_codes import HINT
 from jobworker.errors import SettingError
 
@@ -151,7 +151,7 @@ def _tell_of_breaks() -> None:
 
     class Teller(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            click.echo(f"jobworker: {printable(record.getMessage())}", err=True)
+            remark(record.getMessage())
 
     log = logging.getLogger("jobworker.client")
     log.setLevel(logging.INFO)

@@ -125,6 +125,11 @@ def printable(text: str) -> str:
     )
 
 
+def remark(text: str) -> None:
+    """A line on stderr, beside what was asked for. text: also a server's, which is anybody's."""
+    click.echo(f"jobworker: {printable(text)}", err=True)
+
+
 # Jobs
 
 

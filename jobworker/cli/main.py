@@ -13,7 +13,7 @@ import click
 
 from jobworker import __version__
 from jobworker.cli.connection import server_options
-from jobworker.cli.display import json_option, printable
+from jobworker.cli.display import json_option, remark
 from jobworker.cli.exit_codes import ExitCode, FailedError, code_of, message_of, one_line, perhaps
 from jobworker.errors import JobWorkerError
 
@@ -130,7 +130,7 @@ class LazyGroup(click.Group):
             click.echo(error.format_message())
             code = error.exit_code
         except click.ClickException as error:
-            click.echo(f"jobworker: {printable(one_line(error))}", err=True)
+            remark(one_line(error))
             code = error.code if isinstance(error, FailedError) else error.exit_code
         except click.Abort:
             code = ExitCode.INTERRUPTED
@@ -156,7 +156,7 @@ def leave(code: int) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(ExitCode.BROKEN_PIPE)
-        click.echo(f"jobworker: cannot write: {error.strerror}", err=True)
+        remark(f"cannot write: {error.strerror}")
         sys.exit(code or ExitCode.FAILED)
     sys.exit(code)
 

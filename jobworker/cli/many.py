@@ -83,7 +83,7 @@ class Report:
         if self._as_json:
             display.write_json(_as_json(line, result), compact=True)
         elif result.error:
-            click.echo(f"jobworker: line {line.number}: {_one_line(result.error)}", err=True)
+            display.remark(f"line {line.number}: {' '.join(str(result.error).split())}")
         elif not self._is_summary:
             click.echo(result.job_id)
 
@@ -102,10 +102,6 @@ def _as_json(line: Line, result: Created) -> dict[str, Any]:
         "status": result.status,
         "error": str(result.error) if result.error else None,
     }
-
-
-def _one_line(error: CallError) -> str:
-    return display.printable(" ".join(str(error).split()))
 
 
 # Reading

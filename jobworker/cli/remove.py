@@ -10,7 +10,7 @@ import click
 
 from jobworker.cli import display
 from jobworker.cli.connection import Connect, speaks_to_server
-from jobworker.cli.display import json_option, printable
+from jobworker.cli.display import json_option, remark
 from jobworker.cli.exit_codes import ExitCode, message_of
 from jobworker.cli.job_id import JobId
 from jobworker.cli.jobs import Duration
@@ -43,7 +43,7 @@ def rm_command(connect: Connect, as_json: bool, job_ids: tuple[str, ...]) -> Non
             try:
                 client.delete(job_id)
             except (UnknownJobError, WrongStateError) as error:
-                click.echo(f"jobworker: {printable(message_of(error))}", err=True)
+                remark(message_of(error))
                 is_unknown = isinstance(error, UnknownJobError)
                 code = code or (ExitCode.NOT_FOUND if is_unknown else ExitCode.FAILED)
                 continue

@@ -16,7 +16,7 @@ import click
 
 from jobworker.cli import display
 from jobworker.cli.connection import Connect, speaks_to_server
-from jobworker.cli.display import json_option, printable
+from jobworker.cli.display import json_option, remark
 from jobworker.cli.exit_codes import ExitCode, FailedError, message_of, one_line
 from jobworker.cli.jobs import VERBATIM, CommandWords, job_options
 from jobworker.cli.stream import JsonWriter, SplitWriter, Writer, retry_option, telling_lost
@@ -149,7 +149,8 @@ class Interrupts:
         # First of all: while the rest is told, the second Ctrl-C may come, and end all.
         threading.Thread(target=self._stop, args=(job_id,), daemon=True).start()
         if display.is_terminal(sys.stderr):
-            click.echo(f"\njobworker: stopping job {job_id}; Ctrl-C again leaves it", err=True)
+            click.echo(err=True)
+            remark(f"stopping job {job_id}; Ctrl-C again leaves it")
 
     def _stop(self, job_id: int) -> None:
         try:
@@ -157,9 +158,7 @@ class Interrupts:
         except JobWorkerError as error:
             # That it has ended meanwhile is what was wanted.
             if not isinstance(error, WrongStateError):
-                click.echo(
-                    f"jobworker: job {job_id} was not stopped: {printable(str(error))}", err=True
-                )
+                remark(f"job {job_id} was not stopped: {error}")
 
 
 # Exit codes
@@ -208,4 +207,4 @@ def _code_of_errno(number: int) -> int:
 def _explain(job: Job) -> None:
     """What the exit code alone would not tell."""
     if job.cause not in {Cause.EXITED, Cause.SIGNALLED, Cause.STOPPED, None}:
-        click.echo(f"jobworker: job {job.id} FAILED: {display.explained_ending(job)}", err=True)
+        remark(f"job {job.id} FAILED: {display.explained_ending(job)}")

@@ -15,7 +15,7 @@ import click
 
 from jobworker.cli import display
 from jobworker.cli.connection import Connect, speaks_to_server
-from jobworker.cli.display import duration, json_option, size
+from jobworker.cli.display import duration, json_option, remark, size
 from jobworker.cli.job_id import JobId
 from jobworker.cli.jobs import up_to
 from jobworker.cli.progress import Progress
@@ -163,8 +163,7 @@ def telling_lost(chunks: Iterable[Chunk]) -> Iterator[Iterator[Chunk]]:
         yield counted()
     finally:
         if lost_bytes:
-            message = f"{lost_bytes} bytes of its output are lost: the server keeps no more"
-            click.echo(f"jobworker: {message}", err=True)
+            remark(f"{lost_bytes} bytes of its output are lost: the server keeps no more")
 
 
 def write_to_file(chunks: Iterable[Chunk], file: Path) -> None:

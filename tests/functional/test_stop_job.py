@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from escapes.stage import public_folder
-from functional.server import Client, Server
+from functional.server import Client, Server, wait_until
 from jobworker.pb import job_worker_pb2 as pb
 
 
@@ -66,20 +66,22 @@ def test_a_start_that_hangs(client: Client) -> None:
         with program.open("rb") as file, ignored(signal.SIGIO):
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             creating = client.create_soon(str(program))
-            while not (starting := [job for job in client.jobs() if job.command == str(program)]):
-                time.sleep(0.02)
-            assert starting[0].status == "INITIALIZING"
-            stopped = client.stop(starting[0].id, grace_milliseconds=1)
+            wait_until(lambda: any(job.command == str(program) for job in client.jobs()))
+            (starting,) = [job for job in client.jobs() if job.command == str(program)]
+            assert starting.status == "INITIALIZING"
+            stopped = client.stop(starting.id, grace_milliseconds=1)
     assert stopped.status == creating.result().status == "STOPPED"
-    job = client.get(starting[0].id)
+    job = client.get(starting.id)
     assert (job.cause, job.failed_step) == (pb.STOPPED, "exec")
 
 
 @contextlib.contextmanager
 def ignored(number: int) -> Iterator[None]:
     before = signal.signal(number, signal.SIG_IGN)
-    yield
-    signal.signal(number, before)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_chosen_signal(client: Client) -> None:
