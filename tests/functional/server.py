@@ -38,7 +38,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE_SECONDS)
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.02)
+        time.sleep(0.05)  # what asks may be a call, which is not to be a burden itself
 
 
 class Server:
