@@ -23,6 +23,7 @@ is written after its bytes were dropped, once a turn: who is killed in between h
 to TURN_BYTES too few, at offsets that no reader had been given.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport (
     EAGAIN, EBADMSG, EDQUOT, EFBIG, EINTR, EIO, ENOENT, ENOSPC, errno)
@@ -1309,6 +1310,8 @@ cdef class Pump:
         return state
 
 
+# Its end gives back to the pump what it has of it: the collector must not take that away before.
+@cython.no_gc_clear
 cdef class Log:
     """One job's output, from the moment its pipes are ours until all of it is on disk."""
 
