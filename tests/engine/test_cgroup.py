@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,8 +24,10 @@ from jobworker.job import Limits, OomKills
 BASE = Path("/sys/fs/cgroup")
 NONE = Limits()
 MANY = 20
+EPOLL = "anon_inode:[eventpoll]"
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
+Start = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def cgroup(tree: CgroupTree) -> Cgroup:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+def start() -> Iterator[Start]:
     """Starts a program in a cgroup; each is gone and reaped after the test."""
     started: list[subprocess.Popen[bytes]] = []
 
@@ -68,9 +71,14 @@ def run(request: pytest.FixtureRequest) -> Run:
     return runner
 
 
-def descriptors() -> set[str]:
-    """Some may go meanwhile: gRPC closes those of earlier tests when it comes to it."""
-    return set(os.listdir("/proc/self/fd"))
+def waits(tree: CgroupTree) -> tuple[int, int]:
+    """How many descriptors there are in the tree, and how many epolls. Of other kinds some may
+    come and go meanwhile: gRPC still works on what earlier tests left."""
+    names = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return sum(name.startswith(f"{tree.path}/") for name in names), names.count(EPOLL)
 
 
 # A cgroup for each job
@@ -91,9 +99,7 @@ def test_only_what_is_limited_is_to_be_written(tree: CgroupTree) -> None:
     )
 
 
-def test_what_an_earlier_server_left_is_found(
-    tree: CgroupTree, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_what_an_earlier_server_left_is_found(tree: CgroupTree, start: Start) -> None:
     process = start(make_cgroup(tree, 7))
     make_cgroup(tree, 8)
 
@@ -120,9 +126,7 @@ def test_the_tree_goes_only_when_it_is_empty(tree: CgroupTree, cgroup: Cgroup) -
 # What is alive in it
 
 
-def test_populated_while_a_process_is_alive(
-    cgroup: Cgroup, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_populated_while_a_process_is_alive(cgroup: Cgroup, start: Start) -> None:
     assert not cgroup.is_populated()
     process = start(cgroup)
     assert cgroup.is_populated()
@@ -131,9 +135,7 @@ def test_populated_while_a_process_is_alive(
     assert not cgroup.is_populated()
 
 
-def test_kill_reaches_all_that_the_job_started(
-    cgroup: Cgroup, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_kill_reaches_all_that_the_job_started(cgroup: Cgroup, start: Start) -> None:
     """Also what is in a session of its own, and ignores signals."""
     script = "trap '' TERM INT HUP; setsid sleep 1000 & (sleep 1000 &) & echo; wait"
     # The shell waits for a line, so that it is in its cgroup before it starts anything.
@@ -151,13 +153,11 @@ def test_kill_reaches_all_that_the_job_started(
     assert process.stdout.read() == b""
 
 
-def test_a_wait_is_woken(
-    cgroup: Cgroup, run: Run, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_a_wait_is_woken(tree: CgroupTree, cgroup: Cgroup, run: Run, start: Start) -> None:
     start(cgroup)
 
     async def scenario() -> None:
-        before = descriptors()
+        before = waits(tree)
         waiting = asyncio.create_task(cgroup.wait_unpopulated(10))
         # It waits: it has nothing more to do in this turn of the loop.
         await asyncio.sleep(0)
@@ -166,54 +166,50 @@ def test_a_wait_is_woken(
         cgroup.kill()
         assert await waiting
         assert time.monotonic() - started < 5
-        assert descriptors() <= before
+        assert waits(tree) == before
 
     run(scenario())
 
 
 def test_a_wait_ends_at_its_timeout(
-    cgroup: Cgroup, run: Run, start: Callable[..., subprocess.Popen[bytes]]
+    tree: CgroupTree, cgroup: Cgroup, run: Run, start: Start
 ) -> None:
     start(cgroup)
 
     async def scenario() -> None:
-        before = descriptors()
+        before = waits(tree)
         assert await cgroup.wait_unpopulated(0.05) is False
         assert await cgroup.wait_unpopulated(0) is False
-        assert descriptors() <= before
+        assert waits(tree) == before
 
     run(scenario())
 
 
-def test_waits_of_many_jobs_share_one_descriptor(
-    tree: CgroupTree, run: Run, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_waits_of_many_jobs_share_one_descriptor(tree: CgroupTree, run: Run, start: Start) -> None:
     cgroups = [make_cgroup(tree, number) for number in range(MANY)]
     for cgroup in cgroups:
         start(cgroup)
 
     async def scenario() -> None:
-        before = descriptors()
+        before = waits(tree)
         waiting = [asyncio.create_task(cgroup.wait_unpopulated(20)) for cgroup in cgroups]
         await asyncio.sleep(0)
-        assert len(descriptors() - before) == MANY + 1
+        assert waits(tree) == (before[0] + MANY, before[1] + 1)
         for cgroup, task in zip(cgroups, waiting, strict=True):
             cgroup.kill()
             assert await task
-        assert descriptors() <= before
+        assert waits(tree) == before
 
     run(scenario())
 
 
-def test_one_wait_does_not_end_with_anothers(
-    tree: CgroupTree, run: Run, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_one_wait_does_not_end_with_anothers(tree: CgroupTree, run: Run, start: Start) -> None:
     short, long = make_cgroup(tree, 1), make_cgroup(tree, 2)
     start(short)
     start(long)
 
     async def scenario() -> None:
-        before = descriptors()
+        before = waits(tree)
         other = asyncio.create_task(long.wait_unpopulated(20))
         woken = asyncio.create_task(short.wait_unpopulated(20))
         await asyncio.sleep(0)
@@ -223,7 +219,7 @@ def test_one_wait_does_not_end_with_anothers(
         other.cancel()
         with pytest.raises(asyncio.CancelledError):
             await other
-        assert descriptors() <= before
+        assert waits(tree) == before
 
     run(scenario())
 
@@ -236,9 +232,7 @@ def test_nothing_is_opened_for_a_cgroup_that_is_empty(
     assert asyncio.run(cgroup.wait_unpopulated(10))
 
 
-def test_what_ended_between_look_and_wait_is_seen(
-    cgroup: Cgroup, run: Run, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_what_ended_between_look_and_wait_is_seen(cgroup: Cgroup, run: Run, start: Start) -> None:
     process = start(cgroup)
 
     async def scenario() -> bool:
@@ -269,9 +263,7 @@ def test_a_removed_cgroup_is_harmless(cgroup: Cgroup, run: Run) -> None:
     assert cgroup.accounts()[1] == OomKills()
 
 
-def test_cgroups_that_the_job_made_count_and_go_with_it(
-    cgroup: Cgroup, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_cgroups_that_the_job_made_count_and_go_with_it(cgroup: Cgroup, start: Start) -> None:
     inner = cgroup.path / "a" / "b"
     inner.mkdir(parents=True)
     (cgroup.path / "c").mkdir()
@@ -293,9 +285,7 @@ def test_deeply_nested_cgroups_go(cgroup: Cgroup) -> None:
     assert not cgroup.path.exists()
 
 
-def test_removal_waits_for_what_is_on_its_way_out(
-    tree: CgroupTree, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_removal_waits_for_what_is_on_its_way_out(tree: CgroupTree, start: Start) -> None:
     for number in range(MANY):
         cgroup = make_cgroup(tree, number)
         start(cgroup)
@@ -306,7 +296,7 @@ def test_removal_waits_for_what_is_on_its_way_out(
 
 def test_removal_names_what_does_not_go(
     cgroup: Cgroup,
-    start: Callable[..., subprocess.Popen[bytes]],
+    start: Start,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "REMOVE_SECONDS", 0.05)
@@ -316,9 +306,7 @@ def test_removal_names_what_does_not_go(
     assert cgroup.path.exists()
 
 
-def test_cpu_time_is_accounted(
-    cgroup: Cgroup, start: Callable[..., subprocess.Popen[bytes]]
-) -> None:
+def test_cpu_time_is_accounted(cgroup: Cgroup, start: Start) -> None:
     count = "kill -STOP $$; i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"
     process = start(cgroup, "sh", "-c", count)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
