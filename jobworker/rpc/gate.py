@@ -8,6 +8,7 @@ So all RPCs are registered as if their requests were streams; on the wire that i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
@@ -55,6 +56,8 @@ MOST_LARGE = 16  # at once, of each client
 # Of all answers to one client that it has not taken, but for those of streams and of LARGE.
 MOST_UNTAKEN_BYTES = 32 << 20
 MOST_RECEIVED = 32  # requests of one client that come in at once; others wait for these
+# Answers of one client that are made at once, of those that count as untaken afterwards.
+MOST_ANSWERED = 16
 # Of a request that is in memory as long as its call. Those that create jobs may be larger.
 LARGEST_LASTING_BYTES = 64 << 10
 # Of a request, more than one job can have strings: what 4 MiB can hold of empty ones would take a
@@ -64,6 +67,8 @@ MOST_FIELDS = 70_000
 # them only where a client has acknowledged the server's settings.
 LARGEST_HEADERS_BYTES = 16 << 10
 HEADER_BYTES = 32
+
+ALWAYS_FREE = contextlib.nullcontext()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Parse = Callable[[bytes], Any]
@@ -93,6 +98,7 @@ class _Client:
     untaken_bytes: int = 0
     receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_RECEIVED))
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    answering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ANSWERED))
     connections: dict[str, int] = field(default_factory=dict)  # calls on each, by its peer
 
 
@@ -195,6 +201,8 @@ class Gate:
         ours is made bytes here. takes_stream: the method is given not one request, but all that
         come, which gRPC has parsed. still_may: is asked when roles have changed."""
         parse = parser(parse, rpc)
+        # What has changed something is answered in any case, and LARGE has a bound of its own.
+        is_refusable = is_ours and not is_stream and rpc not in self._subjects.keys() | LARGE
 
         async def handle(requests: Any, context: Context) -> Any:
             call = _Call(rpc, is_stream, context.peer(), _current_task())
@@ -220,10 +228,11 @@ class Gate:
                             request = await _receive(context, call.client, parse)
                     if still_may:
                         call.still_may = functools.partial(still_may, request)
-                    _check_untaken(call)
-                    answer = sent = await method(request, entry, context)
-                    if is_ours and not is_stream:
-                        sent = self._counted(call, answer)
+                    async with call.client.answering if is_refusable else ALWAYS_FREE:
+                        _check_untaken(call)
+                        answer = sent = await method(request, entry, context)
+                        if is_ours and not is_stream:
+                            sent = self._counted(call, answer, is_refusable)
                 except GivenUp as given_up:
                     answer = given_up.answer
                     raise
@@ -362,14 +371,13 @@ class Gate:
         client.large += call.rpc in LARGE
         call.client = client
 
-    def _counted(self, call: _Call, answer: Any) -> bytes:
+    def _counted(self, call: _Call, answer: Any, is_refusable: bool) -> bytes:
         """The answer as it is sent; counted until then."""
         sent: bytes = answer.SerializeToString()
+        if is_refusable:
+            _check_untaken(call, len(sent))
         if call.rpc not in LARGE:
             assert call.client is not None
-            # What has changed something is answered in any case.
-            if call.rpc not in self._subjects:
-                _check_untaken(call, len(sent))
             call.untaken_bytes = len(sent)
             call.client.untaken_bytes += len(sent)
         return sent
