@@ -83,11 +83,11 @@ class Clients:
     """All clients of a server, known by the certificates that they show."""
 
     def __init__(self, path: Path | None = None, profiles: Collection[str] = ()) -> None:
-        """path: of the file; None: there is none. profiles: that it may name. Raises SettingError
-        for a file that cannot be used."""
+        """path: of the file, which counts once it is read, and that is used; None: there is none.
+        profiles: that it may name."""
         self._path = path
         self._profiles = profiles
-        self.use(self.read())
+        self.use(Entries())
 
     def caller(self, identity: Identity) -> Caller:
         return self._remembered(identity)

@@ -18,6 +18,12 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "clients.toml"
 
 
+def clients_of(file: Path) -> Clients:
+    clients = Clients(file, PROFILES)
+    clients.use(clients.read())
+    return clients
+
+
 def caller(clients: Clients, name: str, *units: str) -> Caller:
     return clients.caller(Identity(name, units, "01"))
 
@@ -52,7 +58,7 @@ def test_a_cn_is_stronger_than_an_ou_key_by_key(file: Path) -> None:
         [ou.viewer]
         total_memory = 1
     """)
-    clients = Clients(file, PROFILES)
+    clients = clients_of(file)
     alice = caller(clients, "alice smith", "bUILD")
     assert alice.role is Role.USER
     assert alice.quota == Quota(20, 400, 0, 0.5)
@@ -103,22 +109,22 @@ def test_a_broken_file_is_refused_with_its_line(
 ) -> None:
     file.write_text(text)
     with pytest.raises(SettingError, match=says) as caught:
-        Clients(file, PROFILES)
+        clients_of(file)
     assert f"line {line}" in str(caught.value)
     assert str(file) in str(caught.value)
 
 
 def test_a_file_that_cannot_be_read(file: Path) -> None:
     with pytest.raises(SettingError, match=r"JOB_WORKER_CLIENTS.*No such file"):
-        Clients(file, PROFILES)
+        clients_of(file)
     file.write_bytes(b"\xff")
     with pytest.raises(SettingError, match="JOB_WORKER_CLIENTS"):
-        Clients(file, PROFILES)
+        clients_of(file)
 
 
 def test_what_is_read_again_holds_once_it_is_used(file: Path) -> None:
     file.write_text('[cn.alice]\nrole = "user"')
-    clients = Clients(file, PROFILES)
+    clients = clients_of(file)
     assert role(clients, "alice") is Role.USER
     file.write_text('[cn.alice]\nrole = "admin"')
     entries = clients.read()

@@ -103,6 +103,16 @@ def test_a_certificate_file_that_is_missing(tmp_path: Path, certificates: Path, 
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("setting", ["CLIENTS", "REVOKED"])
+def test_a_file_that_never_ends(tmp_path: Path, certificates: Path, setting: str) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    ended = serve(tmp_path, certificates, **{setting: str(pipe)})
+    assert ended.returncode == 1
+    assert f"{pipe} is no ordinary file" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_failed_start_leaves_no_process(tmp_path: Path, certificates: Path) -> None:
     serve(tmp_path, certificates, ADDR="192.0.2.1:1")
     mark = str(tmp_path).encode()
