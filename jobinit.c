@@ -785,16 +785,19 @@ static void join_cgroup(const struct request *request)
 		_exit(OWN_FAILURE);
 }
 
+/* What jobinit itself ignores, and what would stay so through the exec. It blocks some, too. */
+static const int ignored_signals[] = {
+	SIGPIPE, /* the log's reader may go */
+	SIGHUP, SIGINT, /* of a terminal, to whom it may concern: the jobs say how long it is needed */
+};
+
 static void reset_signals(void)
 {
-	/* The kernel's struct, all of it zero: SIG_DFL. glibc's sigaction refuses the two signals
-	 * that it uses itself, and those may have been inherited as ignored too. */
-	static const unsigned long by_default[8];
 	sigset_t none;
-	int number;
+	size_t i;
 
-	for (number = 1; number < NSIG; number++)
-		syscall(SYS_rt_sigaction, number, by_default, NULL, NSIG / 8);
+	for (i = 0; i < sizeof ignored_signals / sizeof *ignored_signals; i++)
+		signal(ignored_signals[i], SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 }
@@ -1201,7 +1204,6 @@ static _Noreturn void become_job(const struct request *request, const struct end
 		join_cgroup(request);
 	/* So that one signal reaches all of it, and that of no terminal does. */
 	must(setsid() >= 0, STEP_SESSION);
-	/* What is ignored would stay so through the exec: jobinit ignores SIGPIPE. */
 	reset_signals();
 	umask(022);
 	must(setrlimit(RLIMIT_NOFILE, &original_open_files) == 0, STEP_OPEN_FILES_LIMIT);
@@ -2660,22 +2662,34 @@ static void raise_open_files_limit(void)
 	descriptor_ceiling = limit.rlim_cur - own;
 }
 
+/* Once, and for all jobs: they would inherit what jobinit has inherited as ignored. With SIGCHLD
+ * among it, the kernel would keep no zombie, and endings be lost. */
+static void default_signals(void)
+{
+	/* The kernel's struct, all of it zero: SIG_DFL. glibc's sigaction refuses the two signals
+	 * that it uses itself, and those may have been inherited as ignored too. */
+	static const unsigned long by_default[8];
+	int number;
+
+	for (number = 1; number < NSIG; number++)
+		syscall(SYS_rt_sigaction, number, by_default, NULL, NSIG / 8);
+}
+
 static void take_own_signals(void)
 {
 	sigset_t signals;
+	size_t i;
 
+	default_signals();
 	sigfillset(&signals);
 	sigprocmask(SIG_UNBLOCK, &signals, NULL);
 	sigemptyset(&signals);
 	sigaddset(&signals, SIGCHLD);
 	sigprocmask(SIG_BLOCK, &signals, NULL);
-	/* With SIGCHLD ignored, as a parent may have left it, the kernel would keep no zombie:
-	 * endings would be lost. Jobs may stop and go on as often as they like. */
+	/* Jobs may stop and go on as often as they like. */
 	sigaction(SIGCHLD, &(struct sigaction){.sa_handler = SIG_DFL, .sa_flags = SA_NOCLDSTOP}, NULL);
-	signal(SIGPIPE, SIG_IGN); /* the log's reader may go */
-	/* Of a terminal, to whom it may concern: the jobs say how long jobinit is needed. */
-	signal(SIGHUP, SIG_IGN);
-	signal(SIGINT, SIG_IGN);
+	for (i = 0; i < sizeof ignored_signals / sizeof *ignored_signals; i++)
+		signal(ignored_signals[i], SIG_IGN);
 	signal_fd = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
 	if (signal_fd < 0)
 		die("signalfd");
@@ -2863,7 +2877,7 @@ static int run_by_hand(const char *cgroup, char **arguments)
 	sigaddset(&signals, SIGINT);
 	sigaddset(&signals, SIGTERM);
 	sigprocmask(SIG_BLOCK, &signals, NULL);
-	signal(SIGCHLD, SIG_DFL);
+	default_signals();
 	getrlimit(RLIMIT_NOFILE, &original_open_files);
 	if (pipe2(status_pipe, O_CLOEXEC) < 0 || (pid = fork()) < 0)
 		die("fork");
