@@ -43,9 +43,13 @@ class Pump:
         dropped. Comes once, and not of a ring.
         """
 
+    def serving(self) -> list[int]:
+        """The ids of jobs with whose output a thread is busy now."""
+
     def close(self) -> None:
-        """Stops the threads, and closes the pipes of logs that are not finished. What they had
-        not taken from a pipe stays there, for whoever else holds its read end."""
+        """Stops the threads, which may take as long as what they are busy with, and closes the
+        pipes of logs that are not finished. What they had not taken from a pipe stays there, for
+        whoever else holds its read end."""
 
 class Log:
     """One job's output, from the moment its pipes are ours until all of it is on disk.

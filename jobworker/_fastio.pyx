@@ -5,9 +5,9 @@
             ▲
             └── index record first: which stream the next bytes are, and since when
 
-A `Pump` owns a few native threads that share one epoll set and never take the GIL. A
-`Log` is one job's output. This file knows bytes, descriptors and the layout of a DataChunk;
-what a job is, who may read it, and when it has ended is decided elsewhere.
+A `Pump` owns a few native threads that share one epoll set and never take the GIL, and gets more
+where jobs keep these. A `Log` is one job's output. This file knows bytes, descriptors and the
+layout of a DataChunk; what a job is, who may read it, and when it has ended is decided elsewhere.
 
 Order is everything here. An index record is an intent: it is written before the bytes it
 describes are moved, so that a run reaches to the next record and the last run to the end of
@@ -147,6 +147,8 @@ cdef enum:
     NEWS_LIMIT = 8
 
     THREADS = 4                   # one stuck in a slow disk leaves three
+    MOST_THREADS = 1024           # with those that were added, as others were stuck
+    STUCK_MILLISECONDS = 100      # in which no turn ends, and nobody waits for an event
     STACK_BYTES = 128 << 10
     TURN_BYTES = 1 << 20          # what one pipe may move before the next has its turn
     RETRY_MILLISECONDS = 100      # between tries while the disk is full: nothing wakes us
@@ -197,6 +199,13 @@ cdef struct Files:
     int segment
     int index
 
+# A native thread that serves logs.
+cdef struct Worker:
+    PumpState *pump
+    pthread_t thread
+    bint is_there         # to be joined
+    bint has_left         # which takes no time
+
 cdef struct PumpState:
     pthread_mutex_t lock  # taken after a log's lock, never before it
     int epoll
@@ -214,8 +223,13 @@ cdef struct PumpState:
     size_t ring_budget
     size_t ring_used
     int loud_pipes
-    pthread_t threads[THREADS]
-    int thread_count
+    Worker workers[MOST_THREADS]
+    int waiting           # workers that wait for an event
+    uint64_t turns        # that have ended
+    pthread_t relief      # adds workers
+    bint has_relief
+    bint is_relief_awake
+    int alarm             # eventfd that wakes it
 
 # The memory of a LogState is used again but never freed while the pump runs: a thread may
 # hold an event for a log that another thread has just finished. It then serves whatever log
@@ -278,22 +292,27 @@ cdef struct LogState:
 
 # ── from the pipe to the disk: native threads, no GIL ───────────────────────────────────
 
-cdef void *pump_thread(void *argument) noexcept nogil:
-    cdef PumpState *pump = <PumpState *> argument
+cdef void *work(void *argument) noexcept nogil:
+    cdef Worker *worker = <Worker *> argument
+    cdef PumpState *pump = worker.pump
     cdef epoll_event event
     cdef uint64_t count = 0
     cdef LogState *log
-    cdef bint stopping, retrying
+    cdef bint retrying
     cdef int ready
     while True:
         pthread_mutex_lock(&pump.lock)
-        stopping = pump.stopping
+        pump.turns += 1
+        if pump.stopping or pump.waiting >= THREADS:
+            worker.has_left = True
+            pthread_mutex_unlock(&pump.lock)
+            return NULL
+        pump.waiting += 1
         retrying = pump.retrying != NULL
         pthread_mutex_unlock(&pump.lock)
-        if stopping:
-            break
         # One event at a time: what a slow disk delays is one pipe, not a batch of them.
         ready = epoll_wait(pump.epoll, &event, 1, RETRY_MILLISECONDS if retrying else -1)
+        stop_waiting(pump)
         if retrying:
             kick_retrying(pump)
         if ready <= 0:
@@ -304,7 +323,104 @@ cdef void *pump_thread(void *argument) noexcept nogil:
             log = pop_kicked(pump)
             if log != NULL:
                 serve_log(log, 3)
-    return NULL
+
+
+cdef void stop_waiting(PumpState *pump) noexcept nogil:
+    cdef uint64_t one = 1
+    cdef bint was_last
+    pthread_mutex_lock(&pump.lock)
+    pump.waiting -= 1
+    was_last = pump.waiting == 0 and not pump.is_relief_awake
+    if was_last:
+        pump.is_relief_awake = True
+    pthread_mutex_unlock(&pump.lock)
+    if was_last:
+        write(pump.alarm, &one, 8)
+
+
+cdef void *relieve(void *argument) noexcept nogil:
+    """Adds a worker where all are stuck; once there are enough again, as many leave. Who writes to
+    a pipe holds its lock while the kernel reads what is written from its memory: a job can make
+    that last as long as it likes, and the worker waits that would read."""
+    cdef PumpState *pump = <PumpState *> argument
+    cdef pollfd alarm
+    cdef uint64_t count = 0
+    cdef uint64_t before = 0
+    cdef uint64_t after = 0
+    alarm.fd = pump.alarm
+    alarm.events = POLLIN
+    while True:
+        read(pump.alarm, &count, 8)
+        while are_all_busy(pump, &before):
+            poll(&alarm, 1, STUCK_MILLISECONDS)
+            if are_all_busy(pump, &after) and after == before:
+                start_worker(pump)
+        if is_stopping(pump):
+            return NULL
+
+
+cdef bint are_all_busy(PumpState *pump, uint64_t *turns) noexcept nogil:
+    """Else the next one to find nobody waiting wakes the relief."""
+    cdef bint busy
+    pthread_mutex_lock(&pump.lock)
+    busy = pump.waiting == 0 and not pump.stopping
+    turns[0] = pump.turns
+    pump.is_relief_awake = busy
+    pthread_mutex_unlock(&pump.lock)
+    return busy
+
+
+cdef bint is_stopping(PumpState *pump) noexcept nogil:
+    cdef bint stopping
+    pthread_mutex_lock(&pump.lock)
+    stopping = pump.stopping
+    pthread_mutex_unlock(&pump.lock)
+    return stopping
+
+
+cdef int start_worker(PumpState *pump) noexcept nogil:
+    """Returns an errno."""
+    cdef Worker *worker = NULL
+    cdef int i
+    for i in range(MOST_THREADS):
+        if not pump.workers[i].is_there or has_left(&pump.workers[i]):
+            worker = &pump.workers[i]
+            break
+    if worker == NULL:
+        return EAGAIN
+    if worker.is_there:
+        pthread_join(worker.thread, NULL)
+    worker.pump = pump
+    worker.has_left = False
+    worker.is_there = False
+    cdef int error = start_thread(&worker.thread, work, worker)
+    worker.is_there = error == 0
+    return error
+
+
+cdef bint has_left(Worker *worker) noexcept nogil:
+    cdef bint left
+    pthread_mutex_lock(&worker.pump.lock)
+    left = worker.has_left
+    pthread_mutex_unlock(&worker.pump.lock)
+    return left
+
+
+cdef int start_thread(pthread_t *thread, void *(*run)(void *) noexcept nogil,
+                      void *argument) noexcept nogil:
+    """Returns an errno."""
+    cdef sigset_t all_signals, before
+    cdef pthread_attr_t attributes
+    cdef int error
+    # Signals are the event loop's: a thread that took one would only delay it.
+    sigfillset(&all_signals)
+    pthread_sigmask(SIG_SETMASK, &all_signals, &before)
+    pthread_attr_init(&attributes)
+    pthread_attr_setstacksize(&attributes, STACK_BYTES)
+    error = pthread_create(thread, &attributes, run, argument)
+    pthread_attr_destroy(&attributes)
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    return error
 
 
 cdef void serve_log(LogState *log, int streams) noexcept nogil:
@@ -1196,6 +1312,7 @@ cdef class Pump:
         self.logs = {}
         self.closed = True
         self.state.epoll = self.state.wake = self.state.bell = self.state.nowhere = -1
+        self.state.alarm = -1
         self.state.directory = directory
         self.state.ring_budget = ring_budget
         self.state.drops_when_full = drops_when_full
@@ -1205,7 +1322,9 @@ cdef class Pump:
         self.state.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE)
         self.state.bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         self.state.nowhere = c_open(b"/dev/null", O_WRONLY | O_CLOEXEC)
-        if min(self.state.epoll, self.state.wake, self.state.bell, self.state.nowhere) < 0:
+        self.state.alarm = eventfd(0, EFD_CLOEXEC)
+        if min(self.state.epoll, self.state.wake, self.state.bell, self.state.nowhere,
+               self.state.alarm) < 0:
             raise_errno()
         event.events = EPOLLIN | EPOLLEXCLUSIVE
         event.data.u64 = 0
@@ -1214,21 +1333,12 @@ cdef class Pump:
         self.start_threads()
 
     cdef start_threads(self):
-        cdef sigset_t all_signals, before
-        cdef pthread_attr_t attributes
         cdef int error = 0
-        # Signals are the event loop's: a thread that took one would only delay it.
-        sigfillset(&all_signals)
-        pthread_sigmask(SIG_SETMASK, &all_signals, &before)
-        pthread_attr_init(&attributes)
-        pthread_attr_setstacksize(&attributes, STACK_BYTES)
-        while self.state.thread_count < THREADS and error == 0:
-            error = pthread_create(&self.state.threads[self.state.thread_count], &attributes,
-                                   pump_thread, &self.state)
-            if error == 0:
-                self.state.thread_count += 1
-        pthread_attr_destroy(&attributes)
-        pthread_sigmask(SIG_SETMASK, &before, NULL)
+        for _ in range(THREADS):
+            error = error or start_worker(&self.state)
+        if not error:
+            error = start_thread(&self.state.relief, relieve, &self.state)
+            self.state.has_relief = error == 0
         if error:
             self.close()
             raise OSError(error, "cannot start the output threads")
@@ -1236,8 +1346,8 @@ cdef class Pump:
     def __dealloc__(self):
         cdef LogState *log
         self.stop_threads()
-        for descriptor in (
-                self.state.epoll, self.state.wake, self.state.bell, self.state.nowhere):
+        for descriptor in (self.state.epoll, self.state.wake, self.state.bell, self.state.nowhere,
+                           self.state.alarm):
             if descriptor >= 0:
                 close(descriptor)
         while self.state.unused != NULL:
@@ -1274,6 +1384,19 @@ cdef class Pump:
             state = next_state
         return found
 
+    def serving(self):
+        cdef list found = []
+        cdef LogState *state
+        cdef bint serving
+        for job, log in list(self.logs.items()):
+            state = (<Log> log).state
+            pthread_mutex_lock(&state.lock)
+            serving = state.serving
+            pthread_mutex_unlock(&state.lock)
+            if serving:
+                found.append(job)
+        return found
+
     def close(self):
         self.stop_threads()
         for log in self.logs.values():
@@ -1283,6 +1406,7 @@ cdef class Pump:
 
     cdef void stop_threads(self) noexcept:
         cdef uint64_t one = 1
+        cdef uint64_t all_of_them = MOST_THREADS
         cdef int i
         if self.closed:
             return
@@ -1291,10 +1415,13 @@ cdef class Pump:
         self.state.stopping = True
         pthread_mutex_unlock(&self.state.lock)
         with nogil:
-            for _ in range(self.state.thread_count):
-                write(self.state.wake, &one, 8)
-            for i in range(self.state.thread_count):
-                pthread_join(self.state.threads[i], NULL)
+            write(self.state.alarm, &one, 8)
+            if self.state.has_relief:
+                pthread_join(self.state.relief, NULL)
+            write(self.state.wake, &all_of_them, 8)
+            for i in range(MOST_THREADS):
+                if self.state.workers[i].is_there:
+                    pthread_join(self.state.workers[i].thread, NULL)
 
     cdef LogState *take_state(self) except NULL:
         cdef LogState *state = self.state.unused

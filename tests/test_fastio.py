@@ -9,8 +9,6 @@ import resource
 import select
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -48,6 +46,7 @@ from jobworker._fastio import (
     remove_folders,
 )
 from jobworker.pb import job_worker_pb2 as pb
+from locked_pipe import locked
 
 SMALL_SEGMENT = 4096
 FULL_BYTES = 1000
@@ -374,34 +373,6 @@ def test_drain_takes_what_was_not_watched(pump: Pump, folder: int) -> None:
     job.close()
 
 
-SPLICE = ("275", "76")  # its numbers on x86_64 and aarch64
-
-
-@contextlib.contextmanager
-def locked(pipe: int) -> Iterator[Callable[[], bool]]:
-    """By another process, which waits for a socket with the pipe's lock; gives whether it still
-    does."""
-    source, silent = socket.socketpair()
-    silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 20, 0))
-    holder = os.fork()
-    if holder == 0:
-        source.close()
-        with contextlib.suppress(OSError):
-            os.splice(silent.fileno(), pipe, 1)
-        os._exit(0)
-    silent.close()
-
-    def is_waiting() -> bool:
-        return Path(f"/proc/{holder}/syscall").read_text().split()[0] in SPLICE
-
-    try:
-        wait_until(is_waiting)
-        yield is_waiting
-    finally:
-        source.close()
-        os.waitpid(holder, 0)
-
-
 @pytest.mark.parametrize("watched", [True, False])
 def test_drain_does_not_wait_for_who_has_the_pipe_locked(
     pump: Pump, folder: int, watched: bool
@@ -412,6 +383,31 @@ def test_drain_does_not_wait_for_who_has_the_pipe_locked(
         assert is_locked()
     wait_finished(pump, job.log)
     job.close()
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_jobs_that_lock_their_pipes_keep_no_others_waiting(pump: Pump, folder: int) -> None:
+    """More than there are threads at first; these are as few again afterwards."""
+    before = threads()
+    jobs = [Job(pump, folder, number) for number in range(10)]
+    with contextlib.ExitStack() as locks:
+        held = [locks.enter_context(locked(job.their_fds[STDOUT])) for job in jobs]
+        for job in jobs:
+            job.log.drain()
+        other = Job(pump, folder, 10)
+        other.write(STDOUT, b"in time")
+        other.close()
+        assert all(is_locked() for is_locked in held)
+        assert threads() > before
+    for job in jobs:
+        job.close()
+    finished: set[object] = set()
+    while len(finished) < 11:
+        finished |= {log for log, bits in pump.news() if bits & FINISHED}
+    wait_until(lambda: threads() == before)
 
 
 def test_a_waiting_reader_is_told(pump: Pump, folder: int) -> None:

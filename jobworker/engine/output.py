@@ -53,6 +53,9 @@ WATCH_SECONDS = 0.002
 
 HISTORY_THREADS = 2
 
+# So long is waited for threads to stop before it is said which jobs keep them.
+SAID_SECONDS = 1.0
+
 SEGMENT_NAME = re.compile(r"(\d+)\.(\d+)\.log")
 DAMAGED = ".damaged"
 
@@ -349,7 +352,12 @@ class Output:
     async def close(self) -> None:
         """Stops the threads; pipes of jobs that still run are closed."""
         self._loop.remove_reader(self._pump.fileno())
-        await asyncio.to_thread(self._pump.close)
+        closing = asyncio.ensure_future(asyncio.to_thread(self._pump.close))
+        _, waits = await asyncio.wait([closing], timeout=SAID_SECONDS)
+        if waits:
+            jobs = ", ".join(map(str, self._pump.serving()))
+            logger.warning("the server ends once jobs %s let it read their output", jobs)
+            await closing
         self._threads.shutdown()
         os.close(self._directory)
         for futures in self._waiting.values():

@@ -28,6 +28,7 @@ from jobworker.engine.output import (
 from jobworker.errors import ShuttingDownError, StateFolderError
 from jobworker.job import LogPolicy
 from jobworker.pb import job_worker_pb2 as pb
+from locked_pipe import locked
 
 DEADLINE_SECONDS = 10
 
@@ -288,6 +289,24 @@ def test_readers_that_wait_are_interrupted(tmp_path: Path) -> None:
         pipes.close()
 
     run(tmp_path, test)
+
+
+def test_who_keeps_the_end_waiting_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        output = Output(tmp_path / "output", 1 << 20)
+        pipes = Pipes(output, 7)
+        with locked(pipes.stdout) as is_locked:
+            pipes.log.drain()
+            ending = asyncio.create_task(output.close())
+            while "once jobs 7 let it read" not in caplog.text:
+                await asyncio.sleep(0.01)
+            assert is_locked() and not ending.done()
+        await ending
+        pipes.close()
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE_SECONDS))
 
 
 def test_sizes_are_recovered_from_a_torn_index(tmp_path: Path) -> None:
