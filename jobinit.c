@@ -163,6 +163,8 @@ enum {
 	EVENTS_OF_ONE_PACKET = 16, /* before the server is told what came of them */
 	FIRST_PROCESS_SECONDS = 10,
 	OWN_DESCRIPTORS = 128, /* kept from jobs: for accept, /proc, and a packet's pidfds */
+	MOST_CLOSING = 1024,   /* more than a socket's buffer holds */
+	CLOSER_MS = 50,
 	MOST_GROUPS = 65536,   /* NGROUPS_MAX */
 	MOST_VIEWS = 8,
 	MOST_BINDS = 32,
@@ -235,6 +237,8 @@ static bool was_connected, must_retry, listener_rests;
 
 static struct rlimit original_open_files;
 static int descriptor_ceiling;
+
+static int closer_fd = -1; /* a socket to who closes jobs' outputs */
 
 /* What an epoll event is about; anything else is the address of a starting job. */
 enum { LISTENER_EVENT = 1, SERVER_EVENT, SIGNAL_EVENT, FIRST_VIEW_EVENT };
@@ -393,8 +397,112 @@ static void leave_queue(struct job *job)
 	job->owes = 0;
 }
 
+/* ---- The last close of a job's pipe ----
+ *
+ * It waits for the pipe's lock, which another job that was handed the pipe can keep as long as it
+ * likes. So another process does it, and where that is stuck, or has died, the next one. */
+
+/* What is there, or else at least one where it may wait. Returns how many. */
+static unsigned receive_outputs(int queue, int outputs[], bool may_wait)
+{
+	unsigned count = 0, received;
+
+	for (;;) {
+		union { char room[CMSG_SPACE(2 * sizeof(int))]; struct cmsghdr align; } control;
+		char byte;
+		struct iovec part = {&byte, sizeof byte};
+		struct msghdr message = {
+			.msg_iov = &part,
+			.msg_iovlen = 1,
+			.msg_control = control.room,
+			.msg_controllen = sizeof control.room,
+		};
+		struct cmsghdr *header;
+
+		if (count + 2 > MOST_CLOSING
+		    || recvmsg(queue, &message, may_wait && !count ? 0 : MSG_DONTWAIT) <= 0)
+			return count;
+		header = CMSG_FIRSTHDR(&message);
+		received = header ? (header->cmsg_len - CMSG_LEN(0)) / sizeof(int) : 0;
+		if (received)
+			memcpy(outputs + count, CMSG_DATA(header), received * sizeof(int));
+		count += received;
+	}
+}
+
+/* Ends once jobinit has; or has another one. */
+static _Noreturn void be_closer(int queue)
+{
+	static const struct timespec pause = {0, CLOSER_MS * 1000 * 1000};
+	static int outputs[2][MOST_CLOSING]; /* of this round, and of the one before */
+	unsigned counts[2] = {0, 0}, round = 0;
+	bool is_idle;
+
+	dup2(queue, STDIN_FILENO);
+	syscall(CALL_CLOSE_RANGE, STDERR_FILENO, ~0u, 0);
+	for (;;) {
+		is_idle = !counts[!round];
+		counts[round] = receive_outputs(STDIN_FILENO, outputs[round], is_idle);
+		if (is_idle && !counts[round])
+			_exit(0);
+		/* Who was forked before jobinit gave them away has them too, and closes them: by now,
+		 * so that it does not come last. */
+		nanosleep(&pause, NULL);
+		round = !round;
+		while (counts[round])
+			close(outputs[round][--counts[round]]);
+	}
+}
+
+static bool start_closer(void)
+{
+	int ends[2];
+	pid_t pid;
+
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) < 0)
+		return false;
+	prctl(PR_SET_NAME, "jobinit: closer"); /* which it has from its first moment */
+	pid = fork();
+	if (pid == 0)
+		be_closer(ends[0]);
+	prctl(PR_SET_NAME, "jobinit");
+	close(ends[0]);
+	if (pid < 0) {
+		close(ends[1]);
+		return false;
+	}
+	close_fd(&closer_fd);
+	closer_fd = ends[1];
+	return true;
+}
+
+static bool give_to_closer(const int outputs[2])
+{
+	union { char room[CMSG_SPACE(2 * sizeof(int))]; struct cmsghdr align; } control;
+	struct iovec part = {"", 1};
+	size_t size = (outputs[1] < 0 ? 1 : 2) * sizeof(int);
+	struct msghdr message = {
+		.msg_iov = &part,
+		.msg_iovlen = 1,
+		.msg_control = control.room,
+		.msg_controllen = CMSG_SPACE(size),
+	};
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+
+	header->cmsg_level = SOL_SOCKET;
+	header->cmsg_type = SCM_RIGHTS;
+	header->cmsg_len = CMSG_LEN(size);
+	memcpy(CMSG_DATA(header), outputs, size);
+	return sendmsg(closer_fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == 1;
+}
+
 static void close_output(struct job *job)
 {
+	const int outputs[2] = {job->stdout_fd, job->stderr_fd};
+
+	if (outputs[0] >= 0 && !give_to_closer(outputs)
+	    && (errno == EAGAIN || errno == EPIPE || errno == ECONNRESET) && start_closer())
+		give_to_closer(outputs);
 	close_fd(&job->stdout_fd);
 	close_fd(&job->stderr_fd);
 }
@@ -2805,6 +2913,8 @@ static int serve(bool confines_all)
 	if (chdir("/") < 0)
 		die("/");
 	protect_oneself();
+	if (!start_closer())
+		die("closer");
 	prepare_confinement();
 	if (confines_all)
 		renounce_early();

@@ -16,13 +16,16 @@ SPLICE = ("275", "76")  # its numbers on x86_64 and aarch64
 
 @contextlib.contextmanager
 def locked(pipe: int) -> Iterator[Callable[[], bool]]:
-    """By another process, which waits for a socket with the pipe's lock; gives whether it still
-    does."""
+    """By another process, which waits for a socket with the pipe's lock, and has nothing else open;
+    gives whether it still does."""
     source, silent = socket.socketpair()
     silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 20, 0))
     holder = os.fork()
     if holder == 0:
-        source.close()
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor not in {silent.fileno(), pipe}:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
         with contextlib.suppress(OSError):
             os.splice(silent.fileno(), pipe, 1)
         os._exit(0)

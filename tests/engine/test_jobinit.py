@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import fcntl
 import itertools
@@ -48,12 +49,14 @@ from jobworker.engine.jobinit import (
 )
 from jobworker.errors import JobinitError, StartFailedError, StartupError, StateFolderError
 from jobworker.job import Bind
+from locked_pipe import locked
 
 SOURCE = Path(__file__).parents[2] / "jobinit.c"
 DEADLINE_SECONDS = 30
 PIPE_BYTES = 64 << 10
-# Of a jobinit without jobs: stdio, listener, connection, epoll, signals, its namespace.
-IDLE_DESCRIPTORS = 8
+# Of a jobinit without jobs: stdio, listener, connection, epoll, signals, its namespace, and
+# the one for what is to be closed.
+IDLE_DESCRIPTORS = 9
 
 sees_descriptors = pytest.mark.skipif(
     os.geteuid() != 0, reason="jobinit shows its descriptors to root only"
@@ -292,13 +295,18 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 def _children(pid: int) -> list[int]:
-    """Zombies among them."""
+    """Zombies among them, but not those that close its descriptors."""
     try:
-        return [
-            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        ]
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except FileNotFoundError:
         return []
+    return [int(child) for child in children if _name(child) != "jobinit: closer"]
+
+
+def _name(pid: str) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/comm").read_text().rstrip()
+    return ""
 
 
 async def _wait_gone(pid: int) -> None:
@@ -1043,6 +1051,44 @@ def test_what_runs_cannot_be_acknowledged(launcher: Launcher) -> None:
         server.jobinit.acknowledge(started.job_id)
         server.jobinit.acknowledge(999)
         assert set(await server.adopt()) == {started.job_id}
+
+    launcher.run(scenario)
+
+
+PIDFD_GETFD = 438
+libc = ctypes.CDLL(None)
+
+
+async def _lock_and_forget(server: Server, locks: contextlib.ExitStack) -> Callable[[], bool]:
+    """A job that is over, and acknowledged, while another process has its output's pipe locked.
+    Returns whether that still has."""
+    job = await server.start("/bin/sleep", "1000")
+    theirs = libc.syscall(PIDFD_GETFD, job.pidfd, 1, 0)
+    is_locked = locks.enter_context(locked(theirs))
+    os.close(theirs)
+    server.jobinit.signal(job.job_id, signal.SIGKILL)
+    await server.wait_exit(job.job_id)
+    server.release(job)
+    server.jobinit.acknowledge(job.job_id)
+    return is_locked
+
+
+@sees_descriptors
+def test_pipes_that_are_kept_locked_keep_nobody_waiting(launcher: Launcher) -> None:
+    """The last close of a pipe waits for its lock. The second time, with more than can wait for the
+    process that is stuck with the first."""
+
+    async def scenario(server: Server) -> None:
+        with contextlib.ExitStack() as locks:
+            for count in (900, 1):
+                is_locked = await _lock_and_forget(server, locks)
+                for _ in range(count):
+                    other = await server.start("/bin/true")
+                    await server.wait_exit(other.job_id)
+                    server.release(other)
+                    server.jobinit.acknowledge(other.job_id)
+                assert is_locked()
+            await _wait_descriptors(server.pid, IDLE_DESCRIPTORS)
 
     launcher.run(scenario)
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from functional.server import Client, Server
+from functional.server import Client, Server, jobs_of
 
 JOBS = 1000
 IN_FLIGHT = 8
@@ -58,11 +58,11 @@ def settled(server: Server, jobinit: int) -> tuple[int, int]:
     return counts[-1]
 
 
-def children(pid: int) -> list[str]:
+def children(pid: int) -> list[int]:
     """Also those that are only zombies; the last may still be on its way out."""
     deadline = time.monotonic() + 5
     while True:
-        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        found = jobs_of(pid)
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.02)

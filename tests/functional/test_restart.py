@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from functional.server import Client, Server
+from functional.server import Client, Server, jobs_of
 from jobworker.engine.jobinit import PROTOCOL_VERSION
 from jobworker.pb import job_worker_pb2 as pb
 
@@ -162,7 +162,7 @@ def test_a_time_limit_goes_on_from_the_start_of_the_job(restart: Callable[[], Se
 def wait_for_no_children(pid: int) -> None:
     """Until all jobs of this jobinit are reaped."""
     deadline = time.monotonic() + 30
-    while Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+    while jobs_of(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
