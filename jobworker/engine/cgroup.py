@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import os
 import re
 import select
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,8 @@ CPU_PERIOD_US = 100_000
 USUAL_DIRECTORIES = ("/", "/tmp", "/var/tmp")  # noqa: S108
 # What a job that has just been killed, or has just failed to start, may take to be gone.
 REMOVE_SECONDS = 10.0
+LOOK_SECONDS = 0.05  # between looks at a cgroup, where the kernel cannot tell of its changes
+NEXT_CHANGE = select.EPOLLPRI | select.EPOLLONESHOT
 POPULATED = "populated 1"  # in cgroup.events: a process is alive in it, or below
 # Their controllers may be off, and some are newer than others.
 OPTIONAL_FILES = ("memory.swap.max", "memory.peak", "memory.events", "io.stat")
@@ -73,6 +77,7 @@ class CgroupTree:
             controllers = _enable_controllers(mount.point, path)
         except (CgroupError, OSError) as error:
             return cls(None, str(error), dict.fromkeys(CONTROLLERS, str(error)))
+        _watch()  # jobs of the same user may leave it no thread later
         return cls(Path(path), "", controllers)
 
     def check(self, limits: Limits, working_directory: str) -> None:
@@ -172,7 +177,7 @@ class Cgroup:
         try:
             if not _reads_populated(descriptor):
                 return True
-            return await _Watch.of_running_loop().wait(descriptor, timeout_seconds)
+            return await _watch().wait(descriptor, timeout_seconds)
         finally:
             os.close(descriptor)
 
@@ -230,55 +235,65 @@ def remove_empty(cgroups: list[Cgroup]) -> list[bool]:
 
 
 class _Watch:
-    """Wakes the tasks of one event loop whose cgroups have become empty.
+    """Wakes the tasks whose cgroups have become empty.
 
-    kernfs tells of a change by POLLPRI, but reports POLLIN always, which is all that a loop
-    asks for. So the loop watches an epoll of ours, in which only EPOLLPRI counts. It is there
-    only while a task waits.
+    kernfs tells of a change by POLLPRI, but reports POLLIN always, which is all that an event
+    loop asks for. So a thread of ours asks, for all loops. The loop could watch an epoll in
+    its place, but for an epoll within another the kernel has one lock for the whole machine,
+    which any process can keep for seconds.
     """
 
-    _by_loop: dict[asyncio.AbstractEventLoop, _Watch] = {}  # noqa: RUF012
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._waiting: dict[int, asyncio.Future[None]] = {}  # by open cgroup.events
-        loop.add_reader(self._epoll.fileno(), self._wake)
-
-    @classmethod
-    def of_running_loop(cls) -> _Watch:
-        loop = asyncio.get_running_loop()
-        if loop not in cls._by_loop:
-            cls._by_loop[loop] = cls(loop)
-        return cls._by_loop[loop]
+        self._wakes: dict[int, Callable[[], object]] = {}  # by open cgroup.events
+        threading.Thread(target=self._run, name="cgroups", daemon=True).start()
 
     async def wait(self, descriptor: int, timeout_seconds: float) -> bool:
         """descriptor: a cgroup.events that has been read. What changed since then is seen."""
-        self._epoll.register(descriptor, select.EPOLLPRI)
-        future = self._waiting[descriptor] = self._loop.create_future()
         try:
             async with asyncio.timeout(timeout_seconds):
-                await future
+                await self._wait_unpopulated(descriptor)
         except TimeoutError:
             return False
-        finally:
-            self._forget(descriptor)
         return True
 
-    def _wake(self) -> None:
-        for descriptor, _ in self._epoll.poll(0):
-            # Reading it also makes the kernel wait for the next change.
-            future = self._waiting[descriptor]
-            if not _reads_populated(descriptor) and not future.done():
-                future.set_result(None)
+    async def _wait_unpopulated(self, descriptor: int) -> None:
+        changed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._wakes[descriptor] = lambda: loop.call_soon_threadsafe(changed.set)
+        try:
+            try:
+                self._epoll.register(descriptor, NEXT_CHANGE)
+            except OSError:  # its user has no more watches: jobs that share it may have them all
+                while _reads_populated(descriptor):  # noqa: ASYNC110 nothing else tells of it
+                    await asyncio.sleep(LOOK_SECONDS)
+                return
+            while True:
+                await changed.wait()
+                changed.clear()
+                # Reading it also makes the kernel wait for the next change.
+                if not _reads_populated(descriptor):
+                    return
+                self._epoll.modify(descriptor, NEXT_CHANGE)
+        finally:
+            del self._wakes[descriptor]
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(descriptor)
 
-    def _forget(self, descriptor: int) -> None:
-        self._epoll.unregister(descriptor)
-        del self._waiting[descriptor]
-        if not self._waiting:
-            del self._by_loop[self._loop]
-            self._loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()
+    def _run(self) -> None:
+        while True:
+            for descriptor, _ in self._epoll.poll():
+                # It may be another's by now, who then looks for nothing.
+                wake = self._wakes.get(descriptor)
+                if wake:
+                    with contextlib.suppress(RuntimeError):  # its loop is closed
+                        wake()
+
+
+@functools.cache
+def _watch() -> _Watch:
+    """The one of this process."""
+    return _Watch()
 
 
 # Finding a place

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import uvloop
 
 from engine.cgroups import make_cgroup
+from epolls import EPOLL, nested_epolls
 from jobworker.engine import cgroup as module
 from jobworker.engine.cgroup import Cgroup, CgroupTree, disks_behind, parse_mountinfo
 from jobworker.errors import CgroupError, LimitUnavailableError
@@ -24,7 +27,6 @@ from jobworker.job import Limits, OomKills
 BASE = Path("/sys/fs/cgroup")
 NONE = Limits()
 MANY = 20
-EPOLL = "anon_inode:[eventpoll]"
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -185,16 +187,17 @@ def test_a_wait_ends_at_its_timeout(
     run(scenario())
 
 
-def test_waits_of_many_jobs_share_one_descriptor(tree: CgroupTree, run: Run, start: Start) -> None:
+def test_waits_of_many_jobs_share_one_thread(tree: CgroupTree, run: Run, start: Start) -> None:
     cgroups = [make_cgroup(tree, number) for number in range(MANY)]
     for cgroup in cgroups:
         start(cgroup)
 
     async def scenario() -> None:
-        before = waits(tree)
+        before, threads = waits(tree), threading.active_count()
         waiting = [asyncio.create_task(cgroup.wait_unpopulated(20)) for cgroup in cgroups]
         await asyncio.sleep(0)
-        assert waits(tree) == (before[0] + MANY, before[1] + 1)
+        assert waits(tree) == (before[0] + MANY, before[1])
+        assert threading.active_count() == threads
         for cgroup, task in zip(cgroups, waiting, strict=True):
             cgroup.kill()
             assert await task
@@ -224,11 +227,86 @@ def test_one_wait_does_not_end_with_anothers(tree: CgroupTree, run: Run, start: 
     run(scenario())
 
 
+def test_a_wait_puts_no_epoll_into_another(cgroup: Cgroup, run: Run, start: Start) -> None:
+    """For that the kernel has one lock for all, which a job can keep for seconds."""
+    start(cgroup)
+
+    async def scenario() -> None:
+        waiting = asyncio.create_task(cgroup.wait_unpopulated(10))
+        await asyncio.sleep(0.05)  # uvloop tells the kernel some turns later
+        assert not waiting.done()
+        assert nested_epolls(os.getpid()) == []
+        cgroup.kill()
+        assert await waiting
+
+    run(scenario())
+
+
+def test_several_waits_for_one_cgroup_end_together(
+    tree: CgroupTree, cgroup: Cgroup, run: Run, start: Start
+) -> None:
+    start(cgroup)
+
+    async def scenario() -> None:
+        before = waits(tree)
+        waiting = [asyncio.create_task(cgroup.wait_unpopulated(10)) for _ in range(3)]
+        await asyncio.sleep(0)
+        cgroup.kill()
+        assert await asyncio.gather(*waiting) == [True] * 3
+        assert waits(tree) == before
+
+    run(scenario())
+
+
+def test_a_change_that_leaves_it_populated_ends_no_wait(
+    cgroup: Cgroup, run: Run, start: Start
+) -> None:
+    """Freezing is told by the same file."""
+    start(cgroup)
+
+    async def scenario() -> None:
+        waiting = asyncio.create_task(cgroup.wait_unpopulated(10))
+        for value in ("1", "0"):
+            (cgroup.path / "cgroup.freeze").write_text(value)
+            await asyncio.sleep(0.05)
+            assert not waiting.done()
+        cgroup.kill()
+        assert await waiting
+
+    run(scenario())
+
+
+def test_without_watches_a_wait_looks_from_time_to_time(
+    tree: CgroupTree,
+    cgroup: Cgroup,
+    run: Run,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A user's watches are counted, and may all be its jobs'. Here the kernel refuses them as
+    EPOLLEXCLUSIVE cannot be with what we ask for."""
+    monkeypatch.setattr(module, "NEXT_CHANGE", module.NEXT_CHANGE | select.EPOLLEXCLUSIVE)
+    start(cgroup)
+
+    async def scenario() -> None:
+        before = waits(tree)
+        assert not await cgroup.wait_unpopulated(0.2)
+        waiting = asyncio.create_task(cgroup.wait_unpopulated(10))
+        await asyncio.sleep(0)
+        started = time.monotonic()
+        cgroup.kill()
+        assert await waiting
+        assert time.monotonic() - started < 5
+        assert waits(tree) == before
+
+    run(scenario())
+
+
 def test_nothing_is_opened_for_a_cgroup_that_is_empty(
     cgroup: Cgroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The usual case at the end of a job."""
-    monkeypatch.setattr(module, "_Watch", None)
+    monkeypatch.setattr(module, "_watch", None)
     assert asyncio.run(cgroup.wait_unpopulated(10))
 
 
@@ -241,7 +319,7 @@ def test_what_ended_between_look_and_wait_is_seen(cgroup: Cgroup, run: Run, star
             assert module._reads_populated(descriptor)
             process.kill()
             process.wait()
-            return await module._Watch.of_running_loop().wait(descriptor, 10)
+            return await module._watch().wait(descriptor, 10)
         finally:
             os.close(descriptor)
 

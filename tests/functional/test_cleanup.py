@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from epolls import nested_epolls
 from functional.server import Client, Server, jobs_of
 
 JOBS = 1000
@@ -30,6 +31,18 @@ def test_1000_jobs_leave_no_cgroup_no_zombie_no_descriptor(
         assert settled(server, jobinit) == before
     server.stop()
     assert not cgroup or not Path(cgroup).exists()
+
+
+def test_while_a_server_waits_for_what_a_job_left_no_epoll_is_in_another(
+    start_server: Callable[..., Server],
+) -> None:
+    """For that the kernel has one lock for the whole machine, which a job can keep for seconds."""
+    server = start_server(LINGER="1s")
+    with server.connect() as client:
+        job = client.shell("sleep 1000 >/dev/null 2>&1 & exit 0")
+        while client.get(job.id).status == "RUNNING":
+            assert nested_epolls(server.process.pid) == []
+            time.sleep(0.05)
 
 
 def run_jobs(client: Client, count: int) -> None:
