@@ -58,6 +58,9 @@ MOST_UNTAKEN_BYTES = 32 << 20
 MOST_RECEIVED = 32  # requests of one client that come in at once; others wait for these
 # Answers of one client that are made at once, of those that count as untaken afterwards.
 MOST_ANSWERED = 16
+# Endings of jobs that are larger than the first bytes of any stream, at the end of streams of one
+# client that have not taken them. Others wait for these, and hold nothing.
+MOST_LARGE_ENDINGS = 32
 # Of a request that is in memory as long as its call. Those that create jobs may be larger.
 LARGEST_LASTING_BYTES = 64 << 10
 # Of a request, more than one job can have strings: what 4 MiB can hold of empty ones would take a
@@ -99,6 +102,7 @@ class _Client:
     receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_RECEIVED))
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
     answering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ANSWERED))
+    ending: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LARGE_ENDINGS))
     connections: dict[str, int] = field(default_factory=dict)  # calls on each, by its peer
 
 
@@ -157,6 +161,8 @@ class Entry:
     # For the same, after each, as the end of the call may be far: a line of the audit log, with a
     # code and what else is told of the part.
     note: Callable[[Callable[[], Mapping[str, Any]]], None]
+    # For a stream: within it, a large last message is made and written.
+    large_ending: Callable[[], asyncio.Semaphore]
 
 
 class Gate:
@@ -213,6 +219,7 @@ class Gate:
                 functools.partial(self._access, call),
                 self._audit.check,
                 functools.partial(self._note_part, call),
+                functools.partial(_ending_of, call),
             )
             request = answer = sent = None
             try:
@@ -647,6 +654,11 @@ def _current_task() -> asyncio.Task[Any]:
     task = asyncio.current_task()
     assert task is not None
     return task
+
+
+def _ending_of(call: _Call) -> asyncio.Semaphore:
+    assert call.client is not None
+    return call.client.ending
 
 
 def _too_many(limit: str, name: str, most: int, what: str) -> ResourceExhaustedError:

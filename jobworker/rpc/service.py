@@ -16,7 +16,7 @@ import grpc
 
 from jobworker.authorization import RULES, Access
 from jobworker.engine.manager import Manager
-from jobworker.engine.output import Reader
+from jobworker.engine.output import FIRST_MESSAGE_BYTES, Reader
 from jobworker.errors import InvalidRequestError
 from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
@@ -248,13 +248,20 @@ class JobService:
         self, job_id: int, reader: Reader, follow: bool, entry: Entry, context: Context
     ) -> None:
         job = await (self._manager.wait(job_id) if follow else self._manager.get(job_id))
-        if job.is_ended:
-            last = pb.DataChunk(
-                offset=reader.offset,
-                next_offset=reader.offset,
-                ending=_shown(job, entry.access()),
-            )
-            await context.write(last.SerializeToString())
+        if not job.is_ended:
+            return
+        last = _ending(job, reader.offset, entry.access())
+        if len(last) <= FIRST_MESSAGE_BYTES:
+            await context.write(last)
+            return
+        # Who does not take it has it in memory: meanwhile others of the same client wait, and
+        # hold neither message nor job.
+        del job, last
+        async with entry.large_ending():
+            job = await self._manager.get(job_id)
+            last = _ending(job, reader.offset, entry.access())
+            del job
+            await context.write(last)
 
     async def _within_reach(self, text: str, access: Access) -> int:
         """The id of a job that the call may be about; any other does not exist for the caller."""
@@ -270,6 +277,12 @@ def _choices(names: Iterable[str], allowed: Collection[str] | None) -> list[str]
 
 def _shown(job: Job, access: Access) -> pb.Job:
     return convert.job_to(job, shows_environment=access.shows_environment(job.owner))
+
+
+def _ending(job: Job, offset: int, access: Access) -> bytes:
+    """The last message of a stream."""
+    last = pb.DataChunk(offset=offset, next_offset=offset, ending=_shown(job, access))
+    return last.SerializeToString()
 
 
 def _page_start(token: str) -> int | None:

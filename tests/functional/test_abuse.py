@@ -363,6 +363,27 @@ def is_refused(client: Client, job_id: str) -> bool:
     return False
 
 
+def test_endings_that_are_not_taken(start_server: StartServer, mallory: str) -> None:
+    """Each of half a MiB: the last message of a stream has the job."""
+    server = start_server()
+    with server.connect(mallory) as client, server.connect() as other:
+        job = client.create("true", *["x" * 100_000] * 5)
+        client.wait(job.id)
+        request = pb.GetJobsStreamReq(id=job.id).SerializeToString()
+        with connect(server, mallory, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)) as hostile:
+            before = server.rss_bytes()
+            for number in range(1, 801, 2):
+                hostile.sendall(request_of("GetJobsStream", number, request))
+            late = client.stream(job.id)
+            # Who takes them gets all, however many.
+            streams = [other.stream(job.id) for _ in range(100)]
+            assert {chunk.ending.id for stream in streams for chunk in stream} == {job.id}
+            others_work(server)
+            assert server.rss_bytes() - before < 250 * MEBIBYTE
+        # They wait for the same client's only, and not for ever.
+        assert next(late).ending.id == job.id
+
+
 def test_refusals_that_are_not_taken(start_server: StartServer, mallory: str) -> None:
     """Each is in memory until then. Anybody with a certificate may be refused, and call what
     nobody serves."""
