@@ -236,7 +236,7 @@ class Gate:
                     if still_may:
                         call.still_may = functools.partial(still_may, request)
                     async with call.client.answering if is_refusable else ALWAYS_FREE:
-                        _check_untaken(call)
+                        self._admit_again(call)
                         answer = sent = await method(request, entry, context)
                         if is_ours and not is_stream:
                             sent = self._counted(call, answer, is_refusable)
@@ -341,6 +341,21 @@ class Gate:
 
     def _admit(self, call: _Call, context: Context) -> None:
         passport = call.passport = _passport_of(certificate_of(context))
+        self._require_valid(passport)
+        self._count(call, passport.identity.name)
+        self._calls.add(call)
+        if call.rpc in CREATES:
+            self._audit.check()
+
+    def _admit_again(self, call: _Call) -> None:
+        """Once the request is there: it may have come long after the call."""
+        assert call.passport is not None
+        self._require_valid(call.passport)
+        if call.rpc in CREATES:
+            self._audit.check()
+        _check_untaken(call)
+
+    def _require_valid(self, passport: Passport) -> None:
         if self._is_revoked(passport):
             raise _revoked_error(passport)
         if time.time() > passport.expires:
@@ -348,10 +363,6 @@ class Gate:
                 f"the certificate of {passport.identity.name!r} has expired since it connected; "
                 "connect again with a new one"
             )
-        self._count(call, passport.identity.name)
-        self._calls.add(call)
-        if call.rpc in CREATES:
-            self._audit.check()
 
     def _access(self, call: _Call) -> Access:
         assert call.passport is not None

@@ -15,6 +15,18 @@ from typing import Any
 import grpc
 import pytest
 
+from functional.http2 import (
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    connect,
+    frame,
+    headers_of,
+    message_of,
+    receive_until,
+    request_of,
+)
 from functional.server import DEADLINE_SECONDS, Server, wait_until
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
@@ -215,6 +227,27 @@ def test_no_job_is_created_that_the_log_could_not_tell_of(
         assert client.create("true").id
     assert [line["job"] for line in calls(path, "StopJob")] == ["77", job.id]
     assert "ERROR jobworker.rpc.audit" in server.log
+
+
+def test_a_call_that_came_before_the_log_could_not_be_written(
+    start_server: StartServer, path: Path
+) -> None:
+    """Its request comes afterwards."""
+    path.touch()
+    most = 64 << 20
+    os.truncate(path, most)
+    server = start_server(AUDIT_LOG=str(path))
+    request = message_of(pb.CreateJobReq(command="true").SerializeToString())
+    with connect(server, "client") as early, server.connect() as client:
+        early.sendall(frame(HEADERS, END_HEADERS, 1, headers_of("CreateJob")))
+        early.sendall(request_of("GetServerInfo", 3))
+        receive_until(early, b"grpc-status")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        with pytest.raises(grpc.RpcError):
+            client.stop("77")  # the first line that does not fit
+        early.sendall(frame(DATA, END_STREAM, 1, request))
+        receive_until(early, b"audit log cannot be written")
+        assert client.jobs() == []
 
 
 def test_a_bulk_does_not_go_on_where_the_log_cannot_tell_of_it(

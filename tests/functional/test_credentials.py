@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import shutil
 import signal
@@ -18,8 +19,21 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from functional.http2 import (
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    connect,
+    frame,
+    headers_of,
+    message_of,
+    receive_until,
+    request_of,
+)
 from functional.server import DEADLINE_SECONDS, Client, Server, channel, wait_until
 from jobworker import certs
+from jobworker.pb import job_worker_pb2 as pb
 
 NOTICED_SECONDS = 5
 TICKS = "while :; do echo tick; sleep 0.05; done"
@@ -205,6 +219,30 @@ def test_no_call_with_a_certificate_that_has_expired_meanwhile(
             time.sleep(0.05)
         # What it began before goes on.
         assert next(stream).payload
+
+
+def test_a_call_whose_request_comes_after_its_certificate_has_expired(
+    start: StartServer, folder: Path
+) -> None:
+    server = start()
+    make_short_lived(folder, "brief", seconds=4)
+    request = message_of(pb.CreateJobReq(command="true").SerializeToString())
+    expired = b"has expired since it connected"
+    with connect(server, "brief") as early:
+        early.sendall(frame(HEADERS, END_HEADERS, 1, headers_of("CreateJob")))
+        early.sendall(request_of("GetServerInfo", 3))
+        receive_until(early, b"grpc-status")
+        later = itertools.count(5, 2)
+
+        def is_expired() -> bool:
+            early.sendall(request_of("GetServerInfo", next(later)))
+            return expired in early.recv(1 << 16)
+
+        wait_until(is_expired)
+        early.sendall(frame(DATA, END_STREAM, 1, request))
+        receive_until(early, expired)
+    with server.connect() as client:
+        assert client.jobs() == []
 
 
 def make_short_lived(folder: Path, name: str, seconds: float) -> None:
