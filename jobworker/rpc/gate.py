@@ -243,7 +243,9 @@ class Gate:
                 except GivenUp as given_up:
                     answer = given_up.answer
                     raise
-                except grpc.aio.BaseError:  # gRPC's own, as where the connection has ended
+                except grpc.aio.InternalError:  # the client has gone, or only its connection
+                    raise asyncio.CancelledError from None
+                except grpc.aio.BaseError:  # gRPC's own
                     raise
                 except Exception as caught:  # noqa: BLE001 whatever it is, it is answered
                     error = expected(caught, rpc)

@@ -12,6 +12,7 @@ import itertools
 import logging
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,34 +67,40 @@ OPTIONS: list[tuple[str, Any]] = [
 CROWD_SECONDS = 0.25
 LONGEST_CROWD_SECONDS = 4.0
 CROWD_SAID_SECONDS = 10.0
-NO_TEXT_SAID_SECONDS = 10.0
-NO_TEXT_CHARACTERS = 200
+OF_CLIENTS_SAID_SECONDS = 10.0
+OF_CLIENTS_CHARACTERS = 200
+# What gRPC logs with a traceback though a client alone has caused it: bytes that are no text, and
+# answers to who has gone before they were sent.
+OF_CLIENTS = (UnicodeDecodeError, grpc.aio.InternalError)
 
 
-class _NoText(logging.Filter):
-    """What gRPC says of a client's bytes that are no text is short, and said seldom: anybody with
-    a certificate may cause as much of it as it likes, and nothing is wrong here."""
+class _OfClients(logging.Filter):
+    """What gRPC says of such is short, and said seldom: anybody with a certificate may cause as
+    much of it as it likes, and nothing is wrong here."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said_at = -NO_TEXT_SAID_SECONDS
-        self._unsaid = 0
+        self._said_at: dict[type[BaseException], float] = {}
+        self._unsaid: Counter[type[BaseException]] = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if not record.exc_info or not isinstance(record.exc_info[1], UnicodeDecodeError):
+        error = record.exc_info[1] if record.exc_info else None
+        kind = next((kind for kind in OF_CLIENTS if isinstance(error, kind)), None)
+        if kind is None:
             return True
         now = time.monotonic()
-        if now < self._said_at + NO_TEXT_SAID_SECONDS:
-            self._unsaid += 1
+        if now < self._said_at.get(kind, -OF_CLIENTS_SAID_SECONDS) + OF_CLIENTS_SAID_SECONDS:
+            self._unsaid[kind] += 1
             return False
-        text = record.getMessage()[:NO_TEXT_CHARACTERS]
-        record.msg, record.args = "%s (and %d such lines since the last)", (text, self._unsaid)
+        text = record.getMessage()[:OF_CLIENTS_CHARACTERS]
+        record.msg = "%s (and %d such lines since the last)"
+        record.args = (text, self._unsaid.pop(kind, 0))
         record.exc_info = None
-        self._said_at, self._unsaid = now, 0
+        self._said_at[kind] = now
         return True
 
 
-logging.getLogger("grpc._cython.cygrpc").addFilter(_NoText())
+logging.getLogger("grpc._cython.cygrpc").addFilter(_OfClients())
 
 
 class RpcServer:

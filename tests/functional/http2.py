@@ -9,10 +9,11 @@ import struct
 from functional.server import Server
 
 # Frames by their types' numbers, and the flags that are used here.
-DATA, HEADERS, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 4, 6, 8, 9
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 INITIAL_WINDOW_SIZE = 4
+CANCEL = 8
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
@@ -47,6 +48,11 @@ def request_of(rpc: str, stream: int, message: bytes = b"") -> bytes:
     """A call."""
     headers = frame(HEADERS, END_HEADERS, stream, headers_of(rpc))
     return headers + frame(DATA, END_STREAM, stream, message_of(message))
+
+
+def reset_of(stream: int) -> bytes:
+    """The end of a call that its client gives up."""
+    return frame(RST_STREAM, 0, stream, struct.pack(">I", CANCEL))
 
 
 def connect(server: Server, name: str, settings: bytes = b"") -> ssl.SSLSocket:

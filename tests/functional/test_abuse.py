@@ -33,6 +33,7 @@ from functional.http2 import (
     headers_of,
     message_of,
     request_of,
+    reset_of,
 )
 from functional.server import DEADLINE_SECONDS, Client, Server, channel, wait_until
 from jobworker import certs
@@ -508,6 +509,32 @@ def test_bytes_that_are_no_text_are_hardly_said(start_server: StartServer, mallo
         others_work(server)
     assert len(server.log) - before < 3000
     assert "\nforged" not in server.log
+
+
+@pytest.mark.parametrize("rpc", ["GetJobsStream", "GetJob"])
+def test_who_goes_before_the_answer_is_hardly_said(
+    start_server: StartServer, mallory: str, rpc: str
+) -> None:
+    """Its window is closed, so what is sent waits in the server: to where nobody is, then."""
+    server = start_server()
+    with server.connect(mallory) as client:
+        job = client.shell("head -c 200000 /dev/zero; sleep 60")
+        next(client.stream(job.id))
+    before = len(server.log)
+    request = pb.GetJobReq(id=job.id).SerializeToString()  # the same bytes for both
+    for _ in range(5):
+        with connect(server, mallory, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)) as hostile:
+            hostile.settimeout(1)
+            numbers = range(1, 201, 2)
+            hostile.sendall(b"".join(request_of(rpc, number, request) for number in numbers))
+            with contextlib.suppress(TimeoutError):  # until all are begun
+                while hostile.recv(1 << 16):
+                    pass
+            hostile.sendall(b"".join(map(reset_of, numbers)))
+            others_work(server)
+    wait_until(lambda: server.connections() == 0)
+    assert "Traceback" not in server.log
+    assert len(server.log) - before < 3000
 
 
 def test_pings_without_end(server: Server, mallory: str) -> None:
