@@ -44,6 +44,7 @@ class Retention:
         self._output = output
         self._keep = keep
         self._packing: dict[int, asyncio.Task[None]] = {}
+        self._deleting: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -58,7 +59,7 @@ class Retention:
         tasks = [*self._tasks, *self._packing.values()]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._deleting, return_exceptions=True)
 
     def take(self, job: Job) -> None:
         """A job whose ending has just been stored."""
@@ -66,9 +67,16 @@ class Retention:
         if 0 < job.output_bytes <= LARGEST_PACKED_BYTES:
             self._pack_soon(job)
 
-    async def delete(self, jobs: Iterable[Job]) -> None:
-        """Forgets ended jobs, and removes what they have written. Raises StoreError."""
-        jobs = list(jobs)
+    def delete(self, jobs: Iterable[Job]) -> asyncio.Future[None]:
+        """Forgets ended jobs, and removes what they have written. Raises StoreError.
+
+        Who goes away meanwhile does not leave files without a record."""
+        task = asyncio.get_running_loop().create_task(self._delete(list(jobs)))
+        self._deleting.add(task)
+        task.add_done_callback(self._deleting.discard)
+        return asyncio.shield(task)
+
+    async def _delete(self, jobs: list[Job]) -> None:
         for job in jobs:
             if task := self._packing.get(job.id):
                 task.cancel()

@@ -1,12 +1,20 @@
-"""Which ended jobs give way; that they do is in functional/test_retention.py."""
+"""Which ended jobs give way, and wholly; that they do is in functional/test_retention.py."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from jobworker.engine.retention import Keep, surplus_of
-from jobworker.engine.store import EndedJob
+from jobworker.engine.output import Output
+from jobworker.engine.retention import Keep, Retention, surplus_of
+from jobworker.engine.store import EndedJob, Store
+from jobworker.job import Job, JobSpec, Status
 
+DEADLINE_SECONDS = 10
 SECOND = 1_000_000_000
 NOW = 1_000 * SECOND
 # Of ten jobs with 100 bytes each, the oldest four: they ended 40, 30, 20 and 10 s ago.
@@ -30,3 +38,48 @@ OLDEST = [EndedJob(number, NOW - (50 - 10 * number) * SECOND, 100) for number in
 def test_the_longest_ended_give_way_first(keep: Keep, ids: list[int]) -> None:
     surplus = surplus_of(keep, 10, 1000, OLDEST, NOW)
     assert [each.id for each in surplus] == ids
+
+
+class SlowStore:
+    """Which forgets a job, and takes its time to say so."""
+
+    def __init__(self) -> None:
+        self.deleted: list[int] = []
+        self.may_answer = asyncio.Event()
+
+    async def delete(self, ids: Any) -> None:
+        self.deleted += ids
+        await self.may_answer.wait()
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_who_gives_up_leaves_no_files_without_a_record(tmp_path: Path, is_closed: bool) -> None:
+    """is_closed: the server ends meanwhile."""
+    job = Job(1, JobSpec("true"), Status.COMPLETED, created_ns=NOW, ended_ns=NOW)
+    job = dataclasses.replace(job, stdout_bytes=100_000)
+
+    async def main() -> None:
+        output = Output(tmp_path, 1 << 20)
+        files = [tmp_path / f"1.0.{kind}" for kind in ("log", "idx")]
+        for file in files:
+            file.touch()
+        store = SlowStore()
+        slow: Store = store  # type: ignore[assignment]
+        retention = Retention(slow, output, Keep())
+        deleting = asyncio.ensure_future(retention.delete([job]))
+        await asyncio.sleep(0)
+        assert store.deleted == [1]
+        deleting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await deleting
+        asyncio.get_running_loop().call_soon(store.may_answer.set)
+        if is_closed:
+            await retention.close()
+        else:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while any(file.exists() for file in files):
+                    await asyncio.sleep(0.01)
+        assert not any(file.exists() for file in files)
+        await output.close()
+
+    asyncio.run(main())
