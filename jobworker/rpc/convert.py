@@ -14,6 +14,11 @@ from jobworker import errors
 from jobworker.engine.isolation import Isolation
 from jobworker.errors import InvalidRequestError, JobNotFoundError
 from jobworker.job import (
+    LONGEST_PATH_BYTES,
+    LONGEST_STDIN_BYTES,
+    LONGEST_STRING_BYTES,
+    LONGEST_STRINGS_BYTES,
+    MOST_BINDS,
     Accounting,
     Bind,
     Job,
@@ -28,6 +33,16 @@ from jobworker.pb import job_worker_pb2 as pb
 
 # Existing clients receive at most this much in one message.
 LARGEST_ANSWER_BYTES = 4 << 20
+
+# More than any valid CreateJob has: its strings cost less on the wire than POINTER_BYTES and a NUL
+# each, and what is not named here is short.
+LARGEST_CREATE_BYTES = (
+    LONGEST_STDIN_BYTES
+    + LONGEST_STRINGS_BYTES
+    + LONGEST_STRING_BYTES  # the working directory
+    + (1 + 2 * MOST_BINDS) * LONGEST_PATH_BYTES
+    + (64 << 10)
+)
 
 # Characters, each of which may be 4 bytes, and each byte 3 on the wire, of 8 KiB in all.
 LONGEST_TEXT = 600

@@ -61,7 +61,8 @@ MOST_ANSWERED = 16
 # Endings of jobs that are larger than the first bytes of any stream, at the end of streams of one
 # client that have not taken them. Others wait for these, and hold nothing.
 MOST_LARGE_ENDINGS = 32
-# Of a request that is in memory as long as its call. Those that create jobs may be larger.
+# Of a request that is in memory as long as its call. Those that create jobs may be larger, but not
+# than what can be valid; and of CreateJob, these count as coming in until the job is made.
 LARGEST_LASTING_BYTES = 64 << 10
 # Of a request, more than one job can have strings: what 4 MiB can hold of empty ones would take a
 # second and 400 MiB.
@@ -71,10 +72,11 @@ MOST_FIELDS = 70_000
 LARGEST_HEADERS_BYTES = 16 << 10
 HEADER_BYTES = 32
 
-ALWAYS_FREE = contextlib.nullcontext()
+ALWAYS_FREE: contextlib.nullcontext[None] = contextlib.nullcontext()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Parse = Callable[[bytes], Any]
+Turn = contextlib.AbstractAsyncContextManager[None]
 # The answer of a stream is None.
 Method = Callable[[Any, "Entry", Context], Awaitable[Any]]
 # Whether the caller may still have the stream that it asked for: raises JobWorkerError if not.
@@ -113,6 +115,19 @@ class _Refusals:
     left: float = REFUSALS_AT_ONCE
     counted_at: float = 0.0
     unwritten: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Acquired(contextlib.AbstractAsyncContextManager[None]):
+    """A semaphore's turn that has come already."""
+
+    semaphore: asyncio.Semaphore
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *_: object) -> None:
+        self.semaphore.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +237,7 @@ class Gate:
                 functools.partial(_ending_of, call),
             )
             request = answer = sent = None
+            turn: Turn = ALWAYS_FREE
             try:
                 try:
                     self._admit(call, context)
@@ -231,11 +247,10 @@ class Gate:
                     if takes_stream:
                         request = requests
                     else:
-                        async with call.client.receiving:
-                            request = await _receive(context, call.client, parse)
+                        request, turn = await _receive(call, context, parse)
                     if still_may:
                         call.still_may = functools.partial(still_may, request)
-                    async with call.client.answering if is_refusable else ALWAYS_FREE:
+                    async with call.client.answering if is_refusable else turn:
                         self._admit_again(call)
                         answer = sent = await method(request, entry, context)
                         if is_ours and not is_stream:
@@ -542,6 +557,10 @@ def parser(parse: Parse, rpc: str) -> Parse:
         if rpc not in CREATES and len(data) > LARGEST_LASTING_BYTES:
             problem = f"{len(data)} bytes are too many; use at most {LARGEST_LASTING_BYTES}"
             raise InvalidRequestError("request", problem)
+        if rpc == "CreateJob" and len(data) > convert.LARGEST_CREATE_BYTES:
+            problem = f"{len(data)} bytes are too many; use at most {convert.LARGEST_CREATE_BYTES}"
+            problem += ", and pass a longer stdin, args or environment in files"
+            raise InvalidRequestError("request", problem)
         if convert.has_more_fields(data, MOST_FIELDS):
             problem = f"has more than {MOST_FIELDS} fields; ask for less at once"
             raise InvalidRequestError("request", problem)
@@ -651,16 +670,28 @@ def _streaming(inner: Any) -> Method:
     return method
 
 
-async def _receive(context: Context, client: _Client, parse: Parse) -> Any:
-    data: Any = await context.read()
-    if data is grpc.aio.EOF:
-        raise InvalidRequestError("request", "there is none")
-    if len(data) <= LARGEST_LASTING_BYTES:
-        return parse(data)
-    # One after the other, and others come in between: each may take a tenth of a second.
-    async with client.parsing:
-        await asyncio.sleep(0)
-        return parse(data)
+async def _receive(call: _Call, context: Context, parse: Parse) -> tuple[Any, Turn]:
+    """The request, and what it is to be answered within."""
+    assert call.client is not None
+    turn: Turn = ALWAYS_FREE
+    receiving = call.client.receiving
+    await receiving.acquire()
+    try:
+        data: Any = await context.read()
+        if data is grpc.aio.EOF:
+            raise InvalidRequestError("request", "there is none")
+        if len(data) <= LARGEST_LASTING_BYTES:
+            return parse(data), turn
+        # One after the other, and others come in between: each may take a tenth of a second.
+        async with call.client.parsing:
+            await asyncio.sleep(0)
+            request = parse(data)
+        if call.rpc not in LARGE:
+            turn = _Acquired(receiving)
+        return request, turn
+    finally:
+        if turn is ALWAYS_FREE:
+            receiving.release()
 
 
 def _current_task() -> asyncio.Task[Any]:

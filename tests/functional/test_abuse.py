@@ -4,6 +4,8 @@ notice. How fast others are meanwhile is a question of the benchmarks."""
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import ssl
 import struct
@@ -38,6 +40,7 @@ from functional.http2 import (
 from functional.server import DEADLINE_SECONDS, Client, Server, channel, wait_until
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
+from jobworker.rpc.convert import LARGEST_CREATE_BYTES
 
 MEBIBYTE = 1 << 20
 
@@ -405,20 +408,25 @@ def test_what_a_client_sends_does_not_come_back_at_any_length(server: Server, ma
         assert len(result.results[0].error) < 1000
 
 
-EMPTY_FIELD = {"CreateJob": b"\x8a\x01\0", "CreateJobs": b"\x0a\0"}  # a bind, a job
+# A bind, a job; and how large a request may be.
+EMPTY_FIELDS = {
+    "CreateJob": (b"\x8a\x01\0", LARGEST_CREATE_BYTES),
+    "CreateJobs": (b"\x0a\0", 4 * MEBIBYTE - 100),
+}
 
 
-@pytest.mark.parametrize("rpc", EMPTY_FIELD)
+@pytest.mark.parametrize("rpc", EMPTY_FIELDS)
 def test_requests_of_very_many_fields(start_server: StartServer, mallory: str, rpc: str) -> None:
     """Some KiB on the wire, 4 MiB as a message, and some hundred as objects."""
     server = start_server()
-    count = 4 * MEBIBYTE // len(EMPTY_FIELD[rpc]) - 100
+    empty, most_bytes = EMPTY_FIELDS[rpc]
+    request = empty * (most_bytes // len(empty))
     with channel(server.address, server.certs, mallory) as opened:
         method: Any = opened.unary_unary(f"/job_worker.JobService/{rpc}")
         before = server.rss_bytes()
         calls = [
             method.future(
-                EMPTY_FIELD[rpc] * count,
+                request,
                 compression=grpc.Compression.Gzip,
                 timeout=DEADLINE_SECONDS,
             )
@@ -427,6 +435,44 @@ def test_requests_of_very_many_fields(start_server: StartServer, mallory: str, r
         assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
         assert server.rss_bytes() - before < 60 * MEBIBYTE
     assert "fields" in calls[0].details()
+
+
+def padded(request: pb.CreateJobReq, size: int) -> bytes:
+    """With a field that the server does not know."""
+    data = request.SerializeToString() + b"\xfa\x3e"
+    missing = size - len(data) - 4
+    lengths = (missing & 0x7F | 0x80, missing >> 7 & 0x7F | 0x80, missing >> 14 & 0x7F | 0x80, 0)
+    return data + bytes(lengths) + bytes(missing)
+
+
+def test_creates_of_large_requests(start_server: StartServer, mallory: str) -> None:
+    """All at once, while none of the jobs can be made: of few the request is in memory."""
+    server = start_server()
+    request = pb.CreateJobReq(command="true", stdin=bytes(MEBIBYTE))
+    largest = padded(request, LARGEST_CREATE_BYTES)
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as other:
+        create: Any = opened.unary_unary("/job_worker.JobService/CreateJob")
+        before = server.rss_bytes()
+        os.kill(server.jobinit_pid(), signal.SIGSTOP)
+        try:
+            calls = [create.future(largest, timeout=DEADLINE_SECONDS) for _ in range(150)]
+            with contextlib.suppress(AssertionError):  # so many should not come
+                wait_until(lambda: other.info().running_jobs > 100, seconds=3)
+            assert server.rss_bytes() - before < 350 * MEBIBYTE
+        finally:
+            os.kill(server.jobinit_pid(), signal.SIGCONT)
+        assert {call.code() for call in calls} == {grpc.StatusCode.OK}
+
+
+def test_creates_that_are_larger_than_any_is_valid(server: Server, mallory: str) -> None:
+    request = pb.CreateJobReq(command="true")
+    with channel(server.address, server.certs, mallory) as opened:
+        create: Any = opened.unary_unary("/job_worker.JobService/CreateJob")
+        create(padded(request, LARGEST_CREATE_BYTES), timeout=DEADLINE_SECONDS)
+        with pytest.raises(grpc.RpcError) as caught:
+            create(padded(request, LARGEST_CREATE_BYTES + 1), timeout=DEADLINE_SECONDS)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(LARGEST_CREATE_BYTES) in str(caught.value.details())
 
 
 def test_requests_that_are_refused_are_not_kept(start_server: StartServer, mallory: str) -> None:

@@ -11,7 +11,25 @@ import grpc
 import pytest
 
 from jobworker import errors
-from jobworker.job import Accounting, Cause, Job, JobSpec, Limits, Principal, Quota, Status
+from jobworker.job import (
+    LONGEST_NAME,
+    LONGEST_PATH_BYTES,
+    LONGEST_STDIN_BYTES,
+    LONGEST_STRING_BYTES,
+    LONGEST_STRINGS_BYTES,
+    LONGEST_TIMEOUT_MS,
+    MOST_BINDS,
+    Accounting,
+    Cause,
+    Job,
+    JobSpec,
+    Limits,
+    Principal,
+    Quota,
+    Status,
+    validate,
+    validate_stdin,
+)
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
 
@@ -190,3 +208,39 @@ def test_codes_of_what_the_machine_refuses() -> None:
 def test_what_is_used_may_be_more_than_any_limit() -> None:
     most = (1 << 31) - 1  # of one job
     assert convert.quota_to(Quota(total_cpu=6000 * most, total_memory=6000 * most)).total_cpu > most
+
+
+LONG = "x" * (LONGEST_STRING_BYTES - 1)
+PATH = "/" + "x" * (LONGEST_PATH_BYTES - 2)
+
+
+@pytest.mark.parametrize(
+    "strings",
+    [
+        {"args": [LONG[20:]] * 4},
+        {"args": [""] * (LONGEST_STRINGS_BYTES // 9 - 2)},
+        {"environment": {f"{number:05}": "" for number in range(LONGEST_STRINGS_BYTES // 15 - 2)}},
+        {"environment": {f"{number:05}": "x" * 500 for number in range(1015)}},
+    ],
+)
+def test_what_is_valid_is_not_too_large(strings: dict[str, Any]) -> None:
+    request = pb.CreateJobReq(
+        command="x",
+        name="\N{SNOWMAN}" * LONGEST_NAME,
+        working_directory="/" + LONG[1:],
+        stdin=bytes(LONGEST_STDIN_BYTES),
+        root=PATH,
+        binds=[pb.Bind(source=PATH, destination=PATH, read_only=True)] * MOST_BINDS,
+        user="x" * 255,
+        profile="default",
+        network="none",
+        maxCPU=-1,
+        timeout_milliseconds=LONGEST_TIMEOUT_MS,
+        **strings,
+    )
+    spec = convert.spec_from(request)
+    validate(dataclasses.replace(spec, limits=Limits()))
+    validate_stdin(request.stdin)
+    assert request.ByteSize() <= convert.LARGEST_CREATE_BYTES
+    # Nor is the limit far from it.
+    assert request.ByteSize() > convert.LARGEST_CREATE_BYTES * 3 / 4
