@@ -121,6 +121,14 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Stopping:
+    """A job that is being ended for a client."""
+
+    over: asyncio.Future[Job]  # the job once it has ended; the end goes on where this is cancelled
+    is_news: bool  # the client asked for more than was under way
+
+
+@dataclass(frozen=True, slots=True)
 class _Found:
     """What a look at this machine's files has shown of a job that is to be."""
 
@@ -140,6 +148,7 @@ class _LiveJob:
     log: Log | None = None
     exited: Exited | OrphanExited | None = None
     stop_signal: int = 0  # to be sent as soon as there is somebody to send it to
+    asked: frozenset[tuple[str, int]] = frozenset()  # to end, by whom and with which signal
     kill_at: float | None = None  # on the loop's clock; None: nobody asked for the end
     kill_timer: asyncio.TimerHandle | None = None
     timeout_timer: asyncio.TimerHandle | None = None
@@ -300,8 +309,8 @@ class Manager:
         signal_number: int = 0,
         grace_seconds: float | None = None,
         client: Caller | None = None,
-    ) -> Job:
-        """Ends a job; returns it once it has ended. Raises JobStateError if it had before."""
+    ) -> Stopping:
+        """Ends a job. Raises JobStateError if it had ended before."""
         live = self._live.get(job_id)
         if live is None:
             job = await self.get(job_id)
@@ -309,8 +318,10 @@ class Manager:
         if grace_seconds is None:
             grace_seconds = self.policy.stop_grace_seconds
         by = client.principal if client else None
-        self._request_end(live, Cause.STOPPED, signal_number or signal.SIGTERM, grace_seconds, by)
-        return await asyncio.shield(live.over)
+        is_news = self._request_end(
+            live, Cause.STOPPED, signal_number or signal.SIGTERM, grace_seconds, by
+        )
+        return Stopping(asyncio.shield(live.over), is_news)
 
     async def read(self, job_id: int, offset: int, stream: int, follow: bool) -> Reader:
         """A reader of the job's output. The caller closes it."""
@@ -337,16 +348,16 @@ class Manager:
         if packed:
             reader.use_packed(Packed(*packed))
 
-    async def delete(self, job_id: int) -> None:
-        """Forgets an ended job, and what it has written. Raises JobStateError for one that has
-        not ended."""
+    async def delete(self, job_id: int) -> asyncio.Future[None]:
+        """Begins to forget an ended job, and what it has written; that ends also where the client
+        goes away. Raises JobStateError for one that has not ended."""
         live = self._live.get(job_id)
         if live:
             if not live.job.is_ended:
                 raise JobStateError(job_id, live.job.status, "delete")
             # GetJob shows the ending already; its last steps are under way.
             await asyncio.shield(live.over)
-        await self._retention.delete([await self.get(job_id)])
+        return self._retention.delete([await self.get(job_id)])
 
     # From the start of the server to its end
 
@@ -770,15 +781,23 @@ class Manager:
         signal_number: int,
         grace_seconds: float,
         by: Principal | None = None,
-    ) -> None:
+    ) -> bool:
+        """Whether it does more than what was asked for before: another's, with another signal, or
+        with half of the time that was left. Of these one job has some hundred at the most."""
         live.job = transition.request_end(live.job, cause, by)
-        deadline = self._loop.time() + grace_seconds
+        now = self._loop.time()
+        deadline = now + grace_seconds
+        is_news = live.kill_at is None or deadline - now < (live.kill_at - now) / 2
+        asked = (by.name if by else "", signal_number)
+        is_news |= asked not in live.asked
+        live.asked |= {asked}
         live.kill_at = deadline if live.kill_at is None else min(live.kill_at, deadline)
         live.stop_signal = signal_number
         if live.job.status is Status.RUNNING:
             self._send_stop(live)
         else:
             self._set_kill_timer(live)  # its exec may hang, as where a disk does not answer
+        return is_news
 
     def _set_timeout(self, live: _LiveJob) -> None:
         """From the job's start on, though that may have been under an earlier server."""

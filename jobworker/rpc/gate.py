@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 REVOKED_SECONDS = 1.0
 # So long may a client take to take what refuses a call that is not counted as its own.
 UNTAKEN_SECONDS = 10.0
-# Lines about calls that did nothing, as they failed or were refused: at once, and then a second,
-# for each client. Else who may do nothing could fill the disk.
+# Lines about calls that did nothing, as they failed, were refused or given up: at once, and then a
+# second, for each client. Else who may do nothing could fill the disk.
 REFUSALS_AT_ONCE = 100
 REFUSALS_PER_SECOND = 10.0
 
@@ -156,6 +156,7 @@ class _Call:
     client: _Client | None = None  # where it is counted
     untaken_bytes: int = 0  # of its answer
     still_may: Callable[[Access], Awaitable[object]] | None = None  # of a stream that has begun
+    has_done: bool = False  # something, though it is given up
     ended_by: JobWorkerError | None = None  # why it is ended though the client waits
 
     def end(self, error: JobWorkerError) -> None:
@@ -256,7 +257,7 @@ class Gate:
                         if is_ours and not is_stream:
                             sent = self._counted(call, answer, is_refusable)
                 except GivenUp as given_up:
-                    answer = given_up.answer
+                    answer, call.has_done = given_up.answer, True
                     raise
                 except grpc.aio.InternalError:  # the client has gone, or only its connection
                     raise asyncio.CancelledError from None
@@ -493,8 +494,8 @@ class Gate:
             self._write(call, tell())
 
     def _write(self, call: _Call, fields: Mapping[str, Any]) -> None:
-        """fields: the code among them. What was or may have been done always has its line."""
-        if fields["code"] not in DONE and not self._may_note_failure(call):
+        """fields: the code among them. What was done always has its line."""
+        if fields["code"] != "OK" and not call.has_done and not self._may_note_failure(call):
             return
         passport = call.passport
         self._audit.write(
@@ -525,14 +526,13 @@ class Gate:
 CREATES = frozenset({"CreateJob", "CreateJobs"})
 
 REFUSALS = (PermissionDeniedError, ResourceExhaustedError, AuditError)
-DONE = frozenset({"OK", "CANCELLED"})
 
 
 class GivenUp(asyncio.CancelledError):
-    """The caller went away, or was ended, and something had been done by then: the answer that
-    nobody gets tells what, for the audit log."""
+    """The caller went away, or was ended, and something had been done by then, or goes on: where
+    there is an answer, which nobody gets, it tells what, for the audit log."""
 
-    def __init__(self, answer: Any) -> None:
+    def __init__(self, answer: Any = None) -> None:
         super().__init__()
         self.answer = answer
 

@@ -69,7 +69,11 @@ class JobService:
         try:
             job = await asyncio.shield(creating)
         except asyncio.CancelledError:
-            raise GivenUp(_shown(await creating, access)) from None
+            try:
+                job = await creating
+            except asyncio.CancelledError:  # once more, as where the server ends
+                raise GivenUp from None
+            raise GivenUp(_shown(job, access)) from None
         return _shown(job, access)
 
     async def create_jobs(
@@ -115,7 +119,11 @@ class JobService:
         return self._manager.create(spec, request.stdin, access.caller)
 
     async def delete_job(self, request: pb.DeleteJobReq, access: Access) -> pb.DeleteJobRes:
-        await self._manager.delete(await self._within_reach(request.id, access))
+        deleting = await self._manager.delete(await self._within_reach(request.id, access))
+        try:
+            await deleting
+        except asyncio.CancelledError:
+            raise GivenUp from None
         return pb.DeleteJobRes()
 
     async def get_job(self, request: pb.GetJobReq, access: Access) -> pb.Job:
@@ -130,8 +138,13 @@ class JobService:
             problem = f"{request.signal} is no signal; use 1 to {signal.NSIG - 1}, 0 for SIGTERM"
             raise InvalidRequestError("signal", problem)
         job_id = await self._within_reach(request.id, access)
-        job = await self._manager.stop(job_id, request.signal, grace_seconds, access.caller)
-        return convert.stop_result_to(job)
+        stopping = await self._manager.stop(job_id, request.signal, grace_seconds, access.caller)
+        try:
+            return convert.stop_result_to(await stopping.over)
+        except asyncio.CancelledError:
+            if stopping.is_news:
+                raise GivenUp from None
+            raise
 
     async def get_jobs(self, request: pb.EmptyRequest, access: Access) -> pb.Jobs:
         jobs, _ = await self._newest(access, owner=access.owner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -26,6 +27,7 @@ from functional.http2 import (
     message_of,
     receive_until,
     request_of,
+    reset_of,
 )
 from functional.server import DEADLINE_SECONDS, Server, wait_until
 from jobworker import certs
@@ -180,6 +182,46 @@ def test_jobs_of_a_call_that_is_given_up_have_their_lines(
         assert {line["job"] for line in told if line["code"] == "OK"} == running
         if how == "revoked":
             assert [line["code"] for line in told if line["code"] != "OK"] == ["PERMISSION_DENIED"]
+
+
+def test_calls_that_did_nothing_and_are_given_up_are_counted_too(
+    start_server: StartServer, path: Path
+) -> None:
+    """As stops of a job that ends no sooner for them. The first has its line in any case."""
+    server = start_server(AUDIT_LOG=str(path))
+    script = "trap '' TERM; echo up; while :; do sleep 0.1; done"
+    with server.connect() as client, connect(server, "client") as hostile:
+        jobs = [client.shell(script).id for _ in range(2)]
+        for job in jobs:
+            next(client.stream(job))  # from now on it does not mind
+        stops = [pb.StopJobReq(id=job, grace_milliseconds=600_000) for job in jobs]
+        again, first = (stop.SerializeToString() for stop in stops)
+        numbers = itertools.count(1, 2)
+
+        def give_up(count: int, *others: bytes) -> None:
+            messages = [again] * count + list(others)
+            stops = list(zip(numbers, messages, strict=False))
+            hostile.sendall(b"".join(request_of("StopJob", *stop) for stop in stops))
+            hostile.sendall(request_of("GetServerInfo", next(numbers)))
+            receive_until(hostile, str(server.state).encode())  # so the stops are begun
+            wait_until(lambda: all(map(is_stopped, jobs[: 1 + len(others)])))
+            hostile.sendall(b"".join(reset_of(number) for number, _ in stops))
+
+        def is_stopped(job: str) -> bool:
+            return bool(client.get(job).stopped_by.name)
+
+        def counted() -> int:
+            return sum(line["count"] for line in lines(path) if "count" in line)
+
+        for _ in range(4):
+            give_up(100)
+        wait_until(lambda: counted() > 0)
+        assert len(calls(path, "StopJob")) < 300
+        give_up(60, first)
+        wait_until(lambda: jobs[1] in [line["job"] for line in calls(path, "StopJob")])
+        assert {line["code"] for line in calls(path, "StopJob")} == {"CANCELLED"}
+        for job in jobs:
+            client.stop(job, grace_milliseconds=0)
 
 
 def nothing_goes_on(path: Path) -> bool:
