@@ -29,6 +29,7 @@ TESTED_ELSEWHERE = {
     "rpc/credentials": "functional/test_credentials.py",
     "rpc/gate": "functional/test_abuse.py",
     "rpc/identity": "functional/test_server.py",
+    "rpc/memory": "functional/test_abuse.py",
     "rpc/server": "functional/test_server.py",
     "rpc/service": "functional",  # one module an RPC
 }

@@ -28,6 +28,7 @@ from jobworker.rpc import connections
 from jobworker.rpc.audit import AuditLog
 from jobworker.rpc.credentials import Credentials
 from jobworker.rpc.gate import ClientLimits, Gate, GuardedServices, LargeHeaders, UnknownMethods
+from jobworker.rpc.memory import Memory
 from jobworker.rpc.service import SERVICE, SUBJECTS, JobService, ServiceHandler
 from jobworker.rpc.watch import Watch, WatchedFiles
 
@@ -125,7 +126,7 @@ class RpcServer:
             self._watch.add(self._roles(settings.clients, clients))
         if settings.revoked:
             self._watch.add(self._revocation(settings.revoked, settings.cert_path / certs.CA_CERT))
-        for function in (self._audit.look, self._gate.look):
+        for function in (self._audit.look, self._gate.look, Memory().look):
             self._watch.at_each_look(function)
         options = [*OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections)]
         self._server = grpc.aio.server(options=options)

@@ -531,6 +531,33 @@ def test_large_headers_of_who_acknowledges_no_settings(
     assert server.rss_bytes() - before < 200 * MEBIBYTE
 
 
+def test_what_a_flood_of_calls_took_is_given_back(start_server: StartServer, mallory: str) -> None:
+    """Given up at once, each with headers of 8 KiB: they wait until the server comes to them."""
+    server = start_server()
+    before = server.rss_bytes()
+    headers = headers_of("GetServerInfo")
+    with contextlib.ExitStack() as closing:
+        hostile = [closing.enter_context(connect(server, mallory)) for _ in range(8)]
+        for connection in hostile:
+            first = headers + b"\x40\3x-a\1a"
+            connection.sendall(
+                frame(SETTINGS, ACK, 0, b"")
+                + frame(HEADERS, END_HEADERS | END_STREAM, 1, first)
+                + reset_of(1)
+            )
+        numbers = range(3, 4003, 2)
+        calls = [
+            frame(HEADERS, END_HEADERS | END_STREAM, number, headers + b"\xbe" * 200)
+            for number in numbers
+        ]
+        for connection in hostile:
+            connection.sendall(b"".join(calls))
+            connection.sendall(b"".join(map(reset_of, numbers)))
+        wait_until(lambda: server.rss_bytes() - before > 200 * MEBIBYTE)
+        others_work(server)
+    wait_until(lambda: server.rss_bytes() - before < 100 * MEBIBYTE)
+
+
 def test_bytes_that_are_no_text_are_hardly_said(start_server: StartServer, mallory: str) -> None:
     """Anybody with a certificate could fill the disk with lines, and say anything in them."""
     server = start_server()
