@@ -20,10 +20,12 @@
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
+#include <linux/netlink.h>
 #include <linux/seccomp.h>
 #include <limits.h>
 #include <malloc.h>
 #include <net/if.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -696,7 +698,7 @@ enum {
 	NAMESPACES = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER
 		     | CLONE_NEWPID | CLONE_NEWNET | NEW_TIME,
 	RULES = sizeof rules / sizeof *rules,
-	LONGEST_FILTER = 2 * RULES + 32, /* a jump reaches 255 further */
+	LONGEST_FILTER = 2 * RULES + 64, /* a jump reaches 255 further */
 };
 
 _Static_assert(LONGEST_FILTER < 255, "jumps would not reach");
@@ -736,17 +738,74 @@ static int compare_rules(const void *left, const void *right)
 	return (a->call > b->call) - (a->call < b->call);
 }
 
-/* Returns where it begins. */
+/* For what it does not know of these families, protocols and kinds of socket, the kernel has a
+ * program of root's look for a module, outside of any job. Raw ones take rights that no job has. Of
+ * netlink there are only routes, which C libraries ask for: the rest tells of all processes and
+ * devices of the machine, or has modules looked for by what is sent to it. Sockets of unix are of
+ * few kinds, all known, and need no rule. */
+struct socket_kind { unsigned family, type, protocol; };
+
+static const struct socket_kind socket_kinds[] = {
+	{AF_INET, SOCK_STREAM, 0}, {AF_INET, SOCK_STREAM, IPPROTO_TCP},
+	{AF_INET, SOCK_STREAM, 262 /* IPPROTO_MPTCP, which Go takes by default */},
+	{AF_INET, SOCK_DGRAM, 0}, {AF_INET, SOCK_DGRAM, IPPROTO_UDP},
+	{AF_INET, SOCK_DGRAM, IPPROTO_ICMP},
+	{AF_INET6, SOCK_STREAM, 0}, {AF_INET6, SOCK_STREAM, IPPROTO_TCP},
+	{AF_INET6, SOCK_STREAM, 262},
+	{AF_INET6, SOCK_DGRAM, 0}, {AF_INET6, SOCK_DGRAM, IPPROTO_UDP},
+	{AF_INET6, SOCK_DGRAM, IPPROTO_ICMPV6},
+	{AF_NETLINK, SOCK_RAW, NETLINK_ROUTE}, {AF_NETLINK, SOCK_DGRAM, NETLINK_ROUTE},
+};
+
+enum { SOCKET_KINDS = sizeof socket_kinds / sizeof *socket_kinds };
+
+/* Not each kernel has IPv6, or MPTCP. It looks for a module now, and not once more for each job that
+ * asks. Other errors than these are about what jobinit may, or has. */
+static bool is_known(const struct socket_kind *kind)
+{
+	int fd = socket(kind->family, kind->type, kind->protocol);
+
+	if (fd < 0)
+		return errno != EAFNOSUPPORT && errno != EPROTONOSUPPORT && errno != ESOCKTNOSUPPORT;
+	close(fd);
+	return true;
+}
+
+/* Returns where it begins. Of each argument the lower half: the kernel takes them as ints, too. All
+ * three become one number, which is one of those that are allowed, or not. */
 static unsigned make_socket_filter(void)
 {
-	static const unsigned known[] = {AF_UNIX, AF_INET, AF_INET6, AF_NETLINK};
-	enum { COUNT = sizeof known / sizeof *known };
-	unsigned i, first;
+	enum { FAMILY_PLACE = 20, TYPE_PLACE = 16, TYPE_BITS = 0xf /* the rest are flags */ };
+	unsigned families[SOCKET_KINDS], numbers[SOCKET_KINDS], family_count = 0, count = 0, i, first;
+	const struct socket_kind *kind;
 
+	for (kind = socket_kinds; kind < socket_kinds + SOCKET_KINDS; kind++) {
+		if (!is_known(kind))
+			continue;
+		if (!family_count || families[family_count - 1] != kind->family)
+			families[family_count++] = kind->family;
+		numbers[count++] = kind->family << FAMILY_PLACE | kind->type << TYPE_PLACE
+				   | kind->protocol;
+	}
 	first = emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[0]), 0, 0);
-	for (i = 0; i < COUNT; i++)
-		emit(BPF_JMP | BPF_JEQ | BPF_K, known[i], COUNT - i, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, AF_UNIX, 0, 1);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	for (i = 0; i < family_count; i++)
+		emit(BPF_JMP | BPF_JEQ | BPF_K, families[i], family_count - i, 0);
 	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EAFNOSUPPORT, 0, 0);
+	emit(BPF_ALU | BPF_LSH | BPF_K, FAMILY_PLACE, 0, 0);
+	emit(BPF_MISC | BPF_TAX, 0, 0, 0);
+	emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1]), 0, 0);
+	emit(BPF_ALU | BPF_AND | BPF_K, TYPE_BITS, 0, 0);
+	emit(BPF_ALU | BPF_LSH | BPF_K, TYPE_PLACE, 0, 0);
+	emit(BPF_ALU | BPF_OR | BPF_X, 0, 0, 0);
+	emit(BPF_MISC | BPF_TAX, 0, 0, 0);
+	emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2]), 0, 0);
+	emit(BPF_JMP | BPF_JGE | BPF_K, 1u << TYPE_PLACE, 1 + count, 0); /* to what refuses */
+	emit(BPF_ALU | BPF_OR | BPF_X, 0, 0, 0);
+	for (i = 0; i < count; i++)
+		emit(BPF_JMP | BPF_JEQ | BPF_K, numbers[i], count - i, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPROTONOSUPPORT, 0, 0);
 	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
 	return first;
 }

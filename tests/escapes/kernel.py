@@ -384,6 +384,37 @@ def _make_pair(name: str, family: int) -> str:
     return f"has two sockets of {name}"
 
 
+NETLINK_CONNECTOR, NETLINK_KOBJECT_UEVENT = 11, 15
+
+
+@attack(shown_as="user")
+def watch_the_machines_devices(scene: Scene) -> str:
+    return _listen_to_netlink(NETLINK_KOBJECT_UEVENT)
+
+
+@attack()
+def watch_the_machines_processes(scene: Scene) -> str:
+    """All that are made and that end, with their numbers: of some kernels as any user."""
+    return _listen_to_netlink(NETLINK_CONNECTOR)
+
+
+def _listen_to_netlink(protocol: int) -> str:
+    try:
+        ours = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, protocol)
+    except OSError as error:
+        raise Missing("refused, or not in this kernel") from error
+    with ours:
+        ours.bind((0, 1))
+    return "is in the group that all of it is told to"
+
+
+@attack(shown_as="user")
+def make_sockets_of_other_protocols(scene: Scene) -> str:
+    """One that each kernel has. Of those that it has not, it looks for a module."""
+    socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 2).close()
+    return "has a netlink socket for whoever uses it"
+
+
 @attack()
 def listen_to_the_wire(scene: Scene) -> str:
     socket.socket(socket.AF_PACKET, socket.SOCK_RAW, struct.unpack("<H", b"\x00\x03")[0]).close()

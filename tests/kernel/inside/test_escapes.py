@@ -3,6 +3,7 @@ also those that harm, and bombs."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,3 +135,43 @@ def test_a_crash_is_no_matter_of_the_machines_unless_it_wants_that(
     finally:
         pattern.write_text(before)
     assert told.read_text() == "second\n"
+
+
+# Of each family that a job may have, kinds and protocols that are there, and that are not.
+SOCKETS = """
+import ctypes
+libc = ctypes.CDLL(None)
+for family in (1, 2, 10, 16):
+    for kind in (1, 2, 3, 4, 5, 6, 10):
+        for protocol in (0, 1, 4, 9, 11, 17, 25, 58, 132, 136):
+            libc.socket(family, kind, protocol)
+            libc.socketpair(family, kind, protocol, (ctypes.c_int * 2)())
+print("tried")
+"""
+UNKNOWN = "import ctypes; ctypes.CDLL(None).socket(2, 1, 132); print('tried')"
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+def test_no_socket_has_the_kernel_look_for_modules(stage: Stage, profile: str) -> None:
+    """It would by a program of root's, outside of any job."""
+    with public_folder() as folder, modules_looked_for(folder) as told:
+        for script, asking in ((SOCKETS, profile), (UNKNOWN, "none")):
+            job = stage.client.create("python3", "-I", "-c", script, profile=asking)
+            assert stage.client.output(job.id) == b"tried\n"
+        # Each call returned after that.
+        assert told.read_text().split() == ["net-pf-2-proto-132-type-1", "net-pf-2-proto-132"]
+
+
+@contextlib.contextmanager
+def modules_looked_for(folder: Path) -> Iterator[Path]:
+    """Their names, in a file that comes with the first."""
+    told, program = folder / "told", folder / "modprobe"
+    program.write_text(f'#!/bin/sh\nfor name; do :; done; echo "$name" >> {told}\n')
+    program.chmod(0o755)
+    setting = Path("/proc/sys/kernel/modprobe")
+    before = setting.read_text()
+    setting.write_text(str(program))
+    try:
+        yield told
+    finally:
+        setting.write_text(before)
