@@ -637,16 +637,17 @@ enum { OWN_ARCHITECTURE = AUDIT_ARCH_RISCV64 };
 enum { LAST_REVIEWED_CALL = 469 };
 
 enum verdict {
-	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, NO_NAMESPACES, KNOWN_SOCKETS, NO_LEASES, VERDICTS,
+	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LEASES, VERDICTS,
 };
 
 struct rule { unsigned call; enum verdict verdict; };
 
 /* By number where the headers of the systems that wheels are built on may not have the name. */
 static struct rule rules[] = {
-	/* Namespaces. clone3 has its flags in memory, where a filter cannot look: C libraries
-	 * use clone where it does not exist. */
-	{SYS_clone, NO_NAMESPACES}, {SYS_unshare, NO_NAMESPACES}, {435 /* clone3 */, UNKNOWN},
+	/* Namespaces, and children of the parent: of a job's main process that is jobinit, which would
+	 * have to reap them all. clone3 has its flags in memory, where a filter cannot look: C
+	 * libraries use clone where it does not exist. */
+	{SYS_clone, PLAIN_CLONES}, {SYS_unshare, PLAIN_CLONES}, {435 /* clone3 */, UNKNOWN},
 	{SYS_setns, FORBID},
 	/* Of other families: those for drivers, and AF_VSOCK, which reaches the machine's own host
 	 * from any network namespace. */
@@ -695,8 +696,8 @@ static struct rule rules[] = {
 
 enum {
 	NEW_TIME = 0x80, /* CLONE_NEWTIME, which only unshare has: to clone, a signal of no use */
-	NAMESPACES = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER
-		     | CLONE_NEWPID | CLONE_NEWNET | NEW_TIME,
+	REFUSED_CLONES = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER
+			 | CLONE_NEWPID | CLONE_NEWNET | NEW_TIME | CLONE_PARENT,
 	RULES = sizeof rules / sizeof *rules,
 	LONGEST_FILTER = 2 * RULES + 64, /* a jump reaches 255 further */
 };
@@ -838,9 +839,9 @@ static void make_filter(void)
 	tree_end = filter_size;
 	targets[UNKNOWN] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS, 0, 0);
 	/* The first argument's lower half; all of these architectures are little-endian. */
-	targets[NO_NAMESPACES] =
+	targets[PLAIN_CLONES] =
 		emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[0]), 0, 0);
-	emit(BPF_JMP | BPF_JSET | BPF_K, NAMESPACES, 1, 0);
+	emit(BPF_JMP | BPF_JSET | BPF_K, REFUSED_CLONES, 1, 0);
 	targets[ALLOW] = emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
 	targets[FORBID] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
 	targets[UNSUPPORTED] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EINVAL, 0, 0);

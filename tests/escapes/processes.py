@@ -171,6 +171,19 @@ def offer_to_the_oom_killer(pid: int) -> str:
     return f"may write {path}"
 
 
+CLONE_PARENT = 0x8000
+
+
+@attack(shown_as="user")
+def have_children_of_its_parents(scene: Scene) -> str:
+    """Of a job's main process that is jobinit: they would be cut off with no word at its end, and
+    be dead by the thousand for jobinit to look at before it answers."""
+    pid = system_call("clone", 56, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
+    if pid == 0:
+        os._exit(0)
+    return "has a sibling"
+
+
 CAP_SYS_RESOURCE = 24
 
 

@@ -541,6 +541,7 @@ CALLS = {
     "clone3": (435, 435, errno.ENOSYS), "unshare user": (272, 97, errno.EPERM, 0x10000000),
     "unshare files": (272, 97, 0, 0x400), "unshare time": (272, 97, errno.EPERM, 0x81),
     "clone user": (56, 220, errno.EPERM, 0x10000000 | 17),
+    "clone of a parent": (56, 220, errno.EPERM, 0x8000 | 17),
     "setns": (308, 268, errno.EPERM, -1, 0), "mount": (165, 40, errno.EPERM),
     "umount2": (166, 39, errno.EPERM), "pivot_root": (155, 41, errno.EPERM),
     "chroot": (161, 51, errno.EPERM, b"/"), "open_tree": (428, 428, errno.EPERM, -1),
