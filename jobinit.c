@@ -163,6 +163,7 @@ enum {
 	FIRST_CONNECTION_MS = 10 * 1000,
 	RETRY_MS = 20,
 	EVENTS_OF_ONE_PACKET = 16, /* before the server is told what came of them */
+	REAPS_OF_ONE_PACKET = 64,  /* the same */
 	FIRST_PROCESS_SECONDS = 10,
 	OWN_DESCRIPTORS = 128, /* kept from jobs: for accept, /proc, and a packet's pidfds */
 	MOST_CLOSING = 1024,   /* more than a socket's buffer holds */
@@ -235,7 +236,7 @@ static uint64_t refused_job;
 
 static int epoll_fd, signal_fd, listener_fd = 3, server_fd = -1;
 static uint32_t server_interest;
-static bool was_connected, must_retry, listener_rests;
+static bool was_connected, must_retry, listener_rests, has_dead;
 
 static struct rlimit original_open_files;
 static int descriptor_ceiling;
@@ -2251,19 +2252,27 @@ static void reap(pid_t pid)
 	end_job(job, wait_status, &usage);
 }
 
-static void reap_all(void)
+/* Signals of one kind are merged: one may stand for many. */
+static void take_signals(void)
 {
 	struct signalfd_siginfo taken;
-	siginfo_t dead;
 
-	/* Signals of one kind are merged: one may stand for many. */
 	while (read(signal_fd, &taken, sizeof taken) > 0)
 		;
-	for (;;) {
+	has_dead = true;
+}
+
+/* So many only, as no signal tells how many there are, and more may come all the time. */
+static void reap_some(void)
+{
+	siginfo_t dead;
+	unsigned left;
+
+	for (left = REAPS_OF_ONE_PACKET; has_dead && left; left--) {
 		dead.si_pid = 0;
-		if (waitid(P_ALL, 0, &dead, WEXITED | WNOHANG | WNOWAIT) < 0 || !dead.si_pid)
-			return;
-		reap(dead.si_pid);
+		has_dead = waitid(P_ALL, 0, &dead, WEXITED | WNOHANG | WNOWAIT) == 0 && dead.si_pid;
+		if (has_dead)
+			reap(dead.si_pid);
 	}
 }
 
@@ -2914,7 +2923,7 @@ static void handle_event(const struct epoll_event *event)
 		handle_server(event->events);
 		break;
 	case SIGNAL_EVENT:
-		reap_all();
+		take_signals();
 		break;
 	case FIRST_VIEW_EVENT ... FIRST_VIEW_EVENT + MOST_VIEWS - 1:
 		take_view(&views[event->data.u64 - FIRST_VIEW_EVENT]);
@@ -2926,6 +2935,8 @@ static void handle_event(const struct epoll_event *event)
 
 static int patience_ms(void)
 {
+	if (has_dead)
+		return 0;
 	if (must_retry || listener_rests)
 		return RETRY_MS;
 	if (job_count || server_fd >= 0)
@@ -2951,10 +2962,11 @@ static void handle_events(void)
 	int count;
 
 	while ((count = epoll_wait(epoll_fd, &event, 1, patience_ms())) != 0 || must_retry
-	       || listener_rests) {
+	       || listener_rests || has_dead) {
 		rouse_listener();
 		if (count > 0)
 			handle_in_company(&event);
+		reap_some();
 		send_owed();
 	}
 }

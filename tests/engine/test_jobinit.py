@@ -24,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -856,6 +857,49 @@ def test_a_job_ends_when_its_main_process_does(launcher: Launcher) -> None:
         await asyncio.to_thread(_wait_until, lambda: _children(server.pid) == [])
 
     launcher.run(scenario)
+
+
+def test_many_dead_keep_no_server_waiting(launcher: Launcher) -> None:
+    """They are reaped some at a time. jobinit is stopped once it has answered: some are left then.
+    It may have come to the last of them meanwhile; so it is tried again."""
+    pid = launcher.spawn()
+
+    def orphans(count: int) -> bool:
+        return len(_children(pid)) == count
+
+    with _raw_connection(launcher.path) as connection:
+        for job_id in itertools.count(1):
+            script = f"for i in $(seq {ORPHANS}); do (sleep 1000 &); done"
+            connection.send(_packet(Ask.START, job_id, _start_body("/bin/sh", "-c", script)))
+            told: list[tuple[int, int, bytes]] = []
+            while len(told) < 2:
+                told += _receive(connection)
+            assert [kind for kind, _, _ in told] == [Tell.STARTED, Tell.EXITED]
+            _wait_until(partial(orphans, ORPHANS))
+            os.kill(pid, signal.SIGSTOP)
+            group, *_ = struct.unpack("=iIQ", told[0][2])
+            os.killpg(group, signal.SIGKILL)
+            connection.send(_packet(Ask.ACKNOWLEDGE, job_id))
+            connection.send(_packet(Ask.LIST, 0))
+            _wait_until(partial(_are_zombies, _children(pid)))
+            os.kill(pid, signal.SIGCONT)
+            assert _receive(connection) == [(Tell.LISTED, 0, b"")]
+            os.kill(pid, signal.SIGSTOP)
+            left = len(_children(pid))
+            os.kill(pid, signal.SIGCONT)
+            _wait_until(partial(orphans, 0))
+            if left:
+                break
+            assert job_id < 20, "all were reaped before"
+    assert launcher.wait_end(pid) == 0
+
+
+ORPHANS = 150
+
+
+def _are_zombies(pids: list[int]) -> bool:
+    stats = (Path(f"/proc/{pid}/stat").read_text() for pid in pids)
+    return all(stat.rpartition(")")[2].split()[0] == "Z" for stat in stats)
 
 
 # Signals
