@@ -20,6 +20,7 @@
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
+#include <linux/magic.h>
 #include <linux/netlink.h>
 #include <linux/seccomp.h>
 #include <limits.h>
@@ -45,6 +46,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
@@ -1466,7 +1468,9 @@ static enum proof prove_exec(int status_fd, pid_t pid, bool is_dead, struct step
  *   /proc, /tmp, /var/tmp, /dev/shm, /dev/pts   each job's own: `complete_view`
  *   /dev       nothing but the harmless devices
  *   /run       empty, so that no daemon's socket is in reach, but for the resolv.conf
- *   /sys       read-only, and nothing mounted in it but cgroup v2
+ *   /sys       read-only, and nothing mounted in it
+ *   cgroups    nowhere: they show nothing of a job's own, and who lists a folder for long keeps the
+ *              server, and the machine, from making cgroups in it
  *   the rest   is the machine's, less what is hidden; set-user-ID and devices have no effect
  */
 
@@ -1629,23 +1633,17 @@ static void read_mounts(void)
 	fclose(file);
 }
 
-static bool has_cgroup2(const char *folder)
+static bool is_of_cgroups(const struct mount_line *line)
 {
-	size_t i;
-
-	for (i = 0; i < mount_line_count; i++)
-		if (!strcmp(mount_lines[i].filesystem, "cgroup2")
-		    && is_in(mount_lines[i].point, folder))
-			return true;
-	return false;
+	return !strcmp(line->filesystem, "cgroup") || !strcmp(line->filesystem, "cgroup2");
 }
 
-static bool is_replaced(const struct view_request *request, const char *point)
+static bool is_replaced(const struct view_request *request, const struct mount_line *line)
 {
 	static const char *const replaced[] = {
 		"/proc", "/dev", "/run", "/tmp", "/var/tmp", NULL,
 	};
-	const char *const *folder, *hidden = request->hidden;
+	const char *const *folder, *hidden = request->hidden, *point = line->point;
 	uint32_t i;
 
 	/* Where a user namespace owns the mounts, only who sees a /proc may mount another. */
@@ -1657,7 +1655,7 @@ static bool is_replaced(const struct view_request *request, const char *point)
 	for (i = 0; i < request->asked.hidden; i++, hidden = after(hidden))
 		if (is_in(point, hidden))
 			return true;
-	return is_in(point, "/sys") && strcmp(point, "/sys") && !has_cgroup2(point);
+	return is_of_cgroups(line) || (is_in(point, "/sys") && strcmp(point, "/sys"));
 }
 
 /* What no job sees: each mount that is not there need not be copied. Where the kernel lets one
@@ -1667,7 +1665,7 @@ static void drop_mounts(const struct view_request *request)
 	size_t i;
 
 	for (i = mount_line_count; i-- > 0;)
-		if (is_replaced(request, mount_lines[i].point))
+		if (is_replaced(request, &mount_lines[i]))
 			umount2(mount_lines[i].point, MNT_DETACH | UMOUNT_NOFOLLOW);
 }
 
@@ -1772,17 +1770,23 @@ static void hide_paths(const struct view_request *request)
 	}
 }
 
-static void protect_kernel_files(void)
+/* Those that the kernel did not let go, as in a user namespace. */
+static void hide_cgroups(void)
 {
+	struct statfs info;
 	size_t i;
 
+	for (i = 0; i < mount_line_count; i++)
+		if (is_of_cgroups(&mount_lines[i]) && statfs(mount_lines[i].point, &info) == 0
+		    && (info.f_type == CGROUP_SUPER_MAGIC || info.f_type == CGROUP2_SUPER_MAGIC))
+			need(bind_mount(HIDDEN_FOLDER, mount_lines[i].point), "hide",
+			     mount_lines[i].point);
+}
+
+static void protect_kernel_files(void)
+{
 	need(set_attributes(AT_FDCWD, "/sys", WHOLE_TREE, READ_ONLY) || is_absent()
 	     || errno == EINVAL /* nothing is mounted there */, "make read-only:", "/sys");
-	for (i = 0; i < mount_line_count; i++)
-		if (!strncmp(mount_lines[i].filesystem, "cgroup", strlen("cgroup")))
-			need(set_attributes(AT_FDCWD, mount_lines[i].point, 0, READ_ONLY)
-			     || is_absent() || errno == EINVAL, "make read-only:",
-			     mount_lines[i].point);
 }
 
 static void write_own(const char *path, const char *text)
@@ -1845,6 +1849,7 @@ static _Noreturn void build_view(const struct view_request *request)
 	/* What is hidden may be in what is read-only. */
 	protect_paths(request);
 	hide_paths(request);
+	hide_cgroups();
 	protect_kernel_files();
 	report_view(0, "made", "", namespaces);
 }

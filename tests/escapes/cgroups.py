@@ -76,6 +76,19 @@ for _name in ("cgroup.kill", "cgroup.freeze", "cgroup.procs", "cgroup.max.descen
     attack(name=f"write {_name} of victim")(_writes(_name))
 
 
+@attack(shown_as="user")
+def list_the_cgroups_of_the_machine(scene: Scene) -> str:
+    """Who does so into memory that is slow keeps root from making any meanwhile."""
+    folders = [Path(scene["root_cgroup"]), Path("/sys/fs/cgroup"), *own_cgroups(scene)]
+    return first_of(partial(_listed, folder) for folder in folders)
+
+
+def _listed(folder: Path) -> str:
+    if "cgroup.procs" not in os.listdir(folder):
+        raise Missing("no cgroup")
+    return f"lists {folder}"
+
+
 @attack()
 def see_the_cgroups_of_others(scene: Scene) -> str:
     """Who reads them sees what others use, and when."""

@@ -384,10 +384,21 @@ def test_what_is_the_kernels_is_read_only_or_hidden(client: Client) -> None:
     for point in ("/sys", "/dev", "/run", "/proc/sys", "/proc/bus", "/proc/irq", "/proc/fs"):
         if Path(point).exists():
             assert "ro" in mounts[point][1], point
-    for point, (filesystem, flags) in mounts.items():
-        assert not filesystem.startswith("cgroup") or "ro" in flags, point
     _, output = client.run("cat /proc/keys /proc/key-users /proc/timer_list")
     assert output.count(b"Permission denied") == 3
+
+
+def test_it_sees_no_cgroups_wherever_they_are_mounted(tmp_path: Path, certificates: Path) -> None:
+    """Who lists a folder for long keeps others from making cgroups in it."""
+    mount = 'mount -t cgroup2 none /mnt && test -e /mnt/cgroup.procs && exec "$@"'
+    launcher = ["unshare", "--mount", "--propagation=private", "sh", "-c", mount, "sh"]
+    server = Server(tmp_path, certificates, launcher=launcher, PROFILE="default")
+    with server.connect() as client:
+        mounts = mounts_of(client).values()
+        assert not [name for name, _ in mounts if name.startswith("cgroup")]
+        _, output = client.run("find /mnt /sys/fs/cgroup -name 'cgroup.*'")
+        assert output == b""
+    assert server.stop() == 0
 
 
 def test_no_socket_of_a_daemon_is_in_reach(client: Client) -> None:

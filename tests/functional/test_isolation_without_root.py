@@ -158,6 +158,17 @@ def test_neither_is_it_in_sight_where_it_is_mounted_once_more(
                 assert output.count(b"Read-only file system") == 1, output
 
 
+def test_neither_are_cgroups_that_are_mounted_once_more(certificates: Path) -> None:
+    mount = 'mount -t cgroup2 none /mnt && test -e /mnt/cgroup.procs && exec "$@"'
+    with (
+        public_folder() as other,
+        servers(other, certificates, ["sh", "-c", mount, "sh"]) as start,
+        start(PROFILE="").connect() as client,
+    ):
+        _, output = client.run("ls /mnt; ls /mnt/cgroup.procs")
+        assert output.count(b"Permission denied") == 2, output
+
+
 def test_it_sees_its_own_processes_only(client: Client) -> None:
     _, output = client.run("echo $$; cd /proc; for p in [0-9]*; do echo $p; done")
     assert output.split() == [b"2", b"2"]
