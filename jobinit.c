@@ -23,6 +23,7 @@
 #include <linux/magic.h>
 #include <linux/netlink.h>
 #include <linux/seccomp.h>
+#include <linux/sockios.h>
 #include <limits.h>
 #include <malloc.h>
 #include <net/if.h>
@@ -640,7 +641,8 @@ enum { OWN_ARCHITECTURE = AUDIT_ARCH_RISCV64 };
 enum { LAST_REVIEWED_CALL = 469 };
 
 enum verdict {
-	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LEASES, VERDICTS,
+	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LEASES,
+	NO_MODULES, VERDICTS,
 };
 
 struct rule { unsigned call; enum verdict verdict; };
@@ -682,6 +684,8 @@ static struct rule rules[] = {
 	/* Who opens the file waits for the lease's holder: the server for its own code, where its jobs
 	 * have its user. */
 	{SYS_fcntl, NO_LEASES},
+	/* For some it looks for modules, as for sockets that it does not know. */
+	{SYS_ioctl, NO_MODULES},
 	/* Keys, which no namespace separates */
 	{SYS_keyctl, FORBID}, {SYS_add_key, FORBID}, {SYS_request_key, FORBID},
 	/* The machine as a whole */
@@ -827,6 +831,23 @@ static unsigned make_lease_filter(void)
 	return first;
 }
 
+/* Returns where it begins. */
+static unsigned make_ioctl_filter(void)
+{
+	static const unsigned refused[] = {
+		TIOCSETD, SIOCGIFBR, SIOCSIFBR, SIOCBRADDBR, SIOCBRDELBR, SIOCGIFVLAN, SIOCSIFVLAN,
+	};
+	enum { COUNT = sizeof refused / sizeof *refused };
+	unsigned i, first;
+
+	first = emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1]), 0, 0);
+	for (i = 0; i < COUNT; i++)
+		emit(BPF_JMP | BPF_JEQ | BPF_K, refused[i], COUNT - i, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
+	return first;
+}
+
 /* The verdicts come last, as jumps go forwards only. */
 static void make_filter(void)
 {
@@ -850,6 +871,7 @@ static void make_filter(void)
 	targets[UNSUPPORTED] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EINVAL, 0, 0);
 	targets[KNOWN_SOCKETS] = make_socket_filter();
 	targets[NO_LEASES] = make_lease_filter();
+	targets[NO_MODULES] = make_ioctl_filter();
 	for (i = 4; i < tree_end; i++)
 		if (BPF_OP(filter[i].code) != BPF_JGE && BPF_CLASS(filter[i].code) == BPF_JMP)
 			filter[i].jt = targets[filter[i].jt] - i - 1;

@@ -415,6 +415,17 @@ def make_sockets_of_other_protocols(scene: Scene) -> str:
     return "has a netlink socket for whoever uses it"
 
 
+TIOCSETD = 0x5423
+
+
+@attack(shown_as="user")
+def choose_the_discipline_of_a_terminal(scene: Scene) -> str:
+    """That is of its own. Of others than the usual one the kernel looks for modules."""
+    _, terminal = os.openpty()
+    fcntl.ioctl(terminal, TIOCSETD, struct.pack("i", 0))
+    return "has the usual one, and may ask for others"
+
+
 @attack()
 def listen_to_the_wire(scene: Scene) -> str:
     socket.socket(socket.AF_PACKET, socket.SOCK_RAW, struct.unpack("<H", b"\x00\x03")[0]).close()

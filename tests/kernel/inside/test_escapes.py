@@ -137,25 +137,30 @@ def test_a_crash_is_no_matter_of_the_machines_unless_it_wants_that(
     assert told.read_text() == "second\n"
 
 
-# Of each family that a job may have, kinds and protocols that are there, and that are not.
-SOCKETS = """
-import ctypes
+# Of each family that a job may have, kinds and protocols that are there, and that are not. And
+# ioctls: of bridges, of VLANs, and one for what a terminal does with its lines.
+ASKING = """
+import ctypes, os, socket
 libc = ctypes.CDLL(None)
 for family in (1, 2, 10, 16):
     for kind in (1, 2, 3, 4, 5, 6, 10):
         for protocol in (0, 1, 4, 9, 11, 17, 25, 58, 132, 136):
             libc.socket(family, kind, protocol)
             libc.socketpair(family, kind, protocol, (ctypes.c_int * 2)())
+inet = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for number in (0x8940, 0x8941, 0x89a0, 0x89a1, 0x8982, 0x8983):
+    libc.ioctl(inet.fileno(), ctypes.c_ulong(number), ctypes.create_string_buffer(256))
+libc.ioctl(os.openpty()[1], ctypes.c_ulong(0x5423), ctypes.byref(ctypes.c_int(13)))
 print("tried")
 """
 UNKNOWN = "import ctypes; ctypes.CDLL(None).socket(2, 1, 132); print('tried')"
 
 
 @pytest.mark.parametrize("profile", CONFINING)
-def test_no_socket_has_the_kernel_look_for_modules(stage: Stage, profile: str) -> None:
+def test_nothing_has_the_kernel_look_for_modules(stage: Stage, profile: str) -> None:
     """It would by a program of root's, outside of any job."""
     with public_folder() as folder, modules_looked_for(folder) as told:
-        for script, asking in ((SOCKETS, profile), (UNKNOWN, "none")):
+        for script, asking in ((ASKING, profile), (UNKNOWN, "none")):
             job = stage.client.create("python3", "-I", "-c", script, profile=asking)
             assert stage.client.output(job.id) == b"tried\n"
         # Each call returned after that.
