@@ -32,6 +32,7 @@ FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
 
 PAYLOAD_TAG = b"\x0a"  # field 1, length-delimited
+LONGEST_VARINT_BYTES = 10
 
 NOT_APART = "this server does not tell stdout and stderr apart; use `output`, which has both"
 
@@ -318,12 +319,9 @@ def split_payload(message: bytes) -> tuple[memoryview, pb.DataChunk]:
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:
     """The number there, and the place behind it; where it has no end, one that is too large."""
-    value = shift = 0
-    while place < len(message):
-        byte = message[place]
-        place += 1
-        value |= (byte & 0x7F) << shift
+    value = 0
+    for count, byte in enumerate(message[place : place + LONGEST_VARINT_BYTES]):
+        value |= (byte & 0x7F) << (7 * count)
         if byte < 0x80:
-            return value, place
-        shift += 7
+            return value, place + count + 1
     return len(message), place
