@@ -163,7 +163,7 @@ class AsyncClient:
 
     async def _call(self, call: Call[AnswerT], timeout_seconds: float | None = None) -> AnswerT:
         """timeout_seconds: shortens the client's own."""
-        await self._require(call.rpc, call.needs)
+        await self._require(call.rpc, call.needs, timeout_seconds)
         seconds = self._timeout_seconds + call.extra_seconds
         if timeout_seconds is not None:
             seconds = min(seconds, timeout_seconds)
@@ -187,12 +187,14 @@ class AsyncClient:
     async def _error_from(self, error: grpc.RpcError, rpc: str) -> CallError:
         return await asyncio.to_thread(failures.error_from, error, rpc, self._target)
 
-    async def _require(self, rpc: str, needs: tuple[str, ...]) -> None:
+    async def _require(
+        self, rpc: str, needs: tuple[str, ...], timeout_seconds: float | None
+    ) -> None:
         """Raises UnsupportedError where the server would ignore what is needed."""
         if not needs or self._knows_new_fields:
             return
         try:
-            await self.info()
+            await self._call(calls.info(), timeout_seconds)
         except UnsupportedError as error:
             raise failures.unsupported(rpc, needs, self._target) from error
         self._knows_new_fields = True
@@ -213,7 +215,7 @@ class AsyncClient:
     # Streams
 
     async def _read(self, reading: Reading) -> AsyncGenerator[Chunk, None]:
-        await self._require(STREAM_RPC, reading.needs)
+        await self._require(STREAM_RPC, reading.needs, reading.patience.left_seconds())
         while not reading.is_over:
             try:
                 async with contextlib.aclosing(self._read_once(reading)) as chunks:
@@ -243,7 +245,8 @@ class AsyncClient:
         finally:
             stream.cancel()
         if reading.ended():
-            last = reading.conclude(await self.get(reading.job_id))
+            get = calls.get(reading.job_id)
+            last = reading.conclude(await self._call(get, reading.patience.left_seconds()))
             if last:
                 yield last
 

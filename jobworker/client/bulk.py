@@ -146,6 +146,6 @@ def _read_single(answer: bytes) -> list[Created]:
 
 def _created(result: pb.CreateJobsRes.Result) -> Created:
     if result.id:
-        return Created(int(result.id), Status(result.status))
+        return Created(calls.id_from(result.id), Status(result.status))
     code = CODES.get(result.code, grpc.StatusCode.UNKNOWN)
     return Created(error=ERRORS.get(code, CallError)("CreateJob", code.name, result.error))

@@ -38,6 +38,7 @@ AnswerT = TypeVar("AnswerT")
 LARGEST_INT32 = 2**31 - 1
 LARGEST_UINT32 = 2**32 - 1
 LARGEST_PAGE_JOBS = 1000
+MOST_EMPTY_PAGES = 1000  # one after the other
 
 # Those that a server knows that knows only the old fields.
 OLD_OPTIONS = {"max_cpu", "max_memory", "max_iobps"}
@@ -166,7 +167,10 @@ def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Jo
 
 
 def get(job_id: int | str) -> Call[Job]:
-    return Call("GetJob", pb.GetJobReq(id=str(job_id)), _read_job)
+    def read(answer: bytes) -> Job:
+        return checked(_read_job(answer), job_id)
+
+    return Call("GetJob", pb.GetJobReq(id=str(job_id)), read)
 
 
 def stop(job_id: int | str, signal: int, grace_seconds: float | None) -> Call[None]:
@@ -277,6 +281,7 @@ class Listing:
         self._owner = owner
         self._left = limit
         self._token = ""
+        self._empty_pages = 0
         self.is_over = limit is not None and limit <= 0
 
     def request(self) -> Call[Page]:
@@ -307,6 +312,9 @@ class Listing:
         message = pb.ListJobsRes.FromString(answer)
         if message.next_page_token and message.next_page_token == self._token:
             raise ValueError(f"after the page {self._token!r} comes the same again")
+        self._empty_pages = 0 if message.jobs else self._empty_pages + 1
+        if self._empty_pages > MOST_EMPTY_PAGES:
+            raise ValueError(f"there is no job in {self._empty_pages} pages")
         return Page([job_from(job) for job in message.jobs], message.next_page_token)
 
     def _read_all(self, answer: bytes) -> Page:
@@ -380,13 +388,28 @@ def _quota_from(message: pb.Quota) -> Quota:
     )
 
 
+def id_from(text: str) -> int:
+    """Raises ValueError for what is no id of the contract."""
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"{text[:40]!r} is no id of a job")
+    return int(text)
+
+
+def checked(job: Job, asked: int | str) -> Job:
+    """Raises ValueError where it is another one than was asked for."""
+    text = str(asked)
+    if text.isascii() and text.isdecimal() and int(text) != job.id:
+        raise ValueError(f"it is about job {job.id}, not {text}")
+    return job
+
+
 def job_from(message: pb.Job) -> Job:
     """Raises ValueError for what is no job of the contract."""
     status = Status(message.status)
     started_ns = message.start_time_ns or nanoseconds(message.startTime)
     is_old = not message.created_time_ns
     return Job(
-        id=int(message.id),
+        id=id_from(message.id),
         spec=_spec_from(message),
         status=status,
         # Servers that know only the old fields do not tell: the start is the nearest.

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jobworker.client.calls import job_from
+from jobworker.client.calls import checked, job_from
 from jobworker.errors import (
     CallError,
     DeadlineError,
@@ -256,8 +256,14 @@ class Reading:
         self.patience.progressed()
         if not view and not rest.next_offset and not rest.HasField("ending"):
             return None
+        if not self._offset <= rest.offset <= rest.next_offset:
+            raise ValueError(
+                f"from {self._offset} on it goes back to {rest.offset}..{rest.next_offset}"
+            )
+        ending = None
+        if rest.HasField("ending"):
+            ending = checked(job_from(rest.ending), self.job_id)
         self._offset = rest.next_offset
-        ending = job_from(rest.ending) if rest.HasField("ending") else None
         self.is_over = ending is not None
         return Chunk(view, rest.offset, rest.next_offset, rest.runs, rest.lost_bytes, ending)
 

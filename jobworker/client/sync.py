@@ -213,7 +213,7 @@ class Client:
 
     def _call(self, call: Call[AnswerT], timeout_seconds: float | None = None) -> AnswerT:
         """timeout_seconds: shortens the client's own."""
-        self._require(call.rpc, call.needs)
+        self._require(call.rpc, call.needs, timeout_seconds)
         seconds = self._timeout_seconds + call.extra_seconds
         if timeout_seconds is not None:
             seconds = min(seconds, timeout_seconds)
@@ -234,12 +234,12 @@ class Client:
                 if not self._took_next_name(channel, error):
                     raise failures.error_from(error, call.rpc, self._target) from error
 
-    def _require(self, rpc: str, needs: tuple[str, ...]) -> None:
+    def _require(self, rpc: str, needs: tuple[str, ...], timeout_seconds: float | None) -> None:
         """Raises UnsupportedError where the server would ignore what is needed."""
         if not needs or self._knows_new_fields:
             return
         try:
-            self.info()
+            self._call(calls.info(), timeout_seconds)
         except UnsupportedError as error:
             raise failures.unsupported(rpc, needs, self._target) from error
         self._knows_new_fields = True
@@ -260,7 +260,7 @@ class Client:
     # Streams
 
     def _read(self, reading: Reading) -> Generator[Chunk, None, None]:
-        self._require(STREAM_RPC, reading.needs)
+        self._require(STREAM_RPC, reading.needs, reading.patience.left_seconds())
         while not reading.is_over:
             try:
                 yield from self._read_once(reading)
@@ -288,7 +288,8 @@ class Client:
         finally:
             stream.cancel()
         if reading.ended():
-            last = reading.conclude(self.get(reading.job_id))
+            get = calls.get(reading.job_id)
+            last = reading.conclude(self._call(get, reading.patience.left_seconds()))
             if last:
                 yield last
 

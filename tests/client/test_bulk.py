@@ -98,6 +98,9 @@ def test_an_answer_that_does_not_fit() -> None:
     one = pb.CreateJobsRes(results=[pb.CreateJobsRes.Result(id="1", status="RUNNING")])
     with pytest.raises(ValueError, match="1 results for 2 jobs"):
         call.read(one.SerializeToString())
+    one.results[0].id = "-٣"
+    with pytest.raises(ValueError, match="is no id of a job"):
+        Bulk([Spec("true")]).request().read(one.SerializeToString())
 
 
 def test_a_failure_of_the_first_request_is_raised() -> None:

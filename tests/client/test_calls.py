@@ -68,9 +68,9 @@ def an_ended_job() -> Job:
     "job", [an_ended_job(), transition.created(1, JobSpec("/bin/true"), NOON_NS)]
 )
 def test_a_job_arrives_as_the_server_has_it(job: Job) -> None:
-    assert calls.get(1).read(convert.job_to(job).SerializeToString()) == job
+    assert calls.get(job.id).read(convert.job_to(job).SerializeToString()) == job
     message = convert.job_to(job, shows_environment=False)
-    shown = calls.get(1).read(message.SerializeToString())
+    shown = calls.get(job.id).read(message.SerializeToString())
     assert shown.spec.environment == dict.fromkeys(job.spec.environment, "")
     assert shown.environment_withheld == bool(job.spec.environment)
 
@@ -101,11 +101,23 @@ def test_a_job_of_an_old_server(status: str, exit_code: int, cause: Cause | None
 
 
 @pytest.mark.parametrize(
-    "fields", [{"id": "x", "status": "RUNNING"}, {"id": "1", "status": "ASLEEP"}, {}]
+    "fields",
+    [
+        *({"id": text, "status": "RUNNING"} for text in ("x", "-1", "٣", "1_0", " 1", "9" * 5000)),
+        {"id": "1", "status": "ASLEEP"},
+        {},
+    ],
 )
 def test_what_is_no_job(fields: dict[str, str]) -> None:
     with pytest.raises(ValueError):
         calls.job_from(pb.Job(**fields))  # type: ignore[arg-type]
+
+
+def test_another_job_than_was_asked_for() -> None:
+    answer = pb.Job(id="777", status="RUNNING").SerializeToString()
+    assert calls.get("0777").read(answer).id == 777
+    with pytest.raises(ValueError, match="it is about job 777, not 7"):
+        calls.get(7).read(answer)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +250,20 @@ def test_a_page_that_comes_again_and_again_is_no_answer() -> None:
     listing.take(listing.request().read(answer))
     with pytest.raises(ValueError, match="the page '7' comes the same again"):
         listing.request().read(answer)
+
+
+def test_pages_without_an_end_and_without_a_job_are_no_answer() -> None:
+    listing = calls.Listing((), "", 5)
+
+    def take(number: int, jobs: int) -> None:
+        message = pb.ListJobsRes(next_page_token=f"{number}")
+        message.jobs.extend([pb.Job(id="1", status="RUNNING")] * jobs)
+        listing.take(listing.request().read(message.SerializeToString()))
+
+    for number in range(2 * calls.MOST_EMPTY_PAGES):
+        take(number, jobs=number == calls.MOST_EMPTY_PAGES - 1)
+    with pytest.raises(ValueError, match="no job in 1001 pages"):
+        take(2 * calls.MOST_EMPTY_PAGES, jobs=0)
 
 
 def test_an_old_server_cannot_list_by_name_or_owner() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,22 +44,57 @@ class Aborting(grpc.GenericRpcHandler):
     def _answer(self, request: pb.GetJobReq, context: grpc.ServicerContext) -> bytes:
         if request.id in KINDS:
             context.abort(grpc.StatusCode[request.id], "as asked for")
+        if request.id == "terminal":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "\x1b]0;title\x07\nü")
         if request.id == "no message":
             return b"\xff\xff"
         return pb.Job(id="1", status=request.id).SerializeToString()
 
 
-@pytest.fixture(scope="module")
-def address(certificates: Path) -> Iterator[str]:
+class Stalling(grpc.GenericRpcHandler):
+    """A server that does not answer one RPC, or not again, and whose streams are cut off."""
+
+    def __init__(self, rpc: str, answers: int) -> None:
+        self.released = threading.Event()
+        self._rpc = rpc
+        self._answers = answers  # before it stalls
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        if details.method.endswith("/GetJobsStream"):
+            return grpc.unary_stream_rpc_method_handler(lambda _request, _context: iter(()))
+        if details.method.endswith(f"/{self._rpc}"):
+            self._answers -= 1
+            if self._answers < 0:
+                return grpc.unary_unary_rpc_method_handler(self._stall)
+        job = pb.Job(id="1", status="RUNNING").SerializeToString()
+        answer = job if details.method.endswith("/GetJob") else b""
+        return grpc.unary_unary_rpc_method_handler(lambda _request, _context: answer)
+
+    def _stall(self, _request: bytes, _context: grpc.ServicerContext) -> bytes:
+        self.released.wait(30)
+        return b""
+
+
+@contextlib.contextmanager
+def listening(handler: grpc.GenericRpcHandler, certificates: Path) -> Iterator[str]:
+    """Its address."""
     server = grpc.server(ThreadPoolExecutor(2))
-    server.add_generic_rpc_handlers((Aborting(),))
+    server.add_generic_rpc_handlers((handler,))
     names = ("server-key.pem", "server-cert.pem", "ca-cert.pem")
     key, cert, ca = ((certificates / name).read_bytes() for name in names)
     credentials = grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True)
     port = server.add_secure_port("127.0.0.1:0", credentials)
     server.start()
-    yield f"127.0.0.1:{port}"
-    server.stop(grace=0).wait(10)
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(grace=0).wait(10)
+
+
+@pytest.fixture(scope="module")
+def address(certificates: Path) -> Iterator[str]:
+    with listening(Aborting(), certificates) as address:
+        yield address
 
 
 @pytest.mark.parametrize("code", KINDS)
@@ -71,3 +109,23 @@ def test_each_status_is_one_error(connect: Connect, address: str, code: str) -> 
 def test_an_answer_of_another_contract(connect: Connect, address: str, answer: str) -> None:
     with pytest.raises(CallError, match=f"{address}: cannot understand the answer to GetJob"):
         connect(address).get(answer)
+
+
+def test_what_a_server_says_changes_no_terminal(connect: Connect, address: str) -> None:
+    with pytest.raises(errors.RejectedError) as caught:
+        connect(address).get("terminal")
+    assert str(caught.value) == r"\x1b]0;title\x07\nü"
+
+
+@pytest.mark.parametrize(("rpc", "answers"), [("GetServerInfo", 0), ("GetJob", 1)])
+def test_a_wait_ends_in_time_whatever_the_server_does_not_answer(
+    connect: Connect, certificates: Path, rpc: str, answers: int
+) -> None:
+    handler = Stalling(rpc, answers)
+    with listening(handler, certificates) as address:
+        client = connect(address, timeout=20)
+        before = time.monotonic()
+        with pytest.raises(errors.DeadlineError):
+            client.wait(1, timeout=1)
+        handler.released.set()
+    assert time.monotonic() - before < 10

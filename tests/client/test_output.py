@@ -252,3 +252,26 @@ def test_bytes_of_an_unknown_stream_are_no_chunk() -> None:
     message = pb.DataChunk(payload=b"abc", next_offset=3, runs=[run]).SerializeToString()
     with pytest.raises(ValueError, match="unknown stream"):
         reading().take(message)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        new(b"a", 4),
+        pb.DataChunk(payload=b"a", offset=7, next_offset=6).SerializeToString(),
+        last(0),
+    ],
+)
+def test_a_stream_does_not_go_back(message: bytes) -> None:
+    reader = reading(from_offset=2)
+    taken(reader, new(b"abc", 2))
+    with pytest.raises(ValueError, match=r"from 5 on it goes back to .\.\.."):
+        reader.take(message)
+    assert taken(reader, new(b"d", 5)) == b"d"
+
+
+def test_the_ending_of_another_job_is_none() -> None:
+    reader = Reading(2, Patience(60))
+    with pytest.raises(ValueError, match="it is about job 1, not 2"):
+        reader.take(last(0))
+    assert not reader.is_over
