@@ -248,12 +248,21 @@ class Revoked:
 NOBODY_REVOKED = Revoked()
 LIST_BEGIN = b"-----BEGIN X509 CRL-----"
 LIST = re.compile(LIST_BEGIN + b".*?-----END X509 CRL-----", re.DOTALL)
-SERIAL = re.compile(r"[0-9a-f]{1,40}")  # as `_serial_text` has it
+SERIAL = re.compile(r"-?[0-9a-f]+")  # as `_serial_text` has it
+# With something behind it that is no comment.
+ALMOST_SERIAL = re.compile(r"serial=.*|(0x)?-?(?=[a-f:]*[0-9])[0-9a-f:]{2,}[\s;,].*", re.IGNORECASE)
+# With what the text of `openssl crl -text` and `certtool --crl-info` begins, and goes on beside
+# what is indented there: numbers of other kinds.
+LIST_TEXT = re.compile(
+    r"(X\.509 )?Certificate Revocation List (\(CRL\)|Information):", re.IGNORECASE
+)
+MORE_LIST_TEXT = re.compile(r"(\s.*)?|(No )?Revoked Certificates.*", re.IGNORECASE)
 
 
 def read_revoked(path: Path, ca_path: Path) -> Revoked:
-    """The revoked certificates that a file names: serial numbers in hexadecimal, one a line, with
-    comments from # on; or lists of CAs (CRL), in PEM, with such lines around them, or DER.
+    """The revoked certificates that a file names: serial numbers in hexadecimal, one a line,
+    as `openssl x509 -serial` shows them, with comments from # on; or lists of CAs (CRL), in PEM,
+    with such lines around them, or DER.
 
     Raises CertificateError where it is none of these, and where a list is not signed by a CA
     in `ca_path`. A list that has expired still counts, with a warning.
@@ -262,7 +271,8 @@ def read_revoked(path: Path, ca_path: Path) -> Revoked:
     if LIST_BEGIN in content:
         parts = [LIST_BEGIN + part for part in content.split(LIST_BEGIN)[1:]]
         by_lists = _revoked_by_lists(path, [_parse_list(path, part) for part in parts], ca_path)
-        return replace(by_lists, serials=frozenset(_serials_around_lists(content)))
+        serials, warnings = _serials_around_lists(path, content)
+        return replace(by_lists, serials=serials, warnings=(*by_lists.warnings, *warnings))
     if content.startswith(b"\x30"):  # a sequence in DER, or a line that begins with the digit 0
         lists = []
         with suppress(ValueError):
@@ -293,11 +303,16 @@ def revoke(path: Path, certificate_path: Path) -> str:
         raise CertificateError(
             path, f"cannot be written: {error.strerror}", "give a file that this user can write"
         ) from error
+    # As a server will read it, with what others have written there.
+    if certificate.serial_number not in set(_serials(path, _read(path))):
+        raise CertificateError(
+            path, f"does not have {_serial_of(certificate)}", "look who else writes to it"
+        )
     return _serial_of(certificate)
 
 
 def _serials(path: Path, content: bytes) -> Iterable[int]:
-    for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
+    for number, line in enumerate(_lines(content), 1):
         text = _serial_text(line)
         if not text:
             continue
@@ -310,18 +325,37 @@ def _serials(path: Path, content: bytes) -> Iterable[int]:
         yield int(text, 16)
 
 
-def _serials_around_lists(content: bytes) -> Iterable[int]:
-    """Other text there is for people (RFC 7468); that of `openssl crl -text` has numbers of other
-    kinds, which are indented."""
-    around = LIST.sub(b"", content)
-    for line in around.decode(errors="replace").splitlines():
-        text = _serial_text(line)
-        if not line[:1].isspace() and SERIAL.fullmatch(text):
-            yield int(text, 16)
+def _serials_around_lists(path: Path, content: bytes) -> tuple[frozenset[int], list[str]]:
+    """And warnings. Other text there is for people (RFC 7468)."""
+    serials: set[int] = set()
+    warnings = []
+    for around in LIST.split(content):
+        is_of_list = False
+        for line in _lines(around):
+            text = _serial_text(line)
+            goes_on = is_of_list and MORE_LIST_TEXT.fullmatch(line)
+            is_of_list = bool(goes_on or LIST_TEXT.match(line))
+            if is_of_list or not text:
+                continue
+            if SERIAL.fullmatch(text):
+                serials.add(int(text, 16))
+            elif ALMOST_SERIAL.fullmatch(line.strip()):
+                warnings.append(
+                    f"{path} has {line.strip()[:80]!r} beside a CRL, which is not taken for a "
+                    "serial number: write what belongs to it behind a #"
+                )
+    return frozenset(serials), warnings
+
+
+def _lines(content: bytes) -> list[str]:
+    """Without the mark that editors put before the first, which files put together have inside."""
+    lines = content.decode(errors="replace").splitlines()
+    return [line.removeprefix("\ufeff") for line in lines]
 
 
 def _serial_text(line: str) -> str:
-    return line.partition("#")[0].strip().replace(":", "").lower().removeprefix("0x")
+    text = line.partition("#")[0].strip().replace(":", "").lower()
+    return text.removeprefix("serial=").strip().removeprefix("0x")
 
 
 def _parse_list(path: Path, pem: bytes) -> x509.CertificateRevocationList:
@@ -703,9 +737,10 @@ def _subject_fields(about: object, certificate: x509.Certificate) -> tuple[str, 
 
 
 def _serial_of(certificate: x509.Certificate) -> str:
-    """By whole bytes."""
-    digits = f"{certificate.serial_number:X}"
-    return digits.zfill(len(digits) + len(digits) % 2)
+    """By whole bytes; a CA may have chosen a negative one."""
+    digits = f"{abs(certificate.serial_number):X}"
+    sign = "-" if certificate.serial_number < 0 else ""
+    return sign + digits.zfill(len(digits) + len(digits) % 2)
 
 
 def _alternative_names_of(certificate: x509.Certificate) -> tuple[str, ...]:

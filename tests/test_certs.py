@@ -588,9 +588,9 @@ def _serial(path: Path) -> int:
 
 def test_serial_numbers_in_any_usual_form(folder: Path, tmp_path: Path) -> None:
     revoked = tmp_path / "revoked"
-    revoked.write_text("# whom, when\n\n0A:1B  # alice\n0xFF\n  7\n")
+    revoked.write_text("\ufeff1\n# whom, when\n\n0A:1B  # alice\n0xFF\n  7\nserial=2B\n-05\n")
     found = certs.read_revoked(revoked, folder / "ca-cert.pem")
-    assert found.serials == {0xA1B, 0xFF, 7}
+    assert found.serials == {1, 0xA1B, 0xFF, 7, 0x2B, -5}
     assert found.has("any issuer", 7)
     assert not found.has("any issuer", 8)
 
@@ -615,6 +615,25 @@ def test_revoking_appends(folder: Path, tmp_path: Path) -> None:
     names = ("viewer-cert.pem", "client-cert.pem")
     assert found.serials == {0xFF, *(_serial(folder / name) for name in names)}
     assert "# viewer, 20" in revoked.read_text()
+
+
+@needs_openssl
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")  # the library's
+@pytest.mark.parametrize("serial", ["-5", "0", "0x" + "ff" * 20, "0x" + "1f" * 21])
+def test_a_serial_number_of_any_sign_and_length(by_hand: Path, serial: str) -> None:
+    names = "-CA ca-cert.pem -CAkey ca-key.pem -in client.csr -out client-cert.pem"
+    _openssl(by_hand, f"x509 -req -days 365 {names} -set_serial {serial}")
+    shown = _openssl(by_hand, "x509 -noout -serial -in client-cert.pem").strip()
+    assert certs.revoke(by_hand / "revoked", by_hand / "client-cert.pem") == shown[7:]
+    found = certs.read_revoked(by_hand / "revoked", by_hand / "ca-cert.pem")
+    assert found.serials == {int(serial, 0)} == {_serial(by_hand / "client-cert.pem")}
+
+
+def test_revoking_says_where_the_list_cannot_be_used(folder: Path, tmp_path: Path) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.write_text("not a serial\n")
+    with pytest.raises(CertificateError, match="has in line 1 'not a serial'"):
+        certs.revoke(revoked, folder / "client-cert.pem")
 
 
 def test_nothing_is_appended_to_a_list_of_the_authority(folder: Path, tmp_path: Path) -> None:
@@ -644,17 +663,61 @@ def test_a_list_that_writes_the_issuer_in_another_way(folder: Path, tmp_path: Pa
     assert found.has(client.issuer, client.serial)
 
 
-def test_serial_numbers_around_a_list_count_too(folder: Path, tmp_path: Path) -> None:
-    """And no other text there, nor what `openssl crl -text` writes of a signature."""
+def _empty_list(folder: Path) -> bytes:
     key = serialization.load_pem_private_key((folder / "ca-key.pem").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     authority = x509.load_pem_x509_certificate((folder / "ca-cert.pem").read_bytes())
     now = datetime.now(UTC)
     builder = x509.CertificateRevocationListBuilder(authority.subject, now, now + timedelta(days=1))
-    crl = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.mark.parametrize(
+    ("text", "serial"),
+    [
+        ("0x1234  # mallory", 0x1234),
+        ("serial=1F2E", 0x1F2E),
+        ("\ufeff1F2E", 0x1F2E),
+        ("Of our CA:\n  1f:2e", 0x1F2E),
+        ("-05", -5),
+    ],
+)
+def test_serial_numbers_around_a_list_count_too(
+    folder: Path, tmp_path: Path, text: str, serial: int
+) -> None:
+    crl, path = _empty_list(folder), tmp_path / "crl.pem"
+    for content in (text.encode() + b"\n" + crl, crl + text.encode()):
+        path.write_bytes(content)
+        found = certs.read_revoked(path, folder / "ca-cert.pem")
+        assert (set(found.serials), found.warnings) == ({serial}, ())
+
+
+def test_what_is_nearly_a_serial_number_beside_a_list_is_told(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "crl.pem"
-    path.write_bytes(b"Of our CA:\n        ab:cd\n" + crl + b"0x1234  # mallory\n")
-    assert certs.read_revoked(path, folder / "ca-cert.pem").serials == {0x1234}
+    nearly = ["1f2e bob", "  1f:2e; x", "serial=1F2G"]
+    text = "\n".join(["Added by the CA, in 2026", "a list", *nearly, "12  # 34 5"])
+    path.write_bytes(text.encode() + b"\n" + _empty_list(folder))
+    found = certs.read_revoked(path, folder / "ca-cert.pem")
+    assert found.serials == {0x12}
+    assert len(found.warnings) == len(nearly)
+    for line, warning in zip(nearly, found.warnings, strict=True):
+        assert f"{path} has {line.strip()!r} beside a CRL" in warning
+
+
+@needs_openssl
+def test_what_openssl_writes_beside_a_list_is_no_serial_number(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "crl.pem"
+    path.write_bytes(_empty_list(folder))
+    text = _openssl(tmp_path, "crl -in crl.pem -text")
+    assert "        30:4" in text  # of its signature
+    number = "            X509v3 CRL Number: \n                1\n    Signature Algorithm"
+    for beside in (text, text.replace("    Signature Algorithm", number), f"{text}0a\n{text}"):
+        path.write_text(beside)
+        found = certs.read_revoked(path, folder / "ca-cert.pem")
+        assert found.serials == ({10} if "\n0a" in beside else set())
+        assert found.warnings == ()
 
 
 @needs_openssl
