@@ -133,12 +133,12 @@ QUOTAS = tuple(each.name for each in fields(Quota))
 
 def _read(path: Path, profiles: Collection[str]) -> Entries:
     try:
-        text = path.read_text() + "\n"  # so that an error in the last line has its number
+        text = path.read_text("utf-8") + "\n"  # so that an error in the last line has its number
         sections = tomllib.loads(text)
     except OSError as error:
         problem, remedy = f"cannot be read: {error.strerror}", "check its name and its rights"
         raise SettingError(SETTING, path, problem, remedy) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         remedy = 'write [cn.NAME] or [ou.NAME], and below it lines such as role = "user"'
         raise SettingError(SETTING, path, f"is not TOML: {error}", remedy) from error
     found: dict[str, dict[str, dict[str, Any]]] = {"cn": {}, "ou": {}}

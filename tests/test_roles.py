@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,9 +120,23 @@ def test_a_broken_file_is_refused_with_its_line(
 def test_a_file_that_cannot_be_read(file: Path) -> None:
     with pytest.raises(SettingError, match=r"JOB_WORKER_CLIENTS.*No such file"):
         clients_of(file)
-    file.write_bytes(b"\xff")
-    with pytest.raises(SettingError, match="JOB_WORKER_CLIENTS"):
-        clients_of(file)
+    for content in (b"\xff", b"x = " + 3000 * b"[" + 3000 * b"]"):
+        file.write_bytes(content)
+        with pytest.raises(SettingError, match=r"JOB_WORKER_CLIENTS.*is not TOML"):
+            clients_of(file)
+
+
+def test_the_file_is_utf_8_whatever_the_locale(file: Path) -> None:
+    file.write_text('[cn."müller"]\nrole = "viewer"', "utf-8")
+    program = """if True:
+        import sys; from pathlib import Path; from jobworker.roles import Clients
+        print(ascii(*Clients(Path(sys.argv[1])).read().cn))
+    """
+    # Here ASCII stands for all others that Python does not replace by UTF-8 by itself.
+    environ = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", program, str(file)]
+    found = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+    assert found.stdout == "'m\\xfcller'\n"
 
 
 def test_what_is_read_again_holds_once_it_is_used(file: Path) -> None:

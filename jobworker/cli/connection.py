@@ -278,11 +278,11 @@ class ConfigFile:
         import tomllib
 
         try:
-            return tomllib.loads(self._path.read_text())
+            return tomllib.loads(self._path.read_text("utf-8"))
         except OSError as error:
             problem = f"cannot be read: {error.strerror}"
             raise SettingError("configuration file", self._path, problem, "mend it") from error
-        except ValueError as error:  # not TOML, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
             problem = f"is not TOML: {error}"
             remedy = 'write lines such as default = "farm"'
             raise SettingError("configuration file", self._path, problem, remedy) from error
@@ -302,13 +302,13 @@ def make_dev_folder(environ: Mapping[str, str]) -> Path:
 
 
 def write_dev_record(environ: Mapping[str, str], address: str, certs: Path) -> None:
-    (dev_folder(environ) / "server").write_text(f"{address}\n{certs}\n")
+    (dev_folder(environ) / "server").write_text(f"{address}\n{certs}\n", "utf-8")
 
 
 def dev_record(environ: Mapping[str, str]) -> dict[str, str]:
     """Address and certificates of this user's newest development server; {}: there was none."""
     try:
-        address, certs = (dev_folder(environ) / "server").read_text().splitlines()
+        address, certs = (dev_folder(environ) / "server").read_text("utf-8").splitlines()
     except (OSError, ValueError):
         return {}
     return {"address": address, "certs": certs}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,7 @@ def test_a_record_that_is_damaged_is_none(environ: dict[str, str]) -> None:
         ("[servers.test]\naddress = 1", "servers.test"),
         ('servers = "test"', "test"),
         (b"\xff", "is not TOML"),
+        ("x = " + 3000 * "[", "is not TOML"),
     ],
 )
 def test_a_file_that_is_not_right(
@@ -154,6 +157,21 @@ def test_a_file_that_is_not_right(
         connection.choose(flags, environ)
     assert named in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_the_file_is_utf_8_whatever_the_locale(environ: dict[str, str], file: Path) -> None:
+    file.write_text('[servers."büro"]\naddress = "x:1"', "utf-8")
+    program = """if True:
+        import os; from jobworker.cli import connection
+        connection.write_dev_record(os.environ, "x:1", "\\xfc")
+        print(ascii(connection.ConfigFile(connection.config_path(os.environ)).names()))
+    """
+    environ |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    connection.make_dev_folder(environ)
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+    assert found.stdout == "['b\\xfcro']\n"
+    assert connection.dev_record(environ) == {"address": "x:1", "certs": "ü"}
 
 
 def test_a_name_that_is_not_in_the_file(environ: dict[str, str], file: Path) -> None:
