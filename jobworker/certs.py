@@ -638,6 +638,9 @@ def _read_key(path: Path) -> SigningKey:
 
 def _read(path: Path) -> bytes:
     try:
+        # What a shell hands on, as <(...), ends; another pipe may never.
+        if path.exists() and not path.is_file() and not os.path.realpath(path).startswith("/proc/"):
+            raise CertificateError(path, "is no ordinary file", "put one there")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CertificateError(

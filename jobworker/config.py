@@ -525,12 +525,17 @@ def load(
 def _read_file(path: Path) -> dict[str, str]:
     """Values as text: one parser for each setting, wherever it is set."""
     try:
+        # What a shell hands on, as <(...), ends; a pipe with a name may never.
+        if path.is_fifo() and not os.path.realpath(path).startswith("/proc/"):
+            raise SettingError(
+                "the configuration file", path, "is no ordinary file", "put one there"
+            )
         with path.open("rb") as file:
             values = tomllib.load(file)
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
         raise SettingError("the configuration file", path, problem, "check its name") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SettingError(
             "the configuration file",
             path,

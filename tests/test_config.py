@@ -189,7 +189,10 @@ def test_a_value_in_the_file_that_is_none(tmp_path: Path, text: str) -> None:
     assert refusal({}, {}, file).setting == f"linger in {file}"
 
 
-@pytest.mark.parametrize("content", [b"linger = ", b"linger 2", b"\xff\xfe", b"a = 1\na = 2"])
+@pytest.mark.parametrize(
+    "content",
+    [b"linger = ", b"linger 2", b"\xff\xfe", b"a = 1\na = 2", b"a = " + 3000 * b"["],
+)
 def test_a_file_that_is_not_toml(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "jobworker.toml"
     path.write_bytes(content)
@@ -206,6 +209,17 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         ):
             assert str(path) in str(error)
             assert error.problem.startswith("cannot be read: ")
+
+
+def test_a_pipe_is_read_where_a_shell_hands_it_on(tmp_path: Path) -> None:
+    """As in --config <(...); one with a name would be waited for."""
+    ours, theirs = os.pipe()
+    os.write(theirs, b"linger = 7")
+    os.close(theirs)
+    with contextlib.closing(os.fdopen(ours)):
+        assert load({}, {}, Path(f"/dev/fd/{ours}")).linger_seconds == 7
+    os.mkfifo(tmp_path / "pipe")
+    assert refusal({}, {}, tmp_path / "pipe").problem == "is no ordinary file"
 
 
 def test_a_user_without_a_home_folder_must_give_the_state_folder() -> None:

@@ -103,13 +103,19 @@ def test_a_certificate_file_that_is_missing(tmp_path: Path, certificates: Path, 
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("setting", ["CLIENTS", "REVOKED"])
-def test_a_file_that_never_ends(tmp_path: Path, certificates: Path, setting: str) -> None:
-    pipe = tmp_path / "pipe"
+@pytest.mark.parametrize(
+    "place", ["CLIENTS", "REVOKED", "CONFIG", "ca-cert.pem", "server-cert.pem", "server-key.pem"]
+)
+def test_a_file_that_never_ends(tmp_path: Path, certificates: Path, place: str) -> None:
+    folder, pipe = shutil.copytree(certificates, tmp_path / "certs"), tmp_path / "pipe"
     os.mkfifo(pipe)
-    ended = serve(tmp_path, certificates, **{setting: str(pipe)})
-    assert ended.returncode == 1
-    assert f"{pipe} is no ordinary file" in ended.stderr
+    settings = {place: str(pipe)}
+    if place.endswith(".pem"):
+        settings, pipe = {}, pipe.rename(folder / place)
+    ended = serve(tmp_path, folder, **settings)
+    assert ended.returncode in {1, 2}
+    assert str(pipe) in ended.stderr
+    assert "is no ordinary file" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
