@@ -56,14 +56,16 @@ class Ledger:
         QuotaError where it is empty."""
         if not per_second:
             return
+        burst = max(1.0, per_second)
         # With a bucket that is full later than this, less than one create is in it.
-        latest = now + (max(1.0, per_second) - 1) / per_second
-        full_at = max(self._full_at, now)
-        if full_at > latest + CLOCK_TICK_SECONDS:
+        latest = now + (burst - 1) / per_second
+        # What was used under a lower rate counts no more than an empty bucket does now.
+        self._full_at = min(max(self._full_at, now), now + burst / per_second)
+        if self._full_at > latest + CLOCK_TICK_SECONDS:
             problem = "all of them are used"
-            remedy = f"try again in {full_at - latest:.3f} s"
+            remedy = f"try again in {self._full_at - latest:.3f} s"
             self._refuse("creates_per_second", f"{per_second:g}", problem, remedy)
-        self._full_at = full_at + 1 / per_second
+        self._full_at += 1 / per_second
 
     def is_idle(self, now: float) -> bool:
         """Whether nothing would be lost with it."""

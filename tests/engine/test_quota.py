@@ -88,6 +88,16 @@ def test_less_than_one_create_a_second() -> None:
     ledger.take_create(0.1, 110.1)
 
 
+def test_creates_that_are_raised_hold_at_once() -> None:
+    ledger = Ledger("alice")
+    ledger.take_create(0.01, 1000.0)
+    with pytest.raises(QuotaError, match=r"is 100.*again in 0\.010 s"):
+        ledger.take_create(100, 1000.0)
+    for _ in range(50):
+        ledger.take_create(100, 1000.5)
+    ledger.take_create(0.01, 1100.5)
+
+
 @given(
     per_second=st.floats(0.1, 1000),
     pauses=st.lists(st.floats(0, 3), min_size=1, max_size=200),
