@@ -20,7 +20,8 @@ LOOK_SECONDS = 2.0
 SETTLE_SECONDS = 0.5  # to the next, once something has changed
 CLOSE_SECONDS = 1.0  # for a look that is under way, which a file system may keep for ever
 # Looks in which files change, before they are read though they may change again: who revokes
-# certificates one after the other is not waited for.
+# certificates one after the other is not waited for. As often what changes while it is read is
+# read anew.
 MOST_SETTLING = 2
 
 Signature = tuple[tuple[int, ...] | None, ...]
@@ -54,6 +55,7 @@ class WatchedFiles:
         self._seen = self._signature()
         self._settling: Signature | None = None
         self._settling_looks = 0
+        self._torn_looks = 0  # in which they changed while they were read
         apply(self._load_files())
 
     def look(self, *, at_once: bool = False) -> Callable[[], None] | None:
@@ -63,7 +65,7 @@ class WatchedFiles:
         anything."""
         found = self._signature()
         if found == self._seen:
-            self._settling, self._settling_looks = None, 0
+            self._settled(found)
         elif found == self._settling or at_once or self._settling_looks >= MOST_SETTLING:
             return self._read(found)
         else:
@@ -84,10 +86,16 @@ class WatchedFiles:
             problem = str(error)
         except Exception as error:  # noqa: BLE001 nothing in a file may end the watch of all
             problem = repr(error)
-        if self._signature() != found:
-            return None  # written to meanwhile: the next look sees it
-        self._seen, self._settling, self._settling_looks = found, None, 0
+        if self._signature() != found:  # written to meanwhile: the next look sees it
+            self._torn_looks += 1
+            if problem or self._torn_looks < MOST_SETTLING:
+                return None
+        self._settled(found)
         return partial(self._tell, problem, loaded)
+
+    def _settled(self, found: Signature) -> None:
+        self._seen = found
+        self._settling, self._settling_looks, self._torn_looks = None, 0, 0
 
     def _tell(self, problem: str, loaded: Any) -> None:
         if problem:
@@ -113,7 +121,10 @@ def _signature_of(path: Path) -> tuple[int, ...] | None:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    # Programs set the time of the contents to what they like (rsync, cp -p), but not that of the
+    # change.
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times
 
 
 class Watch:

@@ -134,6 +134,58 @@ def test_what_is_written_to_meanwhile_is_left_for_the_next_look(reading: Reading
     assert reading.read == ["1", "333"]
 
 
+def test_what_is_written_to_whenever_it_is_read_is_used_all_the_same(reading: Reading) -> None:
+    load, number = reading.files._load, 10
+
+    def load_and_change() -> str:
+        nonlocal number
+        found: str = load()
+        number += 1
+        reading.write(f"{number}", f"{number}")
+        os.utime(reading.paths[0], ns=(number, number))
+        return found
+
+    reading.files._load = load_and_change
+    reading.write("10", "10")
+    for _ in range(10):
+        reading.look()
+    # After two looks in which it changes two in which it changes while it is read, and so on.
+    assert reading.read == ["1", "11", "13"]
+    reading.files._load = load
+    for _ in range(3):
+        reading.look()
+    assert reading.read[-1] == f"{number}"
+
+
+def test_what_changes_meanwhile_and_cannot_be_used_is_left_for_the_next_look(
+    reading: Reading,
+) -> None:
+    load = reading.files._load
+    number = 10
+
+    def change_and_load() -> str:
+        nonlocal number
+        number += 1
+        reading.write("1", f"{number}")
+        return str(load())
+
+    reading.files._load = change_and_load
+    reading.write("10", "10")
+    for _ in range(10):
+        reading.look()
+    assert (reading.read, reading.outcomes) == (["1"], [])
+
+
+def test_a_change_that_leaves_size_and_time_as_they_were_is_seen(reading: Reading) -> None:
+    times = [os.stat(path) for path in reading.paths]
+    reading.write("2", "2")
+    for path, status in zip(reading.paths, times, strict=True):
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for _ in range(2):
+        reading.look()
+    assert reading.read == ["1", "2"]
+
+
 def test_a_file_that_is_missing_at_first(tmp_path: Path) -> None:
     with pytest.raises(StartupError):
         WatchedFiles("test's files", [tmp_path / "x"], _fail, print)
