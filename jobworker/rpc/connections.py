@@ -20,7 +20,8 @@ CROWDED_SHARE = 0.75
 
 
 def address_of(peer: str) -> str:
-    """`10.0.0.1:4242` or `[::1]:4242`, of what gRPC calls `ipv4:…` or `ipv6:…`."""
+    """`10.0.0.1:4242`, `[::1]:4242`, or with the number of the link `[fe80::1%2]:4242`, of what
+    gRPC calls `ipv4:…` or `ipv6:…`."""
     return unquote(peer.partition(":")[2]) or peer
 
 
@@ -95,5 +96,9 @@ def _connections(port: int) -> Iterator[Connection]:
 
 
 def _format(name: tuple[Any, ...]) -> str:
-    host = name[0].removeprefix("::ffff:") if "." in name[0] else name[0]
-    return f"[{host}]:{name[1]}" if ":" in host else f"{host}:{name[1]}"
+    """As address_of has it."""
+    host, port, *more = name
+    if "." in host:
+        return f"{host.removeprefix('::ffff:')}:{port}"
+    _, link = more
+    return f"[{host}%{link}]:{port}" if link else f"[{host}]:{port}"
