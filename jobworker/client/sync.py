@@ -193,6 +193,7 @@ class Client:
     ) -> Result:
         """Creates a job, and returns its output and ending once it has ended.
 
+        All output is collected in memory, however much it is; `stream` does not.
         timeout: in seconds; after it the job is stopped, and DeadlineError raised. The job
         is also stopped where this is interrupted. (`time_limit` is kept by the server, and
         such a job has its ending with the cause TIMED_OUT.)
