@@ -390,7 +390,7 @@ def _quota_from(message: pb.Quota) -> Quota:
 
 def id_from(text: str) -> int:
     """Raises ValueError for what is no id of the contract."""
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise ValueError(f"{text[:40]!r} is no id of a job")
     return int(text)
 

@@ -109,8 +109,9 @@ def test_a_job_of_an_old_server(status: str, exit_code: int, cause: Cause | None
     ],
 )
 def test_what_is_no_job(fields: dict[str, str]) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as caught:
         calls.job_from(pb.Job(**fields))  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 100
 
 
 def test_another_job_than_was_asked_for() -> None:
