@@ -639,7 +639,7 @@ def _read_key(path: Path) -> SigningKey:
 def _read(path: Path) -> bytes:
     try:
         # What a shell hands on, as <(...), ends; another pipe may never.
-        if path.exists() and not path.is_file() and not os.path.realpath(path).startswith("/proc/"):
+        if path.is_fifo() and not os.path.realpath(path).startswith("/proc/"):
             raise CertificateError(path, "is no ordinary file", "put one there")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
