@@ -322,7 +322,8 @@ def _find_v2(base: Path) -> tuple[Mount, str]:
 
 def _move_server_out_of(base: str, instance: str) -> None:
     """No controller can be enabled below a cgroup that has processes in itself, but for the
-    root. In a delegated subtree these are the server, and jobinit, which is its child."""
+    root. In a delegated subtree these are the server, jobinit, which is its child, and a child of
+    that."""
     members = _processes(base)
     server = os.getpid()
     if server not in members or _is_root_cgroup(base):
@@ -331,7 +332,7 @@ def _move_server_out_of(base: str, instance: str) -> None:
     try:
         _make_directory(leaf)
         for pid in members:
-            if pid == server or _parent(pid) == server:
+            if server in (pid, _parent(pid), _parent(_parent(pid))):
                 _move(pid, leaf)
     except OSError as error:
         raise CgroupError(
@@ -728,7 +729,7 @@ def _move(pid: int, path: str) -> None:
 
 
 def _parent(pid: int) -> int:
-    """0 where it has ended, or nothing may be known of it."""
+    """0 where it has ended, has none in sight, or nothing may be known of it."""
     try:
         stat = _read(f"/proc/{pid}/stat")
     except OSError:

@@ -305,7 +305,7 @@ def _children(pid: int) -> list[int]:
 
 
 def _name(pid: str) -> str:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/comm").read_text().rstrip()
     return ""
 

@@ -258,6 +258,6 @@ def jobs_of(jobinit: int) -> list[int]:
 
 
 def _name(pid: str) -> str:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/comm").read_text().rstrip()
     return ""
