@@ -90,6 +90,7 @@ async def _serve(
     settings: Settings, jobinits: Jobinits, isolation: Isolation, clients: Clients
 ) -> None:
     """Whatever is opened here is closed in the opposite order, also where the start fails."""
+    from jobworker.rpc.audit import AuditLog
     from jobworker.rpc.server import RpcServer, client_limits
     from jobworker.rpc.service import JobService, ServerFacts
 
@@ -109,6 +110,8 @@ async def _serve(
             drops_when_full=settings.disk_full == "drop",
         )
         closing.push_async_callback(output.close)
+        audit = AuditLog(settings.audit_log)
+        closing.callback(audit.close)
         keep = Keep(settings.keep_jobs, settings.keep_seconds, settings.keep_bytes)
         manager = Manager(
             _policy(settings, output),
@@ -125,7 +128,7 @@ async def _serve(
         limits = client_limits(settings, most_connections)
         facts = ServerFacts(__version__, started_ns, str(settings.state_dir), limits)
         service = JobService(manager, facts)
-        server = RpcServer(settings, service, clients, limits, most_connections)
+        server = RpcServer(settings, service, clients, limits, most_connections, audit)
         closing.push_async_callback(server.close)
         closing.push_async_callback(server.stop, ANSWER_SECONDS)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)

@@ -157,6 +157,7 @@ class _Call:
     untaken_bytes: int = 0  # of its answer
     still_may: Callable[[Access], Awaitable[object]] | None = None  # of a stream that has begun
     has_done: bool = False  # something, though it is given up
+    is_told: bool = False  # by lines of the audit log that do not wait for its end
     ended_by: JobWorkerError | None = None  # why it is ended though the client waits
 
     def end(self, error: JobWorkerError) -> None:
@@ -172,10 +173,11 @@ class Entry:
     # What the caller may now, as roles may change. Not for an RPC without a rule. Raises
     # PermissionDeniedError.
     access: Callable[[], Access]
-    # For a call of many parts, before each. Raises AuditError.
-    require_log: Callable[[], None]
-    # For the same, after each, as the end of the call may be far: a line of the audit log, with a
-    # code and what else is told of the part.
+    # The same before each part of a call that creates many jobs: once more all that the call was
+    # let in for. Raises AuditError, too.
+    admit: Callable[[], Access]
+    # A line of the audit log that does not wait for the end of the call, with a code and what else
+    # is told.
     note: Callable[[Callable[[], Mapping[str, Any]]], None]
     # For a stream: within it, a large last message is made and written.
     large_ending: Callable[[], asyncio.Semaphore]
@@ -233,7 +235,7 @@ class Gate:
             context.add_done_callback(leave)
             entry = Entry(
                 functools.partial(self._access, call),
-                self._audit.check,
+                functools.partial(self._admit_part, call),
                 functools.partial(self._note_part, call),
                 functools.partial(_ending_of, call),
             )
@@ -257,7 +259,7 @@ class Gate:
                         if is_ours and not is_stream:
                             sent = self._counted(call, answer, is_refusable)
                 except GivenUp as given_up:
-                    answer, call.has_done = given_up.answer, True
+                    call.is_told, call.has_done = given_up.is_told, not given_up.is_told
                     raise
                 except grpc.aio.InternalError:  # the client has gone, or only its connection
                     raise asyncio.CancelledError from None
@@ -373,6 +375,12 @@ class Gate:
             self._audit.check()
         _check_untaken(call)
 
+    def _admit_part(self, call: _Call) -> Access:
+        assert call.passport is not None
+        self._require_valid(call.passport)
+        self._audit.check()
+        return self._access(call)
+
     def _require_valid(self, passport: Passport) -> None:
         if self._is_revoked(passport):
             raise _revoked_error(passport)
@@ -476,7 +484,7 @@ class Gate:
         code: str,
         error: JobWorkerError | OSError | None = None,
     ) -> None:
-        if not self._audit.is_on:
+        if not self._audit.is_on or call.is_told:
             return
         subject = self._subjects.get(call.rpc)
         told = list(subject(request, answer)) if subject and request is not None else []
@@ -529,12 +537,12 @@ REFUSALS = (PermissionDeniedError, ResourceExhaustedError, AuditError)
 
 
 class GivenUp(asyncio.CancelledError):
-    """The caller went away, or was ended, and something had been done by then, or goes on: where
-    there is an answer, which nobody gets, it tells what, for the audit log."""
+    """The caller went away, or was ended, and something had been done by then, or goes on."""
 
-    def __init__(self, answer: Any = None) -> None:
+    def __init__(self, *, is_told: bool = False) -> None:
+        """is_told: by lines of the audit log, now or later."""
         super().__init__()
-        self.answer = answer
+        self.is_told = is_told
 
 
 def expected(error: Exception, rpc: str) -> JobWorkerError | OSError:

@@ -114,9 +114,12 @@ class RpcServer:
         clients: Clients,
         limits: ClientLimits,
         most_connections: int,
+        audit: AuditLog,
     ) -> None:
-        """Raises StartupError where the address cannot be listened on, or a file not be used."""
-        self._audit = AuditLog(settings.audit_log)
+        """audit: stays the caller's, who closes it once all that was begun has ended.
+
+        Raises StartupError where the address cannot be listened on, or a file not be used."""
+        self._audit = audit
         self._gate = Gate(clients, limits, self._audit, SUBJECTS)
         self._watch = Watch()
         self._crowd = _Crowd(self._gate, most_connections)
@@ -166,7 +169,6 @@ class RpcServer:
         await self._watch.close()
         await self._crowd.close()
         self._audit.write(event="end")
-        self._audit.close()
 
     def _roles(self, path: Path, clients: Clients) -> WatchedFiles:
         def use(entries: Entries) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import signal
+import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -64,22 +66,21 @@ class JobService:
         self._manager = manager
         self._facts = facts
 
-    async def create_job(self, request: pb.CreateJobReq, access: Access) -> pb.Job:
+    async def create_job(self, request: pb.CreateJobReq, entry: Entry, _context: Context) -> pb.Job:
+        access = entry.access()
         creating = self._create(request, access)
         try:
             job = await asyncio.shield(creating)
         except asyncio.CancelledError:
-            try:
-                job = await creating
-            except asyncio.CancelledError:  # once more, as where the server ends
-                raise GivenUp from None
-            raise GivenUp(_shown(job, access)) from None
+            # What is begun goes on, and has its line, however often this is cancelled.
+            creating.add_done_callback(partial(_note_created, request, entry))
+            await _given_up(creating)
+            raise GivenUp(is_told=True) from None
         return _shown(job, access)
 
     async def create_jobs(
         self, request: pb.CreateJobsReq, entry: Entry, _context: Context
     ) -> pb.CreateJobsRes:
-        access = entry.access()
         count = len(request.jobs)
         if count > MOST_CREATES:
             problem = f"{count} are too many for one request; use at most {MOST_CREATES}"
@@ -90,7 +91,11 @@ class JobService:
         async def work() -> None:
             while pending:
                 place, each = pending.popleft()
-                result = results[place] = await self._result_of(each, entry, access)
+                try:
+                    result = results[place] = await self._result_of(each, entry)
+                except asyncio.CancelledError:
+                    entry.note(partial(_told_given_up, each))
+                    raise
                 entry.note(partial(_told_of, each, result))
 
         workers = asyncio.gather(*(work() for _ in range(min(CREATES_AT_ONCE, count))))
@@ -98,20 +103,15 @@ class JobService:
             await asyncio.shield(workers)
         except asyncio.CancelledError:
             pending.clear()
-            await workers  # what is begun goes on
+            await _given_up(workers)
             raise
         return pb.CreateJobsRes(results=results)
 
-    async def _result_of(
-        self, request: pb.CreateJobReq, entry: Entry, access: Access
-    ) -> pb.CreateJobsRes.Result:
+    async def _result_of(self, request: pb.CreateJobReq, entry: Entry) -> pb.CreateJobsRes.Result:
         try:
-            entry.require_log()
-            job = await self._create(request, access)
-        except Exception as caught:  # noqa: BLE001 the others' results are not lost with it
-            error = expected(caught, "CreateJobs")
-            code = convert.code_of(error).value[0]
-            return pb.CreateJobsRes.Result(code=code, error=convert.text_of(error))
+            job = await self._create(request, entry.admit())
+        except Exception as error:  # noqa: BLE001 the others' results are not lost with it
+            return _refused(error)
         return pb.CreateJobsRes.Result(id=str(job.id), status=job.status)
 
     def _create(self, request: pb.CreateJobReq, access: Access) -> asyncio.Future[Job]:
@@ -292,6 +292,33 @@ def _shown(job: Job, access: Access) -> pb.Job:
     return convert.job_to(job, shows_environment=access.shows_environment(job.owner))
 
 
+def _refused(caught: Exception) -> pb.CreateJobsRes.Result:
+    error = expected(caught, "CreateJobs")
+    result = pb.CreateJobsRes.Result(
+        code=convert.code_of(error).value[0], error=convert.text_of(error)
+    )
+    # Their variables, the whole request among them, would else stay until the collector comes.
+    traceback.clear_frames(caught.__traceback__)
+    return result
+
+
+async def _given_up(begun: asyncio.Future[Any]) -> None:
+    """Waits for what goes on though its caller went away; not where this is cancelled again."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.wait([begun])
+
+
+def _note_created(request: pb.CreateJobReq, entry: Entry, created: asyncio.Future[Job]) -> None:
+    if created.cancelled():  # as the server ends
+        entry.note(partial(_told_given_up, request))
+    elif isinstance(error := created.exception(), Exception):
+        entry.note(partial(_told_of, request, _refused(error)))
+    else:
+        entry.note(
+            lambda: _asked(request) | _made(str(created.result().id), created.result().status)
+        )
+
+
 def _ending(job: Job, offset: int, access: Access) -> bytes:
     """The last message of a stream."""
     last = pb.DataChunk(offset=offset, next_offset=offset, ending=_shown(job, access))
@@ -317,7 +344,6 @@ class ServiceHandler(grpc.GenericRpcHandler):
 
     def __init__(self, service: JobService, gate: Gate) -> None:
         unary: list[tuple[str, UnaryMethod, Any]] = [
-            ("CreateJob", service.create_job, pb.CreateJobReq),
             ("DeleteJob", service.delete_job, pb.DeleteJobReq),
             ("GetJob", service.get_job, pb.GetJobReq),
             ("StopJob", service.stop_job, pb.StopJobReq),
@@ -330,6 +356,7 @@ class ServiceHandler(grpc.GenericRpcHandler):
         ]
         methods = {rpc: _unary(gate, rpc, *rest) for rpc, *rest in unary}
         methods |= {rpc: _stream(gate, rpc, *rest) for rpc, *rest in streams}
+        methods["CreateJob"] = _whole(gate, "CreateJob", service.create_job, pb.CreateJobReq)
         methods["CreateJobs"] = _whole(gate, "CreateJobs", service.create_jobs, pb.CreateJobsReq)
         if methods.keys() != RULES.keys():
             raise RuntimeError(f"RPCs without a rule: {methods.keys() ^ RULES.keys()}")
@@ -379,6 +406,10 @@ def _told_of(request: pb.CreateJobReq, result: pb.CreateJobsRes.Result) -> dict[
     if result.code:
         return _asked(request) | {"code": CODE_NAMES[result.code], "problem": result.error}
     return _asked(request) | _made(result.id, result.status)
+
+
+def _told_given_up(request: pb.CreateJobReq) -> dict[str, Any]:
+    return _asked(request) | {"code": "CANCELLED"}
 
 
 def _made(job_id: str, status: str) -> dict[str, Any]:

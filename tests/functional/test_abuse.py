@@ -355,6 +355,18 @@ def test_endings_that_are_not_taken(start_server: StartServer, mallory: str) -> 
         assert next(late).ending.id == job.id
 
 
+def test_bulks_of_what_is_refused(server: Server, mallory: str) -> None:
+    """One after the other: what was asked for is not kept with what was wrong with it."""
+    job = pb.CreateJobReq(command="no-such-command", args=["x" * 100_000] * 5)
+    bulk = pb.CreateJobsReq(jobs=[job] * 7)
+    with server.connect(mallory) as client:
+        client.call("CreateJobs", bulk)
+        before = server.rss_bytes()
+        for _ in range(40):
+            client.call("CreateJobs", bulk)
+    assert server.rss_bytes() - before < 100 * MEBIBYTE
+
+
 def test_refusals_that_are_not_taken(start_server: StartServer, mallory: str) -> None:
     """Each is in memory until then. Anybody with a certificate may be refused, and call what
     nobody serves."""

@@ -29,9 +29,10 @@ from functional.http2 import (
     request_of,
     reset_of,
 )
-from functional.server import DEADLINE_SECONDS, Server, wait_until
+from functional.server import DEADLINE_SECONDS, Client, Server, wait_until
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
+from jobworker.rpc.gate import REVOKED_SECONDS
 from jobworker.rpc.service import CREATES_AT_ONCE
 
 SECRET = "swordfish"
@@ -160,14 +161,9 @@ def test_jobs_of_a_call_that_is_given_up_have_their_lines(
     revoked = tmp_path / "revoked"
     revoked.touch()
     server = start_server(AUDIT_LOG=str(path), REVOKED=str(revoked))
-    if not (server.certs / "given-up-cert.pem").exists():
-        certs.make_client(server.certs, "given-up", "user")
-    with server.connect("given-up") as user, server.connect() as admin:
+    with server.connect(given_up_client(server)) as user, server.connect() as admin:
         job = pb.CreateJobReq(command="sleep", args=["60"])
-        create: Any = user._channel.unary_unary(
-            "/job_worker.JobService/CreateJobs", pb.CreateJobsReq.SerializeToString
-        )
-        call = create.future(pb.CreateJobsReq(jobs=[job] * 1000), timeout=DEADLINE_SECONDS)
+        call = future_of(user, "CreateJobs", pb.CreateJobsReq(jobs=[job] * 1000))
         wait_until(lambda: admin.info().running_jobs > 0)
         if how == "cancelled":
             call.cancel()
@@ -181,7 +177,56 @@ def test_jobs_of_a_call_that_is_given_up_have_their_lines(
         told = calls(path, "CreateJobs")
         assert {line["job"] for line in told if line["code"] == "OK"} == running
         if how == "revoked":
-            assert [line["code"] for line in told if line["code"] != "OK"] == ["PERMISSION_DENIED"]
+            codes = {line["code"] for line in told}
+            assert codes == {"OK", "PERMISSION_DENIED"}
+
+
+def given_up_client(server: Server) -> str:
+    if not (server.certs / "given-up-cert.pem").exists():
+        certs.make_client(server.certs, "given-up", "user")
+    return "given-up"
+
+
+def future_of(client: Client, rpc: str, request: Any) -> Any:
+    send: Any = client._channel.unary_unary(
+        f"/job_worker.JobService/{rpc}", type(request).SerializeToString
+    )
+    return send.future(request, timeout=DEADLINE_SECONDS)
+
+
+@pytest.mark.parametrize("how", ["its connection is shut", "the server ends"])
+def test_creates_that_take_long_have_their_lines(
+    start_server: StartServer, path: Path, tmp_path: Path, how: str
+) -> None:
+    """Though their calls are cancelled more than once."""
+    revoked = tmp_path / "revoked"
+    revoked.touch()
+    server = start_server(AUDIT_LOG=str(path), REVOKED=str(revoked), STOP_JOBS="no")
+    job = pb.CreateJobReq(command="sleep", args=["60"])
+    jobinit = server.jobinit_pid()
+    with server.connect(given_up_client(server)) as user, server.connect() as admin:
+        os.kill(jobinit, signal.SIGSTOP)
+        bulk = pb.CreateJobsReq(jobs=[job] * 5)
+        under_way = [future_of(user, "CreateJob", job), future_of(user, "CreateJobs", bulk)]
+        wait_until(lambda: admin.info().running_jobs == 6)
+        ids = {each.id for each in admin.jobs()}
+        if how == "the server ends":
+            server.process.send_signal(signal.SIGTERM)
+            server.process.wait(DEADLINE_SECONDS)
+        else:
+            certs.revoke(revoked, server.certs / "given-up-cert.pem")
+            server.process.send_signal(signal.SIGHUP)
+            time.sleep(REVOKED_SECONDS + 1)
+        os.kill(jobinit, signal.SIGCONT)
+        assert all(call.done() for call in under_way)
+        if how == "the server ends":
+            codes = [line["code"] for line in lines(path) if "command" in line]
+            assert codes == ["CANCELLED"] * 6
+            server.stop()
+            return
+        wait_until(lambda: len([line for line in lines(path) if line.get("code") == "OK"]) >= 6)
+        assert {line["job"] for line in lines(path) if line.get("code") == "OK"} == ids
+        assert [line["code"] for line in calls(path, "CreateJob")] == ["OK"]
 
 
 def test_calls_that_did_nothing_and_are_given_up_are_counted_too(

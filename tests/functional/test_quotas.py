@@ -4,9 +4,11 @@ counted where there are limits: kernel/inside/test_server_quotas.py."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from cryptography import x509
 from functional.server import Client, Server, Stream
 from functional.test_authorization import make_client
 from jobworker.pb import job_worker_pb2 as pb
+from jobworker.rpc.service import CREATES_AT_ONCE
 
 CN, OU = x509.NameOID.COMMON_NAME, x509.NameOID.ORGANIZATIONAL_UNIT_NAME
 CODE = grpc.StatusCode
@@ -185,6 +188,28 @@ def test_reload(start: Callable[..., Server], file: Path, tmp_path: Path, how: s
         write("")
         until(lambda: has_no_role(alice))
         until(lambda: len(reloads(audit_log)) == 4)
+
+
+def test_a_bulk_that_is_under_way_goes_on_as_its_client_may_now(
+    start: Callable[..., Server], file: Path
+) -> None:
+    server = start('[ou.build]\nrole = "user"\n')
+    with server.connect("alice-build") as alice:
+        os.kill(server.jobinit_pid(), signal.SIGSTOP)
+        send: Any = alice._channel.unary_unary(
+            "/job_worker.JobService/CreateJobs",
+            pb.CreateJobsReq.SerializeToString,
+            pb.CreateJobsRes.FromString,
+        )
+        job = pb.CreateJobReq(command="true")
+        bulk = send.future(pb.CreateJobsReq(jobs=[job] * 500), timeout=WAIT_SECONDS)
+        until(lambda: alice.info().running_jobs > 0)
+        file.write_text('[ou.build]\nrole = "viewer"\n')
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: alice.info().role == "viewer")
+        os.kill(server.jobinit_pid(), signal.SIGCONT)
+        codes = Counter(result.code for result in bulk.result().results)
+        assert codes == {0: CREATES_AT_ONCE, 7: 500 - CREATES_AT_ONCE}
 
 
 def has_no_role(client: Client) -> bool:
