@@ -606,7 +606,7 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
 
 def _read_certificates(path: Path) -> list[x509.Certificate]:
     """At least one, in the order of the file."""
-    return _parse_certificates(path, _read(path))
+    return _parse_certificates(path, _read_pem(path))
 
 
 def _parse_certificates(about: Path | str, pem: bytes) -> list[x509.Certificate]:
@@ -620,7 +620,7 @@ def _parse_certificates(about: Path | str, pem: bytes) -> list[x509.Certificate]
 
 def _read_key(path: Path) -> SigningKey:
     try:
-        key = serialization.load_pem_private_key(_read(path), password=None)
+        key = serialization.load_pem_private_key(_read_pem(path), password=None)
     except TypeError as error:
         raise CertificateError(
             path, "is encrypted", "store it without a passphrase: openssl pkey"
@@ -634,6 +634,11 @@ def _read_key(path: Path) -> SigningKey:
             path, "is of a kind that cannot sign", "use an RSA, EC or Ed25519 key"
         )
     return key
+
+
+def _read_pem(path: Path) -> bytes:
+    """As far as gRPC reads."""
+    return _read(path).partition(b"\0")[0]
 
 
 def _read(path: Path) -> bytes:

@@ -352,6 +352,15 @@ class TestEachFileOfAServer:
         assert error.about == folder / file
         assert error.problem.endswith("in PEM form")
 
+    def test_not_pem_as_far_as_grpc_reads(self, folder: Path, file: str) -> None:
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content + b"\0")
+        certs.check_server_files(folder)
+        (folder / file).write_bytes(b"\0" + content)
+        error = _refusal(folder)
+        assert error.about == folder / file
+        assert error.problem.endswith("in PEM form")
+
 
 def test_a_folder_that_is_missing_is_as_good_as_empty(tmp_path: Path) -> None:
     error = _refusal(tmp_path / "nowhere")

@@ -19,6 +19,10 @@ SERVER_NAMES = ("job-worker", "localhost")
 CLIENT_CERT = "client-cert.pem"
 CLIENT_KEY = "client-key.pem"
 
+# What a file has to be, and how it comes to be that.
+CERTIFICATE = "a certificate", "openssl x509 -outform pem"
+KEY = "a private key", "openssl pkey -outform pem"
+
 OPTIONS: list[tuple[str, Any]] = [
     # A connection of its own: closing one client never touches another.
     ("grpc.use_local_subchannel_pool", 1),
@@ -46,11 +50,11 @@ class Files:
     key: Path
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Raises CertificateError where one is missing or unreadable."""
+        """Raises CertificateError where one is missing, unreadable or no PEM."""
         return grpc.ssl_channel_credentials(
-            root_certificates=_read(self.ca),
-            private_key=_read(self.key),
-            certificate_chain=_read(self.cert),
+            root_certificates=_read_pem(self.ca, *CERTIFICATE),
+            private_key=_read_pem(self.key, *KEY),
+            certificate_chain=_read_pem(self.cert, *CERTIFICATE),
         )
 
 
@@ -102,6 +106,14 @@ class Target:
 def is_other_name(error: grpc.RpcError) -> bool:
     """The server has shown a certificate, and it is for another name."""
     return OTHER_NAME in (error.details() or "")
+
+
+def _read_pem(path: Path, kind: str, command: str) -> bytes:
+    """As far as gRPC reads, which ends the whole process where nothing is left."""
+    pem = _read(path).partition(b"\0")[0]
+    if b"-----BEGIN " not in pem:
+        raise CertificateError(path, f"is not {kind} in PEM form", f"convert it: {command}")
+    return pem
 
 
 def _read(path: Path) -> bytes:

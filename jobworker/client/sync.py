@@ -61,7 +61,7 @@ class Client:
         job-worker, localhost and the address's host.
         timeout: seconds that each call may take; streams may take as long as their job.
         patience: seconds for which a stream tries to get a broken connection back.
-        Raises CertificateError where a file is missing or unreadable.
+        Raises CertificateError where a file is missing, unreadable or no PEM.
         """
         files = connection.files_in(certs, ca, cert, key)
         self._target = Target(address, files, server_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,22 @@ def test_the_other_of_a_pair(certificates: Path, tmp_path: Path) -> None:
     assert files.key == certificates / "client-key.pem"
     with pytest.raises(CertificateError, match=r"viewer-cert\.pem has no key beside it; give both"):
         files_in(tmp_path, None, tmp_path / "viewer-cert.pem", None)
+
+
+@pytest.mark.parametrize("kind", ["ca", "cert", "key"])
+@pytest.mark.parametrize("damage", ["empty", "NUL", "text"])
+def test_what_is_no_pem_is_refused(
+    certificates: Path, tmp_path: Path, kind: str, damage: str
+) -> None:
+    """gRPC reads as far as the first NUL, and ends the process where nothing is left."""
+    files = files_in(certificates, None, None, None)
+    path = tmp_path / "x.pem"
+    content = getattr(files, kind).read_bytes()
+    path.write_bytes({"empty": b"", "NUL": b"\0" + content, "text": b"text"}[damage])
+    with pytest.raises(CertificateError, match=r"x\.pem is not a .* in PEM form; convert it"):
+        replace(files, **{kind: path}).credentials()
+    path.write_bytes(b"Of farm1\n" + content + b"\0")
+    replace(files, **{kind: path}).credentials()
 
 
 @pytest.mark.parametrize(
