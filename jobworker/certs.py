@@ -19,8 +19,8 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -359,9 +359,16 @@ def _serial_text(line: str) -> str:
 
 
 def _parse_list(path: Path, pem: bytes) -> x509.CertificateRevocationList:
-    try:
+    with _broken_where_it_does_not_parse(path):
         return x509.load_pem_x509_crl(pem)
-    except ValueError as error:
+
+
+@contextmanager
+def _broken_where_it_does_not_parse(path: Path) -> Iterator[None]:
+    """The library parses much of a list only once it is asked for it."""
+    try:
+        yield
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
         raise CertificateError(path, "has a broken CRL", "have the CA make it again") from error
 
 
@@ -370,16 +377,17 @@ def _revoked_by_lists(
 ) -> Revoked:
     authorities = _read_certificates(ca_path)
     revoked: set[tuple[str, int]] = set()
-    warnings = []
+    warnings: list[str] = []
     for each in lists:
-        _check_list(path, each, authorities)
-        issuer = _plain(each.issuer)
-        revoked.update((issuer, entry.serial_number) for entry in each)
-        if each.next_update_utc and each.next_update_utc < datetime.now(UTC):
-            warnings.append(
-                f"{path} should have been renewed on {each.next_update_utc:%Y-%m-%d %H:%M} UTC: "
-                "certificates that were revoked since then are accepted"
-            )
+        with _broken_where_it_does_not_parse(path):
+            _check_list(path, each, authorities)
+            issuer = _plain(each.issuer)
+            revoked.update((issuer, entry.serial_number) for entry in each)
+            if each.next_update_utc and each.next_update_utc < datetime.now(UTC):
+                warnings.append(
+                    f"{path} should have been renewed on {each.next_update_utc:%Y-%m-%d %H:%M} "
+                    "UTC: certificates that were revoked since then are accepted"
+                )
     return Revoked(by_issuer=frozenset(revoked), warnings=tuple(warnings))
 
 

@@ -8,7 +8,7 @@ import socket
 import ssl
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -672,13 +672,56 @@ def test_a_list_that_writes_the_issuer_in_another_way(folder: Path, tmp_path: Pa
     assert found.has(client.issuer, client.serial)
 
 
-def _empty_list(folder: Path) -> bytes:
+def _list(
+    folder: Path,
+    serials: Iterable[int] = (),
+    extensions: Iterable[tuple[x509.ExtensionType, bool]] = (),
+) -> bytes:
     key = serialization.load_pem_private_key((folder / "ca-key.pem").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     authority = x509.load_pem_x509_certificate((folder / "ca-cert.pem").read_bytes())
     now = datetime.now(UTC)
     builder = x509.CertificateRevocationListBuilder(authority.subject, now, now + timedelta(days=1))
+    for serial in serials:
+        builder = builder.add_revoked_certificate(
+            x509.RevokedCertificateBuilder(serial, now).build()
+        )
+    for extension, is_critical in extensions:
+        builder = builder.add_extension(extension, is_critical)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def _unknown(oid: str, content: bytes) -> x509.UnrecognizedExtension:
+    return x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), content)
+
+
+@pytest.mark.parametrize("oid", ["2.5.29.20", "2.5.29.27", "2.5.29.28"])
+@pytest.mark.parametrize("is_critical", [False, True])
+def test_a_list_with_a_broken_extension(
+    folder: Path, tmp_path: Path, oid: str, is_critical: bool
+) -> None:
+    path = tmp_path / "crl.pem"
+    path.write_bytes(_list(folder, extensions=[(_unknown(oid, b"\x04\x01"), is_critical)]))
+    with pytest.raises(CertificateError, match=r"crl\.pem has a broken CRL"):
+        certs.read_revoked(path, folder / "ca-cert.pem")
+
+
+@pytest.mark.parametrize(
+    ("found", "put"),
+    [(b"\x2a\3\5", b"\x2a\3\4"), (b"jobworker CA", b"jobworker \xff\xff")],
+    ids=["an extension twice", "an issuer that is no text"],
+)
+def test_a_list_with_what_only_later_proves_broken(
+    folder: Path, tmp_path: Path, found: bytes, put: bytes
+) -> None:
+    pair = [(_unknown(f"1.2.3.{last}", b"\5\0"), False) for last in (4, 5)]
+    crl = x509.load_pem_x509_crl(_list(folder, extensions=pair))
+    der = crl.public_bytes(serialization.Encoding.DER)
+    assert found in der
+    path = tmp_path / "crl.der"
+    path.write_bytes(der.replace(found, put))
+    with pytest.raises(CertificateError, match=r"crl\.der has a broken CRL"):
+        certs.read_revoked(path, folder / "ca-cert.pem")
 
 
 @pytest.mark.parametrize(
@@ -694,7 +737,7 @@ def _empty_list(folder: Path) -> bytes:
 def test_serial_numbers_around_a_list_count_too(
     folder: Path, tmp_path: Path, text: str, serial: int
 ) -> None:
-    crl, path = _empty_list(folder), tmp_path / "crl.pem"
+    crl, path = _list(folder), tmp_path / "crl.pem"
     for content in (text.encode() + b"\n" + crl, crl + text.encode()):
         path.write_bytes(content)
         found = certs.read_revoked(path, folder / "ca-cert.pem")
@@ -705,7 +748,7 @@ def test_what_is_nearly_a_serial_number_beside_a_list_is_told(folder: Path, tmp_
     path = tmp_path / "crl.pem"
     nearly = ["1f2e bob", "  1f:2e; x", "serial=1F2G"]
     text = "\n".join(["Added by the CA, in 2026", "a list", *nearly, "12  # 34 5"])
-    path.write_bytes(text.encode() + b"\n" + _empty_list(folder))
+    path.write_bytes(text.encode() + b"\n" + _list(folder))
     found = certs.read_revoked(path, folder / "ca-cert.pem")
     assert found.serials == {0x12}
     assert len(found.warnings) == len(nearly)
@@ -718,7 +761,7 @@ def test_what_openssl_writes_beside_a_list_is_no_serial_number(
     folder: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "crl.pem"
-    path.write_bytes(_empty_list(folder))
+    path.write_bytes(_list(folder))
     text = _openssl(tmp_path, "crl -in crl.pem -text")
     assert "        30:4" in text  # of its signature
     number = "            X509v3 CRL Number: \n                1\n    Signature Algorithm"
