@@ -244,6 +244,11 @@ class Revoked:
     def has(self, issuer: str, serial: int) -> bool:
         return serial in self.serials or (issuer, serial) in self.by_issuer
 
+    def __or__(self, newer: Revoked) -> Revoked:
+        return Revoked(
+            self.serials | newer.serials, self.by_issuer | newer.by_issuer, newer.warnings
+        )
+
 
 NOBODY_REVOKED = Revoked()
 LIST_BEGIN = b"-----BEGIN X509 CRL-----"

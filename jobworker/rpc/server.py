@@ -190,6 +190,8 @@ class RpcServer:
             lambda: certs.read_revoked(path, ca_path),
             use,
             self._tell_reload,
+            # Who writes the file anew in place has nobody let in meanwhile.
+            certs.Revoked.__or__,
         )
 
     def _tell_reload(self, name: str, problem: str) -> None:

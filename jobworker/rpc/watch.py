@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 # Each look costs a quiet server 0.2 ms. What is revoked is to be refused within 5 s.
 LOOK_SECONDS = 2.0
 SETTLE_SECONDS = 0.5  # to the next, once something has changed
+QUIET_SECONDS = 10.0  # without a change, before what is gone from files of some kinds is given up
 CLOSE_SECONDS = 1.0  # for a look that is under way, which a file system may keep for ever
 # Looks in which files change, before they are read though they may change again: who revokes
 # certificates one after the other is not waited for. As often what changes while it is read is
@@ -40,10 +42,12 @@ class WatchedFiles:
         load: Callable[[], Any],
         apply: Callable[[Any], None],
         on_outcome: Callable[[str, str], None] = lambda _name, _problem: None,
+        unite: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         """load: reads them, in the watch's thread; raises StartupError. apply: takes what was
         read, on the loop. on_outcome: is told the name and the problem, "" for none, of each
-        later reading.
+        later reading. unite: what holds of what was in force and what was read, in the watch's
+        thread, until the files have stayed the same for QUIET_SECONDS; default: what was read.
 
         Reads them; raises StartupError where they cannot be used.
         """
@@ -52,11 +56,16 @@ class WatchedFiles:
         self._load = load
         self._apply = apply
         self._on_outcome = on_outcome
-        self._seen = self._signature()
+        self._unite = unite
+        self._seen = self._found = self._signature()
+        self._found_at = time.monotonic()  # for the first time
         self._settling: Signature | None = None
         self._settling_looks = 0
         self._torn_looks = 0  # in which they changed while they were read
-        apply(self._load_files())
+        loaded = self._load_files()
+        self._in_force = loaded if unite else None
+        self._is_more_in_force = False  # than was read
+        apply(loaded)
 
     def look(self, *, at_once: bool = False) -> Callable[[], None] | None:
         """To be called in the watch's thread. Reads them where they have changed, and have been
@@ -64,10 +73,15 @@ class WatchedFiles:
         at_once: does not wait for that. Returns what is to be called on the loop then, if
         anything."""
         found = self._signature()
+        if found != self._found:
+            self._found, self._found_at = found, time.monotonic()
+        is_quiet = time.monotonic() >= self._found_at + QUIET_SECONDS
         if found == self._seen:
             self._settled(found)
+            if self._is_more_in_force and is_quiet:
+                return self._read(found, is_quiet=True)
         elif found == self._settling or at_once or self._settling_looks >= MOST_SETTLING:
-            return self._read(found)
+            return self._read(found, is_quiet=is_quiet)
         else:
             self._settling = found
             self._settling_looks += 1
@@ -78,7 +92,7 @@ class WatchedFiles:
         """They have changed, and are not read yet."""
         return self._settling is not None
 
-    def _read(self, found: Signature) -> Callable[[], None] | None:
+    def _read(self, found: Signature, *, is_quiet: bool) -> Callable[[], None] | None:
         problem, loaded = "", None
         try:
             loaded = self._load_files()
@@ -90,19 +104,27 @@ class WatchedFiles:
             self._torn_looks += 1
             if problem or self._torn_looks < MOST_SETTLING:
                 return None
+            is_quiet = False
         self._settled(found)
-        return partial(self._tell, problem, loaded)
+        if self._unite is None or problem:
+            self._is_more_in_force = False
+        else:
+            whole = loaded if is_quiet else self._unite(self._in_force, loaded)
+            self._is_more_in_force = whole != loaded
+            self._in_force = loaded = whole
+        return partial(self._tell, problem, loaded, self._is_more_in_force)
 
     def _settled(self, found: Signature) -> None:
         self._seen = found
         self._settling, self._settling_looks, self._torn_looks = None, 0, 0
 
-    def _tell(self, problem: str, loaded: Any) -> None:
+    def _tell(self, problem: str, loaded: Any, is_more_in_force: bool) -> None:
         if problem:
             log.error("the %s cannot be used, so the old stay in force: %s", self._name, problem)
         else:
             self._apply(loaded)
-            log.info("read the %s again", self._name)
+            more = f"; what is gone counts until nobody wrote for {QUIET_SECONDS:.0f} s"
+            log.info("read the %s again%s", self._name, more if is_more_in_force else "")
         self._on_outcome(self._name, problem)
 
     def _load_files(self) -> Any:

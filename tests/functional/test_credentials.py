@@ -36,6 +36,7 @@ from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
 
 NOTICED_SECONDS = 5
+QUIET_SECONDS = 10  # before what a list of revoked certificates has no longer is accepted
 TICKS = "while :; do echo tick; sleep 0.05; done"
 
 StartServer = Callable[..., Server]
@@ -307,8 +308,26 @@ def test_a_revoked_client_is_cut_off_and_its_jobs_run_on(
         assert client.get(job.id).status == "RUNNING"
         assert next(others).payload
         revoked.write_text("")
-        wait_until(lambda: is_let_in(mallory), NOTICED_SECONDS)
+        wait_until(lambda: is_let_in(mallory), QUIET_SECONDS + NOTICED_SECONDS)
     assert "Traceback" not in server.log
+
+
+def test_a_revoked_client_stays_out_while_the_list_is_written_anew(
+    start: StartServer, folder: Path, tmp_path: Path
+) -> None:
+    """In place and slowly, as programs that copy over a network do."""
+    revoked = tmp_path / "revoked"
+    certs.revoke(revoked, folder / "viewer-cert.pem")
+    text = revoked.read_text()
+    server = start(REVOKED=str(revoked))
+    with server.connect("viewer") as viewer, revoked.open("w") as file:
+        for number in range(6):
+            print(f"{number:X}  # somebody", file=file, flush=True)
+            for _ in range(12):
+                assert not is_let_in(viewer)
+                time.sleep(0.1)
+        print(text, file=file)
+    assert "read the revoked certificates again" in server.log
 
 
 def is_let_in(client: Client) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from jobworker.rpc.watch import MOST_SETTLING, Watch, WatchedFiles
 class Reading:
     """What was read of two files, and what was told of it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, unite: Callable[[str, str], str] | None = None) -> None:
         self.paths = [folder / "one", folder / "two"]
         self.write("1", "1")
         self.read: list[str] = []
@@ -27,6 +28,7 @@ class Reading:
             self._load,
             self.read.append,
             lambda _name, problem: self.outcomes.append(problem),
+            unite,
         )
 
     def write(self, *contents: str) -> None:
@@ -184,6 +186,79 @@ def test_a_change_that_leaves_size_and_time_as_they_were_is_seen(reading: Readin
     for _ in range(2):
         reading.look()
     assert reading.read == ["1", "2"]
+
+
+@pytest.fixture
+def keeping(tmp_path: Path) -> Reading:
+    return Reading(tmp_path, lambda old, new: "".join(sorted({*old, *new})))
+
+
+def test_what_is_gone_counts_until_nobody_writes(
+    keeping: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping.write("", "")
+    for _ in range(4):
+        keeping.look()
+    keeping.look(at_once=True)
+    keeping.write("23", "23")
+    keeping.look(at_once=True)
+    for _ in range(4):
+        keeping.look()
+    assert keeping.read == ["1", "1", "123"]
+    monkeypatch.setattr("jobworker.rpc.watch.QUIET_SECONDS", 0.0)
+    for _ in range(4):
+        keeping.look()
+    assert keeping.read == ["1", "1", "123", "23"]
+    assert keeping.outcomes == [""] * 3
+
+
+def test_what_only_grows_is_read_once(keeping: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeping.write("12", "12")
+    keeping.look(at_once=True)
+    monkeypatch.setattr("jobworker.rpc.watch.QUIET_SECONDS", 0.0)
+    for _ in range(4):
+        keeping.look()
+    assert keeping.read == ["1", "12"]
+
+
+def test_what_is_gone_counts_where_the_rest_is_broken(
+    keeping: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeping.write("2", "2")
+    keeping.look(at_once=True)
+    keeping.write("2", "3")
+    monkeypatch.setattr("jobworker.rpc.watch.QUIET_SECONDS", 0.0)
+    for _ in range(4):
+        keeping.look()
+    assert keeping.read == ["1", "12"]
+    assert keeping.outcomes == ["", "they do not fit together"]
+    keeping.write("3", "3")
+    for _ in range(4):
+        keeping.look()
+    assert keeping.read == ["1", "12", "3"]
+
+
+def test_what_is_written_to_while_it_is_read_takes_nothing_back(
+    keeping: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobworker.rpc.watch.QUIET_SECONDS", 0.0)
+    load = keeping.files._load
+
+    def load_and_change() -> str:
+        found: str = load()
+        keeping.write(found, found)
+        return found
+
+    keeping.files._load = load_and_change
+    keeping.write("2", "2")
+    for _ in range(4 + MOST_SETTLING):
+        keeping.look()
+    assert keeping.read[1:]
+    assert {*keeping.read[1:]} == {"12"}
+    keeping.files._load = load
+    for _ in range(4):
+        keeping.look()
+    assert keeping.read[-1] == "2"
 
 
 def test_a_file_that_is_missing_at_first(tmp_path: Path) -> None:
