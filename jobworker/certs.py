@@ -388,12 +388,32 @@ def _revoked_by_lists(
             _check_list(path, each, authorities)
             issuer = _plain(each.issuer)
             revoked.update((issuer, entry.serial_number) for entry in each)
+            warnings.extend(f"{path} {what}" for what in _missing_in(each))
             if each.next_update_utc and each.next_update_utc < datetime.now(UTC):
                 warnings.append(
                     f"{path} should have been renewed on {each.next_update_utc:%Y-%m-%d %H:%M} "
                     "UTC: certificates that were revoked since then are accepted"
                 )
     return Revoked(by_issuer=frozenset(revoked), warnings=tuple(warnings))
+
+
+def _missing_in(crl: x509.CertificateRevocationList) -> Iterable[str]:
+    """Why it may not have all that the CA has revoked."""
+    for extension in crl.extensions:
+        value = extension.value
+        if isinstance(value, x509.IssuingDistributionPoint):
+            parts = {
+                "CAs": value.only_contains_ca_certs,
+                "attribute certificates": value.only_contains_attribute_certs,
+                "some reasons": value.only_some_reasons,
+            }
+            for part in (part for part, is_only in parts.items() if is_only):
+                yield f"has a CRL of {part} only: whoever else the CA has revoked is accepted"
+        elif extension.critical and isinstance(value, x509.UnrecognizedExtension):
+            yield (
+                f"has a CRL with the critical extension {extension.oid.dotted_string}, which is "
+                "not known: whoever the CA has revoked elsewhere is accepted"
+            )
 
 
 def _plain(name: x509.Name) -> str:

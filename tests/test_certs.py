@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 import trustme
@@ -693,6 +694,54 @@ def _list(
 
 def _unknown(oid: str, content: bytes) -> x509.UnrecognizedExtension:
     return x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), content)
+
+
+def _part(**fields: Any) -> x509.IssuingDistributionPoint:
+    none: dict[str, Any] = {
+        "full_name": None,
+        "relative_name": None,
+        "only_contains_user_certs": False,
+        "only_contains_ca_certs": False,
+        "only_some_reasons": None,
+        "indirect_crl": False,
+        "only_contains_attribute_certs": False,
+    }
+    return x509.IssuingDistributionPoint(**{**none, **fields})
+
+
+@pytest.mark.parametrize(
+    ("extension", "warning"),
+    [
+        (_part(only_contains_ca_certs=True), "has a CRL of CAs only: "),
+        (_part(only_contains_attribute_certs=True), "has a CRL of attribute certificates only: "),
+        (
+            _part(only_some_reasons=frozenset([x509.ReasonFlags.key_compromise])),
+            "has a CRL of some reasons only: ",
+        ),
+        (_unknown("1.2.3.4", b"\5\0"), "has a CRL with the critical extension 1.2.3.4, which"),
+        (_part(only_contains_user_certs=True), ""),
+        (x509.CRLNumber(7), ""),
+    ],
+    ids=["CAs", "attributes", "reasons", "unknown", "users", "number"],
+)
+def test_a_list_that_may_not_have_all_counts_and_is_told(
+    folder: Path, tmp_path: Path, extension: x509.ExtensionType, warning: str
+) -> None:
+    path = tmp_path / "crl.pem"
+    client = certs.validity_of((folder / "client-cert.pem").read_bytes())
+    path.write_bytes(_list(folder, [client.serial], [(extension, True)]))
+    found = certs.read_revoked(path, folder / "ca-cert.pem")
+    assert found.has(client.issuer, client.serial)
+    assert len(found.warnings) == bool(warning)
+    assert all(each.startswith(f"{path} {warning}") for each in found.warnings)
+
+
+def test_an_unknown_extension_that_is_not_critical_is_not_told(
+    folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "crl.pem"
+    path.write_bytes(_list(folder, extensions=[(_unknown("1.2.3.4", b"\5\0"), False)]))
+    assert certs.read_revoked(path, folder / "ca-cert.pem").warnings == ()
 
 
 @pytest.mark.parametrize("oid", ["2.5.29.20", "2.5.29.27", "2.5.29.28"])
