@@ -289,7 +289,8 @@ def read_revoked(path: Path, ca_path: Path) -> Revoked:
 
 def revoke(path: Path, certificate_path: Path) -> str:
     """Appends the certificate's serial number to a file of them, with a comment that says whose
-    it is; returns it, in hexadecimal. Raises CertificateError."""
+    it is; returns it, in hexadecimal. Raises CertificateError, also where the file cannot be
+    used, which is then left as it was."""
     certificate = _read_certificates(certificate_path)[0]
     name, _ = _subject_fields(certificate_path, certificate)
     before = _read(path) if path.exists() else b""
@@ -297,6 +298,7 @@ def revoke(path: Path, certificate_path: Path) -> str:
         raise CertificateError(
             path, "is a CA's own list", "have the CA revoke it there, or use another file"
         )
+    set(_serials(path, before))  # raises where a line is none: then nothing is written
     end = b"" if not before or before.endswith(b"\n") else b"\n"
     comment = "".join(each if each.isprintable() else "?" for each in name)
     line = f"{_serial_of(certificate)}  # {comment}, {datetime.now(UTC):%Y-%m-%d}\n"

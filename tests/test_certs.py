@@ -639,11 +639,12 @@ def test_a_serial_number_of_any_sign_and_length(by_hand: Path, serial: str) -> N
     assert found.serials == {int(serial, 0)} == {_serial(by_hand / "client-cert.pem")}
 
 
-def test_revoking_says_where_the_list_cannot_be_used(folder: Path, tmp_path: Path) -> None:
+def test_nothing_is_appended_to_a_list_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     revoked = tmp_path / "revoked"
-    revoked.write_text("not a serial\n")
-    with pytest.raises(CertificateError, match="has in line 1 'not a serial'"):
+    revoked.write_text("1F2E\nnot a serial\n")
+    with pytest.raises(CertificateError, match="has in line 2 'not a serial'"):
         certs.revoke(revoked, folder / "client-cert.pem")
+    assert revoked.read_text() == "1F2E\nnot a serial\n"
 
 
 def test_nothing_is_appended_to_a_list_of_the_authority(folder: Path, tmp_path: Path) -> None:
