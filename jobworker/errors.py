@@ -230,6 +230,14 @@ class JobinitError(JobWorkerError):
     """jobinit is gone, or broke its protocol."""
 
 
+class ViewError(JobinitError):
+    """What confined jobs are to see could not be made. error_number: why not."""
+
+    def __init__(self, step: str, error_number: int) -> None:
+        super().__init__(f"{step}: {os.strerror(error_number)}")
+        self.error_number = error_number
+
+
 class StartFailedError(JobWorkerError):
     """A job's command never ran: one step of starting it failed, or (`killed_by` is the signal,
     `error_number` 0) it was killed before it came to its exec. about: on what the step failed."""

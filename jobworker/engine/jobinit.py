@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from jobworker.engine.pace import Pace
-from jobworker.errors import JobinitError, StartFailedError, StartupError, StateFolderError
+from jobworker.errors import (
+    JobinitError,
+    StartFailedError,
+    StartupError,
+    StateFolderError,
+    ViewError,
+)
 from jobworker.job import Bind
 
 log = logging.getLogger(__name__)
@@ -621,7 +627,7 @@ class Jobinit:
             future.set_result(None)
         else:
             step = os.fsdecode(body[VIEW_TOLD_BODY.size :])
-            future.set_exception(JobinitError(f"{step}: {os.strerror(number)}"))
+            future.set_exception(ViewError(step, number))
 
     def _fail_views(self, error: JobinitError) -> None:
         _fail(self._viewing.values(), error)

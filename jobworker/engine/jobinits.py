@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import logging
 import os
@@ -40,7 +41,13 @@ from jobworker.engine.jobinit import (
     sealed_copy,
     spawn,
 )
-from jobworker.errors import JobinitError, JobWorkerError, StartFailedError
+from jobworker.errors import (
+    JobinitError,
+    JobWorkerError,
+    StartFailedError,
+    StartupError,
+    ViewError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +56,12 @@ GONE_SECONDS = 1.0  # what one that has closed its connection may take to be gon
 
 TRIAL_ID = 0  # no job has it
 TRIAL_SECONDS = 30.0
+# How the kernel says that it will not do something, however often it is asked. What else it may
+# say (no memory, no descriptors) may be otherwise a moment later, or be another job's doing.
+REFUSALS = {
+    *(errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP),
+    *(errno.ENOSPC, errno.EUSERS),  # of namespaces, none is allowed
+}
 
 PR_SET_CHILD_SUBREAPER = 36
 # Of linux/pidfd.h, since Linux 6.15: struct pidfd_info as it first was, 64 bytes.
@@ -153,7 +166,10 @@ class Jobinits:
 
     async def try_out(self, request: StartRequest) -> str:
         """Why no job can be started so, all but its exec; empty where one can. Needs no command
-        that exists."""
+        that exists.
+
+        Raises StartupError where that is not known, as where a job of an earlier server has the
+        start of others wait: to take that for a no would be a way out for it."""
         self._trial = self._loop.create_future()
         started = None
         try:
@@ -162,9 +178,11 @@ class Jobinits:
                 started = await self.start(replace(request, job_id=TRIAL_ID))
         except StartFailedError as error:
             self._holds[TRIAL_ID].is_ended = True
-            return "" if error.step == "exec" else str(error)
+            return "" if error.step == "exec" else _refusal(error)
+        except ViewError as error:
+            return _refusal(error)
         except (JobinitError, OSError) as error:
-            return str(error) or "a job that was to try it did not start in time"
+            raise _not_known(error) from error
         finally:
             await self._end_trial(started)
         return ""
@@ -444,3 +462,18 @@ def _exit_of(pidfd: int) -> int | None:
         return None
     mask, wait_status = PIDFD_INFO.unpack(info)
     return wait_status if mask & PIDFD_INFO_EXIT else None
+
+
+def _refusal(error: StartFailedError | ViewError) -> str:
+    """Raises StartupError for what is none."""
+    if error.error_number not in REFUSALS:
+        raise _not_known(error) from error
+    return str(error)
+
+
+def _not_known(error: Exception) -> StartupError:
+    problem = str(error) or "a job that was to try it did not start in time"
+    return StartupError(
+        f"whether jobs can be separated from the machine is not known: {problem}; start again, or "
+        "end the job that is in the way, by its cgroup.kill"
+    )

@@ -1,0 +1,62 @@
+"""The jobinits of a server, as far as its own tests do not show them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from jobworker.daemon import JOBINIT
+from jobworker.engine import jobinits as module
+from jobworker.engine.jobinit import StartRequest
+from jobworker.engine.jobinits import Jobinits
+from jobworker.errors import StartFailedError, StartupError, ViewError
+
+
+def test_what_is_tried_and_takes_too_long_is_no_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job may keep locked what is to be mounted on: with a no for an answer, the next ones would
+    not be confined."""
+    monkeypatch.setattr(module, "TRIAL_SECONDS", 0.3)
+    jobinits = Jobinits(tmp_path, JOBINIT, (), confines_all=False)
+    jobinits.prepare()
+    trial = StartRequest(0, "/no/program", ("x",), {}, "/", None, merge_output=False)
+
+    async def main() -> None:
+        assert await jobinits.connect(lambda _: None) == []
+        pid = (await jobinits._our_jobinit()).pid
+        try:
+            assert await jobinits.try_out(trial) == ""
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(StartupError, match=r"is not known: .*did not start in time"):
+                await jobinits.try_out(trial)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+            await jobinits.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("error", "is_refusal"),
+    [
+        (ViewError("make a user namespace", 1), True),
+        (ViewError("make a user namespace", 28), True),
+        (ViewError("killed while it was made", 32), False),
+        (StartFailedError("pid namespace", 1), True),
+        (StartFailedError("fork", 11), False),
+        (StartFailedError("view", 0, killed_by=9), False),
+    ],
+)
+def test_only_what_the_kernel_refuses_for_good_is_a_refusal(
+    error: StartFailedError | ViewError, is_refusal: bool
+) -> None:
+    if is_refusal:
+        assert module._refusal(error) == str(error)
+        return
+    with pytest.raises(StartupError, match="is not known"):
+        module._refusal(error)
