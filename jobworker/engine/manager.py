@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from jobworker import job as transition
 from jobworker._fastio import Extent, Log
@@ -89,6 +90,7 @@ START_ERRORS = (StartFailedError, CgroupError, JobinitError, InvalidRequestError
 
 KILLED_SECONDS = 10.0  # what a killed cgroup may take to be empty, before that is worth a line
 LOOK_THREADS = 16
+MOST_LOOKS = 4  # at once, of each client: others find a thread
 STORE_RUNNING_SECONDS = 0.2
 FEW_CREATES = 4  # at once: these are stored without waiting for company
 STORE_RETRY_SECONDS = 1.0
@@ -192,6 +194,8 @@ class Manager:
         self._remover = Worker("cgroups", remove_empty)
         # Apart from the threads of `to_thread`, which what runs already needs for its end.
         self._lookers = ThreadPoolExecutor(LOOK_THREADS, "look")
+        # By the client; each as long as one of its looks is under way, or waits.
+        self._looks: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._live: dict[int, _LiveJob] = {}
         self._ledgers: dict[str, Ledger] = {}  # by the owner of the jobs
         self._strangers: set[int] = set()
@@ -571,7 +575,7 @@ class Manager:
         confinement = self.isolation.choose(request.profile, request.user, request.network)
         confinement = self.isolation.arrange(confinement, request)
         _check_choice(client, request, confinement)
-        found = await self._check_on_machine(request, limits, confinement)
+        found = await self._check_on_machine(request, limits, confinement, client.name)
         user = confinement.user
         confinement = self.isolation.assign(confinement)
         spec = replace(
@@ -593,7 +597,7 @@ class Manager:
         try:
             cgroup = self.cgroups.of(live.job.id)
             if confinement.user.home != user.home:  # as of one of profile strict that has a name
-                home = await self._look_up(home_of, confinement.user, confinement.find)
+                home = await self._look_up(client.name, home_of, confinement.user, confinement.find)
                 found = replace(found, home=home)
             start = self._start_request(
                 live.job, cgroup, request.command, confinement, found, stdin
@@ -661,7 +665,7 @@ class Manager:
         )
 
     async def _check_on_machine(
-        self, request: JobSpec, limits: Limits, confinement: Confinement
+        self, request: JobSpec, limits: Limits, confinement: Confinement, client: str
     ) -> _Found:
         # Every look at a filesystem may block; but mostly nobody need be asked who could.
         files = confinement.files
@@ -671,11 +675,14 @@ class Manager:
         if is_simple and self._mounts.are_local():
             with contextlib.suppress(BlockingIOError):
                 return self._look_on_machine(request, limits, confinement, look_in_memory)
-        return await self._look_up(self._look_on_machine, request, limits, confinement, os.stat)
+        return await self._look_up(
+            client, self._look_on_machine, request, limits, confinement, os.stat
+        )
 
-    async def _look_up(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def _look_up(self, client: str, function: Callable[..., T], *arguments: Any) -> T:
         """In a thread of those that may wait for ever, where a filesystem does not answer."""
-        return await self._loop.run_in_executor(self._lookers, function, *arguments)
+        async with self._looks.setdefault(client, asyncio.Semaphore(MOST_LOOKS)):
+            return await self._loop.run_in_executor(self._lookers, function, *arguments)
 
     def _look_on_machine(
         self, request: JobSpec, limits: Limits, confinement: Confinement, look: Look

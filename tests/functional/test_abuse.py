@@ -457,6 +457,28 @@ def padded(request: pb.CreateJobReq, size: int) -> bytes:
     return data + bytes(lengths) + bytes(missing)
 
 
+def test_commands_that_are_looked_for_slowly(
+    start_server: StartServer, mallory: str, tmp_path: Path
+) -> None:
+    """In a PATH through as many links as the kernel follows; of which there are hundreds."""
+    for number in range(39):
+        (tmp_path / str(number)).symlink_to("./" * 2000 + str(number + 1))
+    (tmp_path / "39").mkdir()
+    slow = pb.CreateJobReq(command="x", environment={"PATH": ":".join([f"{tmp_path}/0"] * 99)})
+    server = start_server()
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as client:
+        method: Any = opened.unary_unary("/job_worker.JobService/CreateJobs")
+        began = time.monotonic()
+        request = pb.CreateJobsReq(jobs=[slow] * 100).SerializeToString()
+        creates = method.future(request, timeout=DEADLINE_SECONDS)
+        time.sleep(0.2)
+        asked = time.monotonic()
+        assert client.create("true", environment={"PATH": "/bin"}).status == "RUNNING"
+        took = time.monotonic() - asked
+        assert creates.code() is grpc.StatusCode.OK
+        assert took < (time.monotonic() - began) / 3
+
+
 def test_creates_of_large_requests(start_server: StartServer, mallory: str) -> None:
     """All at once, while none of the jobs can be made: of few the request is in memory."""
     server = start_server()
