@@ -172,7 +172,9 @@ class JobFiles:
 
 
 def _target(path: str) -> str | None:
-    """None: it is no symbolic link, or not within reach."""
+    """None: it is no symbolic link, or not within reach, or leads to another process's files."""
+    if path.startswith("/proc/"):
+        return None
     try:
         return os.readlink(path)
     except OSError:

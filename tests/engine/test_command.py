@@ -6,13 +6,16 @@ import contextlib
 import ctypes
 import errno
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobworker.engine import command as module
 from jobworker.engine.command import (
+    LONGEST_SEARCH_SECONDS,
     MOST_FOLDERS,
     Look,
     base_environment,
@@ -21,6 +24,7 @@ from jobworker.engine.command import (
     look_in_memory,
     resolve,
 )
+from jobworker.engine.files import JobFiles
 from jobworker.engine.user import own_user
 from jobworker.errors import InvalidRequestError
 
@@ -93,6 +97,43 @@ def test_a_path_of_very_many_folders_is_not_searched(program: Path) -> None:
     with pytest.raises(InvalidRequestError, match="at most 100 are searched"):
         resolve("program", {"PATH": f"/no/such:{most}"}, "/")
     assert resolve(str(program), {"PATH": f"/no/such:{most}"}, "/") == str(program)
+
+
+def test_a_path_through_very_many_links_is_not_searched_to_its_end(
+    program: Path, tmp_path: Path
+) -> None:
+    """Such as jobs can make. Each look would be bounded by the kernel alone, by 40 links."""
+    (tmp_path / "39").mkdir()
+    for number in range(39):
+        (tmp_path / str(number)).symlink_to("./" * 2000 + str(number + 1))
+    slow = f"{tmp_path}/0:" * (MOST_FOLDERS - 1)
+    before = time.thread_time()
+    with pytest.raises(InvalidRequestError, match="PATH takes too long"):
+        resolve("program", {"PATH": f"{slow}{program.parent}"}, "/")
+    assert time.thread_time() - before < 2 * LONGEST_SEARCH_SECONDS
+    assert resolve("program", {"PATH": f"{tmp_path}/0:{program.parent}"}, "/") == str(program)
+
+
+def test_what_the_job_does_not_see_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the files of another process, by /proc."""
+    looks, stat = [], os.stat
+
+    def look(path: Any, **options: Any) -> os.stat_result:
+        looks.append(str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", look)
+    path = f"/proc/{os.getpid()}/root"
+    for refused in (
+        lambda: resolve("sh", {"PATH": f"{path}/bin"}, "/", JobFiles().find, look),
+        lambda: check_working_directory(path, JobFiles().find, look),
+    ):
+        with pytest.raises(InvalidRequestError, match="does not show"):
+            refused()
+    assert not [each for each in looks if each.startswith(path)]
+    # Where nothing may block, that is the first look; but such links it does not follow.
+    with pytest.raises(BlockingIOError):
+        look_in_memory(f"{path}/bin/sh")
 
 
 def test_what_is_too_long_for_a_path_is_not_followed() -> None:

@@ -111,6 +111,15 @@ def test_links_that_make_a_path_very_long_are_not_followed_to_its_end(root: Path
     assert files.real_path("/6/bin") != "/usr/bin"
 
 
+def test_no_link_to_another_processes_files_is_followed(tmp_path: Path) -> None:
+    """What the machine has there is not what the job has."""
+    root = f"/proc/{os.getpid()}/root"
+    (tmp_path / "link").symlink_to(root)
+    assert JobFiles().real_path(f"{root}/etc") == f"{root}/etc"
+    assert JobFiles().find(f"{root}/etc") is None
+    assert JobFiles().real_path(f"{tmp_path}/link/etc") == f"{root}/etc"
+
+
 def test_where_the_job_would_find_it() -> None:
     files = JobFiles(
         hidden=("/srv/data/hidden",),
