@@ -6,7 +6,8 @@ from __future__ import annotations
 import errno
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import grpc
 
@@ -104,12 +105,39 @@ def job_id_from(text: str) -> int:
     return int(text)
 
 
-def has_more_fields(data: bytes, most: int) -> bool:
-    """Whether a message has more than so many, of its own and not of messages in it; as far as it
+# The messages in a message that are counted with it, by the numbers of their fields.
+Nested = Mapping[int, "Nested"]
+NONE_NESTED: Nested = {}
+
+
+def _nested_in(message: Any) -> Nested:
+    """An entry of a map is one field, as what is in it more than once is not kept."""
+    return {
+        field.number: _nested_in(field.message_type)
+        for field in message.fields
+        if field.message_type and not field.message_type.GetOptions().map_entry
+    }
+
+
+NESTED = {
+    "CreateJob": _nested_in(pb.CreateJobReq.DESCRIPTOR),
+    "CreateJobs": _nested_in(pb.CreateJobsReq.DESCRIPTOR),
+}
+
+
+def has_more_fields(data: bytes, most: int, nested: Nested = NONE_NESTED) -> bool:
+    """Whether a message has more than so many, those of the nested ones among them; as far as it
     is a message at all (https://protobuf.dev/programming-guides/encoding)."""
-    place = count = 0
+    if len(data) <= most:  # each takes a byte, or more
+        return False
+    return _count_fields(data, 0, len(data), most, nested) > most
+
+
+def _count_fields(data: bytes, place: int, end: int, most: int, nested: Nested) -> int:
+    """But not far beyond `most`."""
+    count = 0
     try:
-        while place < len(data) and count <= most:
+        while place < end and count <= most:
             count += 1
             tag, place = _varint(data, place)
             kind = tag & 7
@@ -117,12 +145,16 @@ def has_more_fields(data: bytes, most: int) -> bool:
                 _, place = _varint(data, place)
             elif kind == BYTES:
                 size, place = _varint(data, place)
+                inner = nested.get(tag >> 3)
+                if inner is not None:
+                    inner_end = min(place + size, end)
+                    count += _count_fields(data, place, inner_end, most - count, inner)
                 place += size
             else:
                 place += FIXED.get(kind, 0)
     except IndexError:  # it ends too early
         pass
-    return count > most
+    return count
 
 
 VARINT, BYTES = 0, 2

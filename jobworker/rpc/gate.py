@@ -569,7 +569,7 @@ def parser(parse: Parse, rpc: str) -> Parse:
             problem = f"{len(data)} bytes are too many; use at most {convert.LARGEST_CREATE_BYTES}"
             problem += ", and pass a longer stdin, args or environment in files"
             raise InvalidRequestError("request", problem)
-        if convert.has_more_fields(data, MOST_FIELDS):
+        if convert.has_more_fields(data, MOST_FIELDS, convert.NESTED.get(rpc, {})):
             problem = f"has more than {MOST_FIELDS} fields; ask for less at once"
             raise InvalidRequestError("request", problem)
         try:

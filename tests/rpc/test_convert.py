@@ -161,6 +161,35 @@ def test_the_fields_of_a_message_are_counted(message: Any, count: int) -> None:
     assert count == 0 or convert.has_more_fields(data, count - 1)
 
 
+JOB_REQUEST = pb.CreateJobReq(
+    command="x",
+    args=["a", "b", ""],
+    environment={"a": "b", "c": ""},
+    binds=[pb.Bind(source="/a", destination="/b"), pb.Bind()],
+    stdin=b"\x0a\x00" * 100,
+)
+
+
+@pytest.mark.parametrize(
+    ("rpc", "message", "count"),
+    [
+        ("CreateJob", JOB_REQUEST, 11),
+        ("CreateJobs", pb.CreateJobsReq(jobs=[JOB_REQUEST] * 3), 36),
+        ("CreateJobs", pb.CreateJobsReq(jobs=[pb.CreateJobReq()] * 3), 3),
+        ("CreateJobs", b"\x0a\x04" + b"\x12\x00" * 3, 4),  # what is after the job's end
+        ("CreateJobs", b"\x0a\x20" + b"\x12\x00" * 3, 4),  # it ends too early
+        ("CreateJobs", b"\x0a\x0a" + b"\xff" * 10 + b"\x10\x01" * 3, 5),
+    ],
+)
+def test_the_fields_of_nested_messages_are_counted_with_it(
+    rpc: str, message: Any, count: int
+) -> None:
+    data = message if isinstance(message, bytes) else message.SerializeToString()
+    nested = convert.NESTED[rpc]
+    assert not convert.has_more_fields(data, count, nested)
+    assert convert.has_more_fields(data, count - 1, nested)
+
+
 @pytest.mark.parametrize("text", ["", "a", "-1", "1.0", " 1", "١", "9" * 19])
 def test_what_is_no_id_names_no_job(text: str) -> None:
     with pytest.raises(errors.JobNotFoundError):
