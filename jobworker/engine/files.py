@@ -6,6 +6,7 @@ that mistakes are told before the job is made.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable
@@ -152,7 +153,10 @@ class JobFiles:
 
     def real_path(self, path: str) -> str:
         """In the job's root, without the symbolic links that lead there. Where more would have to
-        be looked at than a path is worth, as far as that went."""
+        be looked at than a path is worth, as far as that went.
+
+        Where it is the machine's view, nothing is looked at that the kernel would not come to:
+        a job can make a look at what is not in memory last for ever."""
         left, place, links, parts = path.split("/")[::-1], "/", 0, 0
         while left and parts < MOST_PARTS:
             part = left.pop()
@@ -161,7 +165,12 @@ class JobFiles:
                 place = os.path.dirname(place)
             elif part not in {"", "."}:
                 following = os.path.join(place, part)
-                target = _target(self._on_machine(following))
+                try:
+                    target = _target(self._on_machine(following))
+                except OSError:  # nothing there, or not within reach; so is all below
+                    if not self.is_arranged:
+                        return "/".join([following, *reversed(left)])
+                    target = None
                 links += target is not None
                 if target is None or links > MOST_LINKS:
                     place = following
@@ -172,13 +181,15 @@ class JobFiles:
 
 
 def _target(path: str) -> str | None:
-    """None: it is no symbolic link, or not within reach, or leads to another process's files."""
+    """None: it is no symbolic link, or leads to another process's files. Raises OSError."""
     if path.startswith("/proc/"):
         return None
     try:
         return os.readlink(path)
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
 
 
 def _check_destination(files: JobFiles, number: int, bind: Bind) -> None:

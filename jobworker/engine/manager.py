@@ -89,8 +89,8 @@ T = TypeVar("T")
 START_ERRORS = (StartFailedError, CgroupError, JobinitError, InvalidRequestError, OSError)
 
 KILLED_SECONDS = 10.0  # what a killed cgroup may take to be empty, before that is worth a line
-LOOK_THREADS = 16
-MOST_LOOKS = 4  # at once, of each client: others find a thread
+LOOK_THREADS = 48
+MOST_LOOKS = 12  # at once, of each client: others find a thread
 STORE_RUNNING_SECONDS = 0.2
 FEW_CREATES = 4  # at once: these are stored without waiting for company
 STORE_RETRY_SECONDS = 1.0

@@ -101,6 +101,24 @@ def test_links_are_followed_in_the_jobs_root(
     assert files.real_path(path) == leads_to
 
 
+def test_behind_what_is_not_there_nothing_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel does not; else `..` would lead to folders that another job keeps locked."""
+    looked: list[str] = []
+
+    def readlink(path: str) -> str:
+        looked.append(path)
+        return original(path)
+
+    original = os.readlink
+    monkeypatch.setattr(os, "readlink", readlink)
+    (tmp_path / "link").symlink_to(f"{tmp_path}/none/../held/x")
+    for path in (f"{tmp_path}/none/../held/x", f"{tmp_path}/link"):
+        assert JobFiles().real_path(path) == f"{tmp_path}/none/../held/x"
+    assert not [path for path in looked if "held" in path]
+
+
 def test_links_that_make_a_path_very_long_are_not_followed_to_its_end(root: Path) -> None:
     """Some jobs may make such links where others look."""
     target = "usr/../" * (MOST_PARTS // 8)
