@@ -835,7 +835,8 @@ static unsigned make_lease_filter(void)
 static unsigned make_ioctl_filter(void)
 {
 	static const unsigned refused[] = {
-		TIOCSETD, SIOCGIFBR, SIOCSIFBR, SIOCBRADDBR, SIOCBRDELBR, SIOCGIFVLAN, SIOCSIFVLAN,
+		TIOCSETD, SIOCGIFBR, SIOCSIFBR, SIOCBRADDBR, SIOCBRDELBR, SIOCBRADDIF, SIOCBRDELIF,
+		SIOCGIFVLAN, SIOCSIFVLAN,
 	};
 	enum { COUNT = sizeof refused / sizeof *refused };
 	unsigned i, first;

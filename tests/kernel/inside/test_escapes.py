@@ -148,7 +148,7 @@ for family in (1, 2, 10, 16):
             libc.socket(family, kind, protocol)
             libc.socketpair(family, kind, protocol, (ctypes.c_int * 2)())
 inet = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-for number in (0x8940, 0x8941, 0x89a0, 0x89a1, 0x8982, 0x8983):
+for number in (0x8940, 0x8941, 0x89A0, 0x89A1, 0x89A2, 0x89A3, 0x8982, 0x8983):
     libc.ioctl(inet.fileno(), ctypes.c_ulong(number), ctypes.create_string_buffer(256))
 libc.ioctl(os.openpty()[1], ctypes.c_ulong(0x5423), ctypes.byref(ctypes.c_int(13)))
 print("tried")
