@@ -57,6 +57,15 @@ def test_no_request_is_larger_than_a_server_takes() -> None:
     assert len({result.job_id for result in many.results}) == 6
 
 
+def test_no_request_has_more_fields_than_a_server_takes() -> None:
+    many = Bulk(Spec("echo", *"x" * count) for count in [200] * 500)
+    sizes: list[int] = []
+    while not many.is_over:
+        sizes.append(len(requested(many).jobs))
+        answer_to(many, 1)
+    assert sizes == [258, 242]
+
+
 def test_no_request_takes_longer_than_a_call_may() -> None:
     many = Bulk([Spec("true")] * (2 * bulk.MOST_JOBS + 1))
     for expected in (bulk.MOST_JOBS, bulk.MOST_JOBS, 1):
