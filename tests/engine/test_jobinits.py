@@ -37,6 +37,7 @@ def test_what_is_tried_and_takes_too_long_is_no_refusal(
         finally:
             os.kill(pid, signal.SIGCONT)
             await jobinits.close()
+            os.kill(pid, signal.SIGKILL)  # it keeps how the trial ended for the next server
 
     asyncio.run(main())
 
