@@ -34,6 +34,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jobworker
+from jobinit_processes import jobs_of
 from jobworker.engine import jobinit
 from jobworker.engine.jobinit import (
     Ask,
@@ -260,7 +261,7 @@ class Launcher:
 
     def kill(self) -> None:
         for pid in self.running:
-            children = _children(pid)
+            children = jobs_of(pid)
             os.kill(pid, signal.SIGKILL)
             for child in children:
                 with contextlib.suppress(ProcessLookupError):
@@ -293,21 +294,6 @@ def _wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.002)
-
-
-def _children(pid: int) -> list[int]:
-    """Zombies among them, but not those that close its descriptors."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
-        return []
-    return [int(child) for child in children if _name(child) != "jobinit: closer"]
-
-
-def _name(pid: str) -> str:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/comm").read_text().rstrip()
-    return ""
 
 
 async def _wait_gone(pid: int) -> None:
@@ -352,7 +338,7 @@ def test_a_failed_exec_tells_its_errno(
             await server.start(str(tmp_path / executable))
         assert (caught.value.step, caught.value.error_number) == ("exec", number)
         assert caught.value.killed_by == 0
-        assert _children(server.pid) == []
+        assert jobs_of(server.pid) == []
 
     launcher.run(scenario)
 
@@ -852,9 +838,9 @@ def test_a_job_ends_when_its_main_process_does(launcher: Launcher) -> None:
         started = await server.shell("sleep 1000 & echo $!")
         await server.wait_exit(started.job_id)
         orphan = int(os.read(started.stdout_fd, 100))
-        assert _children(server.pid) == [orphan]
+        assert jobs_of(server.pid) == [orphan]
         os.kill(orphan, signal.SIGKILL)
-        await asyncio.to_thread(_wait_until, lambda: _children(server.pid) == [])
+        await asyncio.to_thread(_wait_until, lambda: jobs_of(server.pid) == [])
 
     launcher.run(scenario)
 
@@ -865,7 +851,7 @@ def test_many_dead_keep_no_server_waiting(launcher: Launcher) -> None:
     pid = launcher.spawn()
 
     def orphans(count: int) -> bool:
-        return len(_children(pid)) == count
+        return len(jobs_of(pid)) == count
 
     with _raw_connection(launcher.path) as connection:
         for job_id in itertools.count(1):
@@ -881,11 +867,11 @@ def test_many_dead_keep_no_server_waiting(launcher: Launcher) -> None:
             os.killpg(group, signal.SIGKILL)
             connection.send(_packet(Ask.ACKNOWLEDGE, job_id))
             connection.send(_packet(Ask.LIST, 0))
-            _wait_until(partial(_are_zombies, _children(pid)))
+            _wait_until(partial(_are_zombies, jobs_of(pid)))
             os.kill(pid, signal.SIGCONT)
             assert _receive(connection) == [(Tell.LISTED, 0, b"")]
             os.kill(pid, signal.SIGSTOP)
-            left = len(_children(pid))
+            left = len(jobs_of(pid))
             os.kill(pid, signal.SIGCONT)
             _wait_until(partial(orphans, 0))
             if left:
@@ -926,9 +912,9 @@ def test_without_a_cgroup_what_is_left_of_the_group_gets_the_signal(launcher: La
     async def scenario(server: Server) -> None:
         started = await server.shell("sleep 1000 & sleep 1000 & exit 0")
         await server.wait_exit(started.job_id)
-        assert len(_children(server.pid)) == 2
+        assert len(jobs_of(server.pid)) == 2
         server.jobinit.signal(started.job_id, signal.SIGKILL)
-        await asyncio.to_thread(_wait_until, lambda: _children(server.pid) == [])
+        await asyncio.to_thread(_wait_until, lambda: jobs_of(server.pid) == [])
         server.jobinit.signal(started.job_id, signal.SIGKILL)  # to nobody
         server.jobinit.acknowledge(started.job_id)
         assert await server.adopt() == {}
@@ -1171,7 +1157,7 @@ def test_500_jobs_leave_no_descriptor_and_no_zombie(launcher: Launcher) -> None:
 
         await asyncio.gather(*(one(number) for number in range(500)))
         assert await server.adopt() == {}
-        await asyncio.to_thread(_wait_until, lambda: _children(server.pid) == [])
+        await asyncio.to_thread(_wait_until, lambda: jobs_of(server.pid) == [])
         await _wait_descriptors(server.pid, IDLE_DESCRIPTORS)
 
     launcher.run(scenario)
@@ -1439,7 +1425,7 @@ def test_nothing_is_lost_when_the_server_reads_late(launcher: Launcher) -> None:
             sent += 1
             connection.send(_packet(Ask.START, sent, _start_body("/bin/true")))
         assert 100 < sent < count
-        _wait_until(lambda: _children(pid) == [])
+        _wait_until(lambda: jobs_of(pid) == [])
 
         told: list[tuple[int, int]] = []
         while len(told) < 2 * sent:
@@ -1606,7 +1592,7 @@ def test_the_first_process_of_a_namespace_waits_outside_of_the_job(
 ) -> None:
     async def scenario(server: Server) -> None:
         started = await server.start("/bin/sleep", "60", cgroup=str(cgroup), **confined(view=0))
-        [first] = [pid for pid in _children(server.pid) if pid != started.pid]
+        [first] = [pid for pid in jobs_of(server.pid) if pid != started.pid]
         # But for a pidfd of the job, whose end it waits for.
         await _wait_descriptors(first, 1)
         assert "pidfd" in await asyncio.to_thread(os.readlink, f"/proc/{first}/fd/0")
@@ -1843,7 +1829,7 @@ def test_no_packet_harms_it(launcher: Launcher) -> None:
                 pass
 
         send()
-        _wait_until(lambda: _children(pid) == [])
+        _wait_until(lambda: jobs_of(pid) == [])
         for job_id in range(4):
             connection.send(_packet(Ask.ACKNOWLEDGE, job_id))
     assert launcher.running == [pid]

@@ -249,15 +249,3 @@ class Client:
         job = self.shell(script, **fields)
         chunks = list(self.stream(job.id))
         return chunks[-1].ending, b"".join(chunk.payload for chunk in chunks)
-
-
-def jobs_of(jobinit: int) -> list[int]:
-    """The processes of which it is the parent, zombies among them, but for its own."""
-    children = Path(f"/proc/{jobinit}/task/{jobinit}/children").read_text().split()
-    return [int(pid) for pid in children if _name(pid) != "jobinit: closer"]
-
-
-def _name(pid: str) -> str:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/comm").read_text().rstrip()
-    return ""

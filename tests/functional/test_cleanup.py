@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from epolls import nested_epolls
-from functional.server import Client, Server, jobs_of
+from functional.server import Client, Server
+from jobinit_processes import jobs_of
 
 JOBS = 1000
 IN_FLIGHT = 8

@@ -18,7 +18,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from functional.server import Client, Server, jobs_of
+from functional.server import Client, Server
+from jobinit_processes import jobs_of
 from jobworker.engine.jobinit import PROTOCOL_VERSION
 from jobworker.pb import job_worker_pb2 as pb
 
