@@ -1059,36 +1059,19 @@ static bool bind_mount(const char *from, const char *to)
 }
 
 /* Shows the job's own processes only, and of these not the first: that is in the machine's mounts
- * and network, and the kernel shows both to whoever sees it. Of the files in it that are the
- * machine's, some tell what is no job's business; the rest would be a way out, should a job ever
- * become root. */
+ * and network, and the kernel shows both to whoever sees it. All of it is read-only, as most files
+ * in it are the machine's. Those are hidden that tell all users what is no job's business, and the
+ * machine's memory. */
 static bool mount_proc(void)
 {
-	static const unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
-	static const char *const fixed[] = {
-		"/proc/sys", "/proc/irq", "/proc/bus", "/proc/fs", "/proc/sysrq-trigger", NULL,
-	};
-	static const char *const hidden_files[] = {
-		"/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/timer_list", NULL,
-	};
-	static const char *const hidden_folders[] = {"/proc/acpi", "/proc/scsi", NULL};
+	static const char *const hidden[] = {"/proc/kcore", "/proc/keys", "/proc/key-users", NULL};
 	const char *const *path;
 
 	/* ptraceable: also from who is in root's group (Linux 5.8 and later). */
-	if (mount("proc", "/proc", "proc", flags, "hidepid=4") < 0)
+	if (mount("proc", "/proc", "proc", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, "hidepid=4") < 0)
 		return false;
-	for (path = fixed; *path; path++)
-		if (bind_mount(*path, *path)) {
-			if (mount(NULL, *path, NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | flags, NULL) < 0)
-				return false;
-		} else if (!is_absent()) {
-			return false;
-		}
-	for (path = hidden_files; *path; path++)
+	for (path = hidden; *path; path++)
 		if (!bind_mount(HIDDEN_FILE, *path) && !is_absent())
-			return false;
-	for (path = hidden_folders; *path; path++)
-		if (!bind_mount(HIDDEN_FOLDER, *path) && !is_absent())
 			return false;
 	return true;
 }
@@ -1225,9 +1208,7 @@ static bool change_root(const struct request *request)
 
 static bool make_files_read_only(void)
 {
-	static const char *const own[] = {
-		"/proc", "/tmp", "/var/tmp", "/dev/shm", "/dev/pts", NULL,
-	};
+	static const char *const own[] = {"/tmp", "/var/tmp", "/dev/shm", "/dev/pts", NULL};
 	const char *const *path;
 
 	if (!set_attributes(AT_FDCWD, "/", WHOLE_TREE, READ_ONLY))

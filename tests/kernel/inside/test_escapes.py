@@ -127,8 +127,8 @@ def test_a_crash_is_no_matter_of_the_machines_unless_it_wants_that(
     pattern.write_text(f"|{handler} %e")
     try:
         for name, limit in (("first", ""), ("second", "ulimit -c unlimited;")):
-            script = f"{limit} echo {name} > /proc/self/comm; kill -SEGV $$"
-            job, _ = stage.client.run(script.replace("/self", "/$$"), profile=profile)
+            script = f"{limit} ln -s /bin/sh /tmp/{name}; exec /tmp/{name} -c 'kill -SEGV $$'"
+            job, _ = stage.client.run(script, profile=profile)
             assert job.signal == signal.SIGSEGV
         told = tmp_path / "told"
         wait_until(lambda: told.exists() and "second" in told.read_text())
