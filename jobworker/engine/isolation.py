@@ -130,6 +130,7 @@ class Isolation:
         self._uids_in_use: set[int] = set()
         self._last_uid = 0
         self._view = files.view()
+        self._files = JobFiles(self._view.hidden)
         self.allowed = allowed
         self.job_user = self.own_user
         if _is_root() and not self.problem:
@@ -215,12 +216,11 @@ class Isolation:
 
     def _confinement(self, profile: Profile, user: User, network: str) -> Confinement:
         default_network = "none" if profile is Profile.STRICT else "host"
-        confinement = Confinement(profile, user, network or default_network)
+        network = network or default_network
         if profile is Profile.NONE:
-            return confinement
-        files = JobFiles(self._view.hidden)
+            return Confinement(profile, user, network)
         is_read_only = profile is Profile.STRICT
-        return replace(confinement, view=self._view, files=files, is_read_only=is_read_only)
+        return Confinement(profile, user, network, self._view, self._files, is_read_only)
 
     def arrange(self, confinement: Confinement, request: JobSpec) -> Confinement:
         """With the files that the job asks for. Raises InvalidRequestError where it may not have
@@ -233,7 +233,7 @@ class Isolation:
             if not _is_root():
                 problem = "the server is not root, and can arrange no files for a job; leave it out"
                 raise InvalidRequestError(field, problem)
-        if confinement.files is None:
+        if confinement.files is None or not any(asked.values()):
             return confinement
         root = self.allowed.root(request.root) if request.root.strip("/") else ""
         binds = tuple(self.allowed.bind(bind, n) for n, bind in enumerate(request.binds))
