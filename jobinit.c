@@ -706,10 +706,11 @@ enum {
 	REFUSED_CLONES = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER
 			 | CLONE_NEWPID | CLONE_NEWNET | NEW_TIME | CLONE_PARENT,
 	RULES = sizeof rules / sizeof *rules,
-	LONGEST_FILTER = 2 * RULES + 64, /* a jump reaches 255 further */
+	LONGEST_FILTER = 2 * RULES + 64, /* two comparisons for each rule at most */
+	FIRST_VERDICT = 256 - VERDICTS, /* jumps that are longer reach no instruction, but mean one */
 };
 
-_Static_assert(LONGEST_FILTER < 255, "jumps would not reach");
+_Static_assert(LONGEST_FILTER < FIRST_VERDICT, "jumps would not reach");
 
 static struct sock_filter filter[LONGEST_FILTER];
 static unsigned filter_size;
@@ -720,23 +721,46 @@ static unsigned emit(unsigned code, unsigned operand, unsigned if_true, unsigned
 	return filter_size++;
 }
 
-/* Of rules[first] up to and without rules[end], which are sorted. A tree and not a list: when a
- * filter is installed, the kernel walks it once for each call that there is. A match has for
- * now its verdict as its jump. */
-static void emit_rules(unsigned first, unsigned end)
-{
-	unsigned middle = first + (end - first) / 2, jump;
+/* Calls from this number on, up to where the next one begins. */
+struct interval { unsigned first; enum verdict verdict; };
 
-	if (end - first > 3) {
-		jump = emit(BPF_JMP | BPF_JGE | BPF_K, rules[middle].call, 0, 0);
-		emit_rules(first, middle);
-		filter[jump].jt = filter_size - jump - 1;
-		emit_rules(middle, end);
-		return;
+/* What lies between rules is allowed, and what neighbours with the same verdict make is one. The
+ * rules are sorted. Returns how many there are. */
+static unsigned make_intervals(struct interval intervals[])
+{
+	unsigned next = 0, count = 0, i;
+
+	for (i = 0; i < RULES; i++) {
+		if (rules[i].call > next || !count)
+			intervals[count++] = (struct interval){next, ALLOW};
+		if (rules[i].verdict != intervals[count - 1].verdict)
+			intervals[count++] = (struct interval){rules[i].call, rules[i].verdict};
+		next = rules[i].call + 1;
 	}
-	for (; first < end; first++)
-		emit(BPF_JMP | BPF_JEQ | BPF_K, rules[first].call, rules[first].verdict, 0);
-	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	intervals[count++] = (struct interval){next, ALLOW};
+	intervals[count++] = (struct interval){LAST_REVIEWED_CALL + 1, UNKNOWN};
+	return count;
+}
+
+/* A tree of comparisons that finds the interval of a number, and jumps to its verdict: for now
+ * that stands in the place of the jump. To install a filter the kernel walks it once for each call
+ * that there is, so each comparison halves the numbers, as nearly as it can. end: of the last one. */
+static void emit_tree(const struct interval intervals[], unsigned count, unsigned end)
+{
+	unsigned half = intervals[0].first + (end - intervals[0].first) / 2, middle = 1, jump;
+
+	while (middle + 1 < count && intervals[middle + 1].first <= half)
+		middle++;
+	jump = emit(BPF_JMP | BPF_JGE | BPF_K, intervals[middle].first, 0, 0);
+	if (middle == 1)
+		filter[jump].jf = FIRST_VERDICT + intervals[0].verdict;
+	else
+		emit_tree(intervals, middle, intervals[middle].first);
+	filter[jump].jt = filter_size - jump - 1;
+	if (count - middle == 1)
+		filter[jump].jt = FIRST_VERDICT + intervals[middle].verdict;
+	else
+		emit_tree(intervals + middle, count - middle, end);
 }
 
 static int compare_rules(const void *left, const void *right)
@@ -849,18 +873,23 @@ static unsigned make_ioctl_filter(void)
 	return first;
 }
 
+static unsigned char jump_to(unsigned char jump, const unsigned targets[], unsigned from)
+{
+	return jump < FIRST_VERDICT ? jump : targets[jump - FIRST_VERDICT] - from - 1;
+}
+
 /* The verdicts come last, as jumps go forwards only. */
 static void make_filter(void)
 {
-	unsigned targets[VERDICTS], i, tree_end;
+	struct interval intervals[2 * RULES + 2];
+	unsigned targets[VERDICTS], tree, tree_end, i;
 
 	qsort(rules, RULES, sizeof *rules, compare_rules);
 	emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch), 0, 0);
 	emit(BPF_JMP | BPF_JEQ | BPF_K, OWN_ARCHITECTURE, 1, 0);
 	emit(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS, 0, 0);
-	emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0);
-	emit(BPF_JMP | BPF_JGT | BPF_K, LAST_REVIEWED_CALL, UNKNOWN, 0);
-	emit_rules(0, RULES);
+	tree = emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr), 0, 0) + 1;
+	emit_tree(intervals, make_intervals(intervals), LAST_REVIEWED_CALL + 1);
 	tree_end = filter_size;
 	targets[UNKNOWN] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS, 0, 0);
 	/* The first argument's lower half; all of these architectures are little-endian. */
@@ -873,9 +902,10 @@ static void make_filter(void)
 	targets[KNOWN_SOCKETS] = make_socket_filter();
 	targets[NO_LEASES] = make_lease_filter();
 	targets[NO_MODULES] = make_ioctl_filter();
-	for (i = 4; i < tree_end; i++)
-		if (BPF_OP(filter[i].code) != BPF_JGE && BPF_CLASS(filter[i].code) == BPF_JMP)
-			filter[i].jt = targets[filter[i].jt] - i - 1;
+	for (i = tree; i < tree_end; i++) {
+		filter[i].jt = jump_to(filter[i].jt, targets, i);
+		filter[i].jf = jump_to(filter[i].jf, targets, i);
+	}
 }
 
 /* ==== Becoming a job: in the forked child ==== */
