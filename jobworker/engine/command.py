@@ -8,16 +8,28 @@ import os
 import stat
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from jobworker.engine.files import NOT_SEEN
 from jobworker.engine.user import User
 from jobworker.errors import InvalidRequestError
 
-Look = Callable[[str], os.stat_result]
+
+class Seen(NamedTuple):
+    """What there is at a path."""
+
+    mode: int
+    may_execute: bool  # a file, or enter a directory: this thread's user
+    place: str = ""  # its path without symbolic links; empty: not known
+
+
+# Raises OSError.
+Look = Callable[[str], Seen]
 
 libc = ctypes.CDLL(None, use_errno=True)
-CALL_OPENAT2 = 437
+CALL_OPENAT2, CALL_FACCESSAT2 = 437, 439
 AT_FDCWD = -100
+AS_EFFECTIVE_USER, OF_DESCRIPTOR = 0x200, 0x1000  # AT_EACCESS, AT_EMPTY_PATH
 # struct open_how: flags, mode, RESOLVE_CACHED (since Linux 5.12).
 ONLY_CACHED = (ctypes.c_uint64 * 3)(os.O_PATH | os.O_CLOEXEC, 0, 0x20)
 # What a path itself can be refused for; anything else may be for want of what is not in memory.
@@ -34,12 +46,38 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOME_OF_THE_HOMELESS = "/tmp"  # noqa: S108 such as nobody, who could write nothing in `/`
 
 
-# Where this process finds what the job finds at a path; None: the job does not see it.
-Find = Callable[[str], str | None]
+# Where this process finds what the job finds at a path, whose place may be known; None: the job
+# does not see it.
+Find = Callable[[str, str], str | None]
 
 
-def as_here(path: str) -> str | None:
+def as_here(path: str, _place: str) -> str | None:
     return path
+
+
+def look_on_disk(path: str) -> Seen:
+    return Seen(os.stat(path).st_mode, os.access(path, os.X_OK, effective_ids=True))
+
+
+def look_in_memory(path: str) -> Seen:
+    """Where a disk must be asked first it raises BlockingIOError at once. The path is followed
+    once only: a job may change where it leads."""
+    descriptor = libc.syscall(
+        CALL_OPENAT2, AT_FDCWD, os.fsencode(path), ONLY_CACHED, ctypes.sizeof(ONLY_CACHED)
+    )
+    if descriptor < 0:
+        number = ctypes.get_errno()
+        if number not in REFUSALS:
+            number = errno.EAGAIN
+        raise OSError(number, os.strerror(number), path)
+    try:
+        refused = libc.syscall(
+            CALL_FACCESSAT2, descriptor, b"", os.X_OK, AS_EFFECTIVE_USER | OF_DESCRIPTOR
+        )
+        place = os.readlink(f"/proc/self/fd/{descriptor}")
+        return Seen(os.fstat(descriptor).st_mode, not refused, place)
+    finally:
+        os.close(descriptor)
 
 
 def base_environment(job_id: int, user: User, home: str) -> dict[str, str]:
@@ -56,44 +94,28 @@ def base_environment(job_id: int, user: User, home: str) -> dict[str, str]:
     }
 
 
-def home_of(user: User, find: Find = as_here, look: Look = os.stat) -> str:
+def home_of(user: User, find: Find = as_here, look: Look = look_on_disk) -> str:
     """The user's own, where the job finds a directory there."""
-    found, mode = _find(user.home, find, look)
-    has_one = found is not None and isinstance(mode, int) and stat.S_ISDIR(mode)
+    seen = _see(user.home, find, look)
+    has_one = isinstance(seen, Seen) and stat.S_ISDIR(seen.mode)
     return user.home if has_one else HOME_OF_THE_HOMELESS
 
 
-def look_in_memory(path: str) -> os.stat_result:
-    """As os.stat; but where a disk must be asked first it raises BlockingIOError at once."""
-    descriptor = libc.syscall(
-        CALL_OPENAT2, AT_FDCWD, os.fsencode(path), ONLY_CACHED, ctypes.sizeof(ONLY_CACHED)
-    )
-    if descriptor < 0:
-        number = ctypes.get_errno()
-        if number not in REFUSALS:
-            number = errno.EAGAIN
-        raise OSError(number, os.strerror(number), path)
-    try:
-        return os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def check_working_directory(path: str, find: Find = as_here, look: Look = os.stat) -> None:
+def check_working_directory(path: str, find: Find = as_here, look: Look = look_on_disk) -> None:
     """Raises InvalidRequestError unless it is a directory that the user of this thread may
     enter, and that is there for the job."""
     if path == "/":  # the usual one
         return
-    found, mode = _find(path, find, look)
-    if found is None:
+    seen = _see(path, find, look)
+    if seen is None:
         raise InvalidRequestError("working_directory", f"{path!r} is not there: {NOT_SEEN}")
-    if isinstance(mode, OSError):
-        problem = f"{path!r}: {mode.strerror}; give a directory that exists on the server"
-        raise InvalidRequestError("working_directory", problem) from mode
-    if not stat.S_ISDIR(mode):
+    if isinstance(seen, OSError):
+        problem = f"{path!r}: {seen.strerror}; give a directory that exists on the server"
+        raise InvalidRequestError("working_directory", problem) from seen
+    if not stat.S_ISDIR(seen.mode):
         problem = f"{path!r} is not a directory; give one that exists on the server"
         raise InvalidRequestError("working_directory", problem)
-    if not os.access(found, os.X_OK, effective_ids=True):
+    if not seen.may_execute:
         problem = f"{path!r} cannot be entered by the job's user; give one that can"
         raise InvalidRequestError("working_directory", problem)
 
@@ -103,7 +125,7 @@ def resolve(
     environment: Mapping[str, str],
     working_directory: str,
     find: Find = as_here,
-    look: Look = os.stat,
+    look: Look = look_on_disk,
 ) -> str:
     """The absolute path of the executable that a shell in the job's place would find, with
     the rights of this thread's user.
@@ -144,24 +166,18 @@ def resolve(
     )
 
 
-def _find(path: str, find: Find, look: Look) -> tuple[str | None, int | OSError]:
-    """Where it is, and its mode, where the job sees it."""
+def _see(path: str, find: Find, look: Look) -> Seen | OSError | None:
+    """What there is, or why it cannot be looked at; None: the job does not see it. Raises
+    BlockingIOError."""
     if len(os.fsencode(path)) > LONGEST_PATH_BYTES:  # nowhere is there anything by that name
-        return path, OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-    may_block = look is os.stat
-    # `find` may block, so where nothing may, this one is first, and refuses for it; it follows
-    # no link to another process's files, as these are never cached.
-    mode = 0 if may_block else _mode_of(path, look)
-    found = find(path)
-    if found is None:
-        return None, 0
-    return found, _mode_of(found, look) if may_block or found != path else mode
-
-
-def _mode_of(path: str, look: Look) -> int | OSError:
-    """Or why it has none. Raises BlockingIOError."""
+        return OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     try:
-        return look(path).st_mode
+        if look is look_on_disk:
+            found = find(path, "")
+            return None if found is None else look(found)
+        # `find` follows a path by hand, which may block; but not where its place is known.
+        seen = look(path)
+        return None if find(path, seen.place) is None else seen
     except BlockingIOError:
         raise
     except OSError as error:
@@ -174,18 +190,18 @@ NOT_REGULAR = "is not a regular file"
 
 def _problem_with(path: str, find: Find, look: Look) -> tuple[int, str]:
     """Why this file cannot be executed, as errno and in words; 0 and no word where it can."""
-    found, mode = _find(path, find, look)
-    if found is None:
+    seen = _see(path, find, look)
+    if seen is None:
         return errno.ENOENT, f"is not there: {NOT_SEEN}"
-    if isinstance(mode, FileNotFoundError | NotADirectoryError):
+    if isinstance(seen, FileNotFoundError | NotADirectoryError):
         return errno.ENOENT, NOT_FOUND
-    if isinstance(mode, OSError):
-        return mode.errno or errno.EIO, f"cannot be looked at: {mode.strerror}"
-    if not stat.S_ISREG(mode):
-        is_directory = stat.S_ISDIR(mode)
+    if isinstance(seen, OSError):
+        return seen.errno or errno.EIO, f"cannot be looked at: {seen.strerror}"
+    if not stat.S_ISREG(seen.mode):
+        is_directory = stat.S_ISDIR(seen.mode)
         number = errno.EISDIR if is_directory else errno.EACCES
         return number, "is a directory; give the program in it" if is_directory else NOT_REGULAR
-    if not os.access(found, os.X_OK, effective_ids=True):
+    if not seen.may_execute:
         remedy = "use chmod +x, or name its interpreter as the command"
         return errno.EACCES, f"is not executable by its user; {remedy}"
     return 0, ""

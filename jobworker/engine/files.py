@@ -99,10 +99,11 @@ class JobFiles:
     def is_arranged(self) -> bool:
         return bool(self.root or self.binds)
 
-    def find(self, path: str) -> str | None:
+    def find(self, path: str, place: str = "") -> str | None:
         """Where this process finds what the job would find at an absolute path; of a folder that
-        is the job's own, another one of the same kind. None: the job does not see it."""
-        place = self.real_path(path)
+        is the job's own, another one of the same kind. None: the job does not see it. place: its
+        real path, where that is known; only of a job that has nothing arranged."""
+        place = place or self.real_path(path)
         if not self.is_arranged:
             is_own = place in REPLACED or place.startswith("/dev/")
             return path if is_own or not self._is_hidden(place) else None
@@ -166,13 +167,13 @@ class JobFiles:
             elif part not in {"", "."}:
                 following = os.path.join(place, part)
                 try:
-                    target = _target(self._on_machine(following))
+                    target = _target(self._on_machine(following), links)
                 except OSError:  # nothing there, or not within reach; so is all below
                     if not self.is_arranged:
                         return "/".join([following, *reversed(left)])
                     target = None
                 links += target is not None
-                if target is None or links > MOST_LINKS:
+                if target is None:
                     place = following
                     continue
                 place = "/" if target.startswith("/") else place
@@ -180,16 +181,20 @@ class JobFiles:
         return place
 
 
-def _target(path: str) -> str | None:
-    """None: it is no symbolic link, or leads to another process's files. Raises OSError."""
+def _target(path: str, links: int) -> str | None:
+    """None: it is no symbolic link, or leads to another process's files. links: followed before.
+    Raises OSError."""
     if path.startswith("/proc/"):
         return None
     try:
-        return os.readlink(path)
+        target = os.readlink(path)
     except OSError as error:
         if error.errno == errno.EINVAL:
             return None
         raise
+    if links == MOST_LINKS:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+    return target
 
 
 def _check_destination(files: JobFiles, number: int, bind: Bind) -> None:

@@ -84,9 +84,9 @@ class Confinement:
     def is_confined(self) -> bool:
         return self.profile is not Profile.NONE
 
-    def find(self, path: str) -> str | None:
+    def find(self, path: str, place: str = "") -> str | None:
         """As JobFiles.find."""
-        return self.files.find(path) if self.files else path
+        return self.files.find(path, place) if self.files else path
 
 
 NOTHING_ALLOWED = Allowed()

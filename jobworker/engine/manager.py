@@ -38,6 +38,7 @@ from jobworker.engine.command import (
     check_working_directory,
     home_of,
     look_in_memory,
+    look_on_disk,
     resolve,
 )
 from jobworker.engine.isolation import Confinement, Isolation
@@ -676,7 +677,7 @@ class Manager:
             with contextlib.suppress(BlockingIOError):
                 return self._look_on_machine(request, limits, confinement, look_in_memory)
         return await self._look_up(
-            client, self._look_on_machine, request, limits, confinement, os.stat
+            client, self._look_on_machine, request, limits, confinement, look_on_disk
         )
 
     async def _look_up(self, client: str, function: Callable[..., T], *arguments: Any) -> T:
@@ -693,7 +694,8 @@ class Manager:
                 confinement.files.check()
             check_working_directory(folder, find, look)
             path = resolve(request.command, request.environment, folder, find, look)
-        folder = find(folder) or folder
+        if limits.io_bytes_per_second:
+            folder = find(folder, "") or folder
         self.cgroups.check(request.limits, folder)
         limit_files = self.cgroups.limit_files(limits, folder)
         return _Found(path, limit_files, home_of(confinement.user, find, look))

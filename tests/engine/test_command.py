@@ -18,10 +18,12 @@ from jobworker.engine.command import (
     LONGEST_SEARCH_SECONDS,
     MOST_FOLDERS,
     Look,
+    Seen,
     base_environment,
     check_working_directory,
     home_of,
     look_in_memory,
+    look_on_disk,
     resolve,
 )
 from jobworker.engine.files import JobFiles
@@ -125,8 +127,8 @@ def test_what_the_job_does_not_see_is_not_looked_at(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "stat", look)
     path = f"/proc/{os.getpid()}/root"
     for refused in (
-        lambda: resolve("sh", {"PATH": f"{path}/bin"}, "/", JobFiles().find, look),
-        lambda: check_working_directory(path, JobFiles().find, look),
+        lambda: resolve("sh", {"PATH": f"{path}/bin"}, "/", JobFiles().find),
+        lambda: check_working_directory(path, JobFiles().find),
     ):
         with pytest.raises(InvalidRequestError, match="does not show"):
             refused()
@@ -137,7 +139,7 @@ def test_what_the_job_does_not_see_is_not_looked_at(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_is_too_long_for_a_path_is_not_followed() -> None:
-    def follow(path: str) -> str:
+    def follow(path: str, _place: str) -> str:
         raise AssertionError(len(path))
 
     longest = "/a" * (64 << 10)
@@ -164,7 +166,7 @@ def test_nothing_of_the_servers_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert "/the/servers" not in environment["PATH"]
 
 
-def patient_look(path: str) -> os.stat_result:
+def patient_look(path: str) -> Seen:
     """The kernel also says that it cannot tell where somebody renames something just then."""
     for _ in range(100):
         with contextlib.suppress(BlockingIOError):
@@ -172,11 +174,11 @@ def patient_look(path: str) -> os.stat_result:
     raise AssertionError(path)
 
 
-@pytest.mark.parametrize("look", [os.stat, patient_look])
+@pytest.mark.parametrize("look", [look_on_disk, patient_look])
 def test_a_home_is_a_directory_that_is_there_for_the_job(program: Path, look: Look) -> None:
     user = replace(own_user(), home=str(program.parent))
     assert home_of(user, look=look) == user.home
-    assert home_of(user, lambda _: None, look) == "/tmp"
+    assert home_of(user, lambda _path, _place: None, look) == "/tmp"
     missing = program.with_name("no-such")
     assert not missing.exists()  # now the kernel knows
     for home in (program, missing):
@@ -189,8 +191,11 @@ def test_a_home_is_a_directory_that_is_there_for_the_job(program: Path, look: Lo
 def test_what_is_in_memory_is_seen_as_from_the_disk(program: Path) -> None:
     link = program.with_name("link")
     link.symlink_to(program)
-    for path in (program, link, program.parent):
-        assert patient_look(str(path)) == os.stat(path)
+    plain = program.with_name("plain")
+    plain.touch()
+    for path in (program, link, program.parent, plain):
+        seen = patient_look(str(path))
+        assert seen == (*look_on_disk(str(path))[:2], os.path.realpath(path))
     assert resolve("link", {"PATH": str(program.parent)}, "/", look=patient_look) == str(link)
 
 

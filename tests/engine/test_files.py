@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.engine.files import MOST_PARTS, Allowed, JobFiles
+from jobworker.engine.files import MOST_LINKS, MOST_PARTS, Allowed, JobFiles
 from jobworker.errors import InvalidRequestError
 from jobworker.job import Bind
 
@@ -116,6 +116,8 @@ def test_behind_what_is_not_there_nothing_is_looked_at(
     (tmp_path / "link").symlink_to(f"{tmp_path}/none/../held/x")
     for path in (f"{tmp_path}/none/../held/x", f"{tmp_path}/link"):
         assert JobFiles().real_path(path) == f"{tmp_path}/none/../held/x"
+    (tmp_path / "here").symlink_to(".")
+    JobFiles().real_path(f"{tmp_path}/{'here/' * (MOST_LINKS + 1)}held/x")
     assert not [path for path in looked if "held" in path]
 
 

@@ -363,7 +363,9 @@ def test_they_are_small(client: Client) -> None:
 
 def test_it_has_harmless_devices_only(client: Client) -> None:
     script = "exec 2>&1; ls /dev; for d in null zero full random urandom; do head -c 1 /dev/$d"
-    _, output = client.run(script + " | wc -c; done; echo x > /dev/null; mknod /tmp/m b 1 1; touch /dev/x")
+    _, output = client.run(
+        script + " | wc -c; done; echo x > /dev/null; mknod /tmp/m b 1 1; touch /dev/x"
+    )
     names, counts = output.split()[:13], output.split()[13:18]
     assert (
         names == (b"fd full null ptmx pts random shm stderr stdin stdout tty urandom zero").split()
