@@ -19,7 +19,7 @@ import grpc
 from jobworker.authorization import RULES, Access
 from jobworker.engine.manager import Manager
 from jobworker.engine.output import FIRST_MESSAGE_BYTES, Reader
-from jobworker.errors import InvalidRequestError
+from jobworker.errors import InvalidRequestError, JobNotFoundError
 from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
@@ -418,7 +418,12 @@ def _made(job_id: str, status: str) -> dict[str, Any]:
 
 
 def _named(request: pb.StopJobReq | pb.DeleteJobReq | None, _answer: Any) -> list[dict[str, Any]]:
-    return [{"job": request.id[:LONGEST_TOLD]}] if request else []
+    if request is None:
+        return []
+    try:
+        return [{"job": str(convert.job_id_from(request.id))}]  # one name for each job
+    except JobNotFoundError:
+        return [{"job": request.id[:LONGEST_TOLD]}]
 
 
 def _asked(request: pb.CreateJobReq) -> dict[str, Any]:

@@ -200,14 +200,14 @@ class Client:
         request = pb.CreateJobReq(command=command, args=args, **fields)
         return method.future(request, timeout=CALL_SECONDS)
 
-    def stop_soon(self, job_id: str) -> Any:
+    def stop_soon(self, job_id: str, **fields: Any) -> Any:
         """A future of `stop`."""
         method: Any = self._channel.unary_unary(
             "/job_worker.JobService/StopJob",
             lambda message: message.SerializeToString(),
             pb.StopJobRes.FromString,
         )
-        request = pb.StopJobReq(id=job_id, grace_milliseconds=60_000)
+        request = pb.StopJobReq(id=job_id, **({"grace_milliseconds": 60_000} | fields))
         return method.future(request, timeout=CALL_SECONDS)
 
     def shell(self, script: str, **fields: Any) -> pb.Job:

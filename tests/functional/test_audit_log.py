@@ -76,8 +76,9 @@ def test_each_change_has_a_line_when_it_is_answered(start_server: StartServer, p
         client.get(job.id)
         client.stop(job.id)
         assert calls(path, "StopJob")[-1]["job"] == job.id
-        client.call("DeleteJob", pb.DeleteJobReq(id=job.id))
+        client.call("DeleteJob", pb.DeleteJobReq(id=f"00{job.id}"))  # a name for it, too
         assert calls(path, "DeleteJob")[-1]["code"] == "OK"
+        assert calls(path, "DeleteJob")[-1]["job"] == job.id
         assert calls(path, "GetJob") == []
     server.stop()
     events = [line["event"] for line in lines(path) if "event" in line]

@@ -143,6 +143,15 @@ def test_what_is_out_of_time_ends_as_gracefully_as_by_a_stop(client: Client) -> 
     assert client.output(job.id, stream=pb.STDOUT) == b"bye\n"
 
 
+def test_a_stop_does_not_lift_the_time_limit(client: Client) -> None:
+    """By a signal that the job does not mind, and with a grace that nobody lives to see."""
+    job = client.create("sleep", "60", timeout_milliseconds=500)
+    stop = client.stop_soon(job.id, signal=signal.SIGWINCH, grace_milliseconds=2**32 - 1)
+    job = client.wait(job.id)
+    assert (job.status, job.cause, job.signal) == ("STOPPED", pb.STOPPED, signal.SIGTERM)
+    stop.result()
+
+
 def test_a_time_limit_that_is_not_reached_changes_nothing(client: Client) -> None:
     job, _ = client.run("exit 3", timeout_milliseconds=60_000)
     assert (job.cause, job.exitCode) == (pb.EXITED, 3)
