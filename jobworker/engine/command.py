@@ -96,7 +96,7 @@ def base_environment(job_id: int, user: User, home: str) -> dict[str, str]:
 
 def home_of(user: User, find: Find = as_here, look: Look = look_on_disk) -> str:
     """The user's own, where the job finds a directory there."""
-    seen = _see(user.home, find, look)
+    seen = _see(user.home, find, look, is_told_why_not=False)
     has_one = isinstance(seen, Seen) and stat.S_ISDIR(seen.mode)
     return user.home if has_one else HOME_OF_THE_HOMELESS
 
@@ -166,18 +166,38 @@ def resolve(
     )
 
 
-def _see(path: str, find: Find, look: Look) -> Seen | OSError | None:
+def _see(
+    path: str, find: Find, look: Look, *, is_told_why_not: bool = True
+) -> Seen | OSError | None:
     """What there is, or why it cannot be looked at; None: the job does not see it. Raises
     BlockingIOError."""
     if len(os.fsencode(path)) > LONGEST_PATH_BYTES:  # nowhere is there anything by that name
         return OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    if look is look_on_disk:
+        found = find(path, "")
+        return None if found is None else _try(look, found)
+    # `find` follows a path by hand, which may block; but not where its place is known.
+    seen = _try(look, path)
+    if isinstance(seen, OSError) and not is_told_why_not:
+        return seen
+    place = seen.place if isinstance(seen, Seen) else _place_of_missing(path, look)
+    return None if find(path, place) is None else seen
+
+
+def _place_of_missing(path: str, look: Look) -> str:
+    """Where it would be: of what the job does not see, it is not told which names there are."""
+    above: Seen | OSError = OSError()
+    end = len(path)
+    while not isinstance(above, Seen):
+        end = path.rindex("/", 0, end)
+        above = _try(look, path[:end] or "/")
+    return above.place.rstrip("/") + path[end:]
+
+
+def _try(look: Look, path: str) -> Seen | OSError:
+    """Raises BlockingIOError."""
     try:
-        if look is look_on_disk:
-            found = find(path, "")
-            return None if found is None else look(found)
-        # `find` follows a path by hand, which may block; but not where its place is known.
-        seen = look(path)
-        return None if find(path, seen.place) is None else seen
+        return look(path)
     except BlockingIOError:
         raise
     except OSError as error:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,24 @@ def test_what_is_not_there_is_known_too(program: Path) -> None:
         patient_look(path)
     with pytest.raises(InvalidRequestError, match="does not exist"):
         resolve(path, {}, "/", look=patient_look)
+
+
+@pytest.mark.parametrize("look", [look_on_disk, patient_look])
+def test_it_is_not_told_which_names_are_in_what_the_job_does_not_see(look: Look) -> None:
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:  # not in /tmp
+        hidden, link = Path(folder, "hidden"), Path(folder, "link")
+        (hidden / "there").mkdir(parents=True)
+        link.symlink_to(hidden)
+        find = JobFiles(hidden=(str(hidden),)).find
+        for above in (hidden, link):
+            for path in (above / "there", above / "absent", above / "absent" / "x"):
+                os.path.exists(path)  # now the kernel knows
+                with pytest.raises(InvalidRequestError, match="does not show"):
+                    check_working_directory(str(path), find, look)
+        absent = f"{folder}/absent/x"
+        assert not os.path.exists(absent)
+        with pytest.raises(InvalidRequestError, match="No such file"):
+            check_working_directory(absent, find, look)
 
 
 def test_what_must_be_asked_for_is_not_waited_for(
