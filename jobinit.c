@@ -677,6 +677,8 @@ static struct rule rules[] = {
 	{427 /* io_uring_register */, UNKNOWN},
 	/* So do they without this; the whole machine has a number of these, fs.aio-max-nr. */
 	{SYS_io_setup, UNKNOWN},
+	/* Some kernels write to the caller's memory while they hold the lock of all mounts. */
+	{457 /* statmount */, UNKNOWN}, {458 /* listmount */, UNKNOWN},
 	/* While they wait for a socket that has nothing, they hold the lock of the pipe that they write
 	 * to: whoever looks at the other end of a job's output waits as long, and cannot even be
 	 * killed. Programs copy by themselves where these say that they do not go together. */

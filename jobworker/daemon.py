@@ -293,10 +293,16 @@ def _private_files(folder: Path) -> list[Path]:
 
 
 async def _try_isolation(isolation: Isolation, jobinits: Jobinits) -> None:
-    """That jobs can be confined is seen, and not supposed."""
+    """That jobs can be confined is seen, and not supposed. Raises StartupError where it is not
+    known of the server's own profile; another one cannot be had then."""
     problems = {}
     for profile, trial in isolation.trials().items():
-        problems[profile] = await jobinits.try_out(trial)
+        try:
+            problems[profile] = await jobinits.try_out(trial)
+        except StartupError as error:
+            if profile is isolation.profile:
+                raise
+            problems[profile] = str(error)
     isolation.take_results(problems)
     if not isolation.views:
         jobinits.drop_views()

@@ -56,6 +56,7 @@ GONE_SECONDS = 1.0  # what one that has closed its connection may take to be gon
 
 TRIAL_ID = 0  # no job has it
 TRIAL_SECONDS = 30.0
+TRIAL_END_SECONDS = 5.0
 # How the kernel says that it will not do something, however often it is asked. What else it may
 # say (no memory, no descriptors) may be otherwise a moment later, or be another job's doing.
 REFUSALS = {
@@ -200,7 +201,7 @@ class Jobinits:
             self._trial = self._trial or self._loop.create_future()
             self.signal(TRIAL_ID, signal.SIGKILL)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TRIAL_SECONDS):
+                async with asyncio.timeout(TRIAL_END_SECONDS):
                     await self._trial
         self.acknowledge(TRIAL_ID)
         self._trial = None

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.daemon import JOBINIT
+from jobworker.daemon import JOBINIT, _try_isolation
 from jobworker.engine import jobinits as module
+from jobworker.engine.isolation import Isolation, Profile
 from jobworker.engine.jobinit import StartRequest
 from jobworker.engine.jobinits import Jobinits
 from jobworker.errors import StartFailedError, StartupError, ViewError
@@ -38,6 +39,41 @@ def test_what_is_tried_and_takes_too_long_is_no_refusal(
             os.kill(pid, signal.SIGCONT)
             await jobinits.close()
             os.kill(pid, signal.SIGKILL)  # it keeps how the trial ended for the next server
+
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+def test_a_profile_that_is_only_allowed_keeps_no_server_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a job without a network has to wait, for as long as another one likes."""
+    monkeypatch.setattr(module, "TRIAL_SECONDS", 5.0)
+    monkeypatch.setattr(module, "TRIAL_END_SECONDS", 0.1)
+    isolation = Isolation("default", ("strict",), strict_uids=range(3000000, 3000001))
+    jobinits = Jobinits(tmp_path, JOBINIT, isolation.views, confines_all=True)
+    jobinits.prepare()
+    try_out = jobinits.try_out
+
+    async def stop_and_try_out(trial: StartRequest) -> str:
+        if not trial.has_network:
+            monkeypatch.setattr(module, "TRIAL_SECONDS", 0.3)
+            os.kill((await jobinits._our_jobinit()).pid, signal.SIGSTOP)
+        return await try_out(trial)
+
+    monkeypatch.setattr(jobinits, "try_out", stop_and_try_out)
+
+    async def main() -> None:
+        assert await jobinits.connect(lambda _: None) == []
+        pid = (await jobinits._our_jobinit()).pid
+        try:
+            await _try_isolation(isolation, jobinits)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+            await jobinits.close()
+            os.kill(pid, signal.SIGKILL)
+        assert isolation.profiles == {Profile.DEFAULT}
+        assert "is not known" in isolation.problems[Profile.STRICT]
 
     asyncio.run(main())
 

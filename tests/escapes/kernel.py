@@ -238,6 +238,12 @@ def account_to_a_file(scene: Scene) -> str:
 
 
 @attack()
+def list_mounts(scene: Scene) -> str:
+    """By a call that some kernels answer with the lock of all mounts held."""
+    return considered("listmount", 458, ADDRESS, ADDRESS, 0, 0)
+
+
+@attack()
 def set_the_clock(scene: Scene) -> str:
     """By an offset that is none: microseconds below 0."""
     timex = (ctypes.c_long * 32)(0x0100)  # ADJ_SETOFFSET
