@@ -156,6 +156,7 @@ def read_message(
 
     end: of the log, from `Log.told_end` or the job's record.
     segment_bytes: of the log.
+    (None, more): may be far more than max_bytes, as the index alone tells of the other stream.
     What is in no segment counts as dropped. Raises OSError where an index is damaged.
     """
 

@@ -1884,15 +1884,26 @@ cdef object source_message(const Source *segment, const Source *index, uint64_t 
         raise OSError(error, "")
     if trim_to_gap(&span, end) or not is_there:
         return lost_message(offset, span.limit)
-    span.limit = cut(offset, min(span.limit, first + segment.size), max_bytes)
+    limit = min(span.limit, first + segment.size)
+    span.limit = cut(offset, limit, max_bytes)
     if span_payload_bytes(&span) == 0:
-        return None, span.limit
+        span.limit = limit
+        return None, first_wanted(&span)
     message = new_message(&span, &payload)
     with nogil:
         error = load_payload(segment, first, &span, payload)
     if error:
         raise OSError(error, "")
     return message, span.limit
+
+
+cdef uint64_t first_wanted(const Span *span) noexcept nogil:
+    """Where the first byte is that was asked for; the end of the span where it has none."""
+    cdef size_t i
+    for i in range(span.run_count):
+        if span_run_length(span, i):
+            return max(span.offset, run_offset(&span.runs[i]))
+    return span.limit
 
 
 cdef bint trim_to_gap(Span *span, uint64_t end) noexcept nogil:

@@ -9,6 +9,7 @@ import resource
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -290,6 +291,44 @@ def test_one_stream_alone(pump: Pump, folder: int) -> None:
     assert payload(job.read(stream=STDOUT)) == job.expected(STDOUT)
     assert payload(job.read(stream=STDERR)) == job.expected(STDERR)
     job.close()
+
+
+def test_one_step_passes_all_of_a_run_of_the_other_stream(pump: Pump, folder: int) -> None:
+    """Over segments it takes one each, and none goes beyond a byte that was asked for."""
+    job = Job(pump, folder, segment_bytes=1 << 16)
+    job.write(STDERR, b"first")
+    for _ in range(40):
+        job.write(STDOUT, bytes(4096))
+    job.write(STDERR, b"last")
+    for read in (job.read_disk, job.read_cached):
+        offsets, chunks = [0], []
+        while offsets[-1] < job.size:
+            found = read(offsets[-1], 1024, STDERR)
+            if found is None:
+                break  # this kernel or filesystem cannot tell what is in the page cache
+            message, offset = found
+            offsets.append(offset)
+            chunks += [pb.DataChunk.FromString(message)] if message else []
+        else:
+            assert offsets == [0, 1024, 1 << 16, 2 << 16, job.size - 4, job.size]
+            assert runs(chunks) == [(STDERR, b"firstlast")]
+    job.close()
+
+
+def test_a_run_without_bytes_holds_up_no_reader() -> None:
+    """Its record was written, and then bytes of the other stream came first."""
+    index = b"jwindex\x01" + struct.pack("=5Q", 0, 1 << 16, 0, 0, 0)
+    for offset, stream in ((0, STDOUT), (4, STDERR), (4, STDOUT), (8, STDERR), (8, STDERR)):
+        index += struct.pack("=2Q", stream << 56 | offset, 0)
+    segment = b"outsmoreerr"
+    assert read_packed(segment, index, 11, 0, 2, STDERR) == (None, 8)
+    assert read_packed(segment, index, 11, 4, 2, STDERR) == (None, 8)
+    assert read_packed(segment, index, 8, 4, 2, STDERR) == (None, 8)
+    message, offset = read_packed(segment, index, 11, 8, 4, STDERR)
+    assert offset == 11
+    assert message is not None
+    assert pb.DataChunk.FromString(message).payload == b"err"
+    assert read_packed(segment, index, 11, 8, 4, STDOUT) == (None, 11)
 
 
 def test_more_runs_than_a_message_holds(pump: Pump, folder: int) -> None:
