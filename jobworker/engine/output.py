@@ -53,6 +53,9 @@ WATCH_SECONDS = 0.002
 
 HISTORY_THREADS = 2
 
+# In one turn of the loop, of all readers together, for steps over streams not asked for.
+PASSING_SECONDS = 0.0005
+
 # So long is waited for threads to stop before it is said which jobs keep them.
 SAID_SECONDS = 1.0
 
@@ -203,6 +206,8 @@ class Output:
         self._unread: dict[int, list[asyncio.Future[None]]] = {}
         self._shared = Shared()
         self._reading: dict[Place, asyncio.Future[Found]] = {}
+        self._passing = asyncio.Lock()
+        self._passing_until = 0.0
         self._folder = folder
         self._directory = _open_folder(folder)
         self._threads = ThreadPoolExecutor(HISTORY_THREADS, thread_name_prefix="history")
@@ -399,6 +404,15 @@ class Output:
         # Shielded: others may wait for the same.
         return await asyncio.shield(reading)
 
+    async def passed_over(self) -> None:
+        """After each step over what a reader does not want: nothing is sent, so nothing else would
+        make it wait, and all other calls would."""
+        if time.monotonic() < self._passing_until:
+            return
+        async with self._passing:
+            await asyncio.sleep(0)
+            self._passing_until = time.monotonic() + PASSING_SECONDS
+
     async def wait_from(self, log: Log, offset: int) -> bool:
         """False once there will never be a byte at `offset`; True when it is worth a look."""
         if log.wait_from(offset):
@@ -486,17 +500,20 @@ class Reader:
         """
         self._take_back()
         while True:
+            before = self.offset
             message = await self._advance()
             if message is not None:
                 self._hand_out(message)
                 return message
+            self._release()
+            if self.offset > before:  # that was all of the other stream
+                await self._output.passed_over()
             if self.offset < self._end:
-                continue  # that was all of the other stream
+                continue
             if self._log is None or not self._follow:
                 return None
             if self._output.is_closing and not self._log.finished:
                 raise ShuttingDownError
-            self._release()
             if not await self._output.wait_from(self._log, self.offset):
                 return None
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from jobworker.engine.output import (
     SHARED_BYTES,
     UNLIMITED,
     UNWRITTEN_BUDGET_BYTES,
+    Found,
     Output,
     Place,
     Quota,
@@ -143,6 +145,67 @@ def test_an_ended_job_is_read_from_disk(tmp_path: Path) -> None:
         assert await rest(Reader(output, 1, None, 6, offset=2)) == b"terr"
         assert await rest(Reader(output, 1, None, 6, stream=STDERR)) == b"err"
         assert sizes(output, 1) == (3, 3)
+
+    run(tmp_path, test)
+
+
+def test_readers_of_the_other_stream_leave_the_loop_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first step of each, all of them together take one in a turn of the loop, where
+    that has no time for more."""
+    monkeypatch.setattr("jobworker.engine.output.PASSING_SECONDS", 0)
+
+    async def test(output: Output) -> None:
+        quota = Quota(4 << 20)
+        pipes = Pipes(output, quota=quota)
+        size = 16 * quota.segment_bytes
+        await asyncio.to_thread(os.write, pipes.stdout, bytes(size))
+        os.write(pipes.stderr, b"err")
+        pipes.close()
+        await output.finish(pipes.log)
+        readers = [Reader(output, 1, None, size + 3, stream=STDERR, quota=quota) for _ in range(8)]
+        steps = steps_before = most_steps = 0
+        message = output.message
+
+        async def counted(*arguments: Any) -> Found:
+            nonlocal steps
+            steps += 1
+            return await message(*arguments)
+
+        monkeypatch.setattr(output, "message", counted)
+        reading = asyncio.gather(*map(rest, readers))
+        await asyncio.sleep(0)
+        steps_before = steps
+        assert steps_before <= len(readers)
+        while not reading.done():
+            await asyncio.sleep(0)
+            most_steps = max(most_steps, steps - steps_before)
+            steps_before = steps
+        assert await reading == [b"err"] * len(readers)
+        assert steps >= len(readers) * 16
+        assert most_steps <= 2  # one over the other stream, and the message that ends another
+        for reader in readers:
+            reader.close()
+
+    run(tmp_path, test)
+
+
+def test_a_reader_that_waits_for_its_turn_can_go(tmp_path: Path) -> None:
+    async def test(output: Output) -> None:
+        pipes = Pipes(output)
+        os.write(pipes.stdout, b"out")
+        pipes.close()
+        await output.finish(pipes.log)
+        readers = [Reader(output, 1, None, 3, stream=STDERR) for _ in range(3)]
+        tasks = [asyncio.ensure_future(rest(reader)) for reader in readers]
+        await asyncio.sleep(0)
+        tasks[0].cancel()
+        tasks[1].cancel()
+        assert await tasks[2] == b""
+        assert all(task.cancelled() for task in tasks[:2])
+        for reader in readers:
+            reader.close()
 
     run(tmp_path, test)
 
