@@ -142,6 +142,9 @@ class Accounting:
     oom_kills: int | None = None
 
 
+MANY_STRINGS = 256  # to read or show them takes some 0.2 ms
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One job at one moment. Times are nanoseconds since the epoch, 0 before they came."""
@@ -171,11 +174,17 @@ class Job:
     created_by: Principal | None = None  # None: under a version that did not record it
     stopped_by: Principal | None = None  # None: no client did
     environment_withheld: bool = False  # of a job as shown to some: its values are left out
+    is_brief: bool = False  # arguments and environment are left out, as they are long
 
     @property
     def owner(self) -> str:
         """The CN of the client that created it; empty: it is nobody's."""
         return self.created_by.name if self.created_by else ""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it takes more than a moment to read or to show all of it."""
+        return self.is_brief or len(self.spec.args) + len(self.spec.environment) > MANY_STRINGS
 
     @property
     def is_ended(self) -> bool:

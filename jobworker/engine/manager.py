@@ -241,11 +241,12 @@ class Manager:
         task.add_done_callback(self._creates.discard)
         return asyncio.shield(task)
 
-    async def get(self, job_id: int) -> Job:
+    async def get(self, job_id: int, *, brief: bool = False) -> Job:
+        """brief: what is long in a large record may be left out, and is quick then."""
         live = self._live.get(job_id)
         if live:
             return live.snapshot()
-        job = await self._store.get(job_id)
+        job = await self._store.get(job_id, brief=brief)
         if job is None:
             raise JobNotFoundError(str(job_id))
         return job
@@ -301,12 +302,12 @@ class Manager:
         found = itertools.islice((each for each in newest_first if matches(each.job)), count)
         return [each.snapshot() for each in found]
 
-    async def wait(self, job_id: int) -> Job:
-        """The job once it has ended."""
+    async def wait(self, job_id: int, *, brief: bool = False) -> Job:
+        """The job once it has ended. brief: as of `get`."""
         live = self._live.get(job_id)
         if live:
             return await asyncio.shield(live.over)
-        return await self.get(job_id)
+        return await self.get(job_id, brief=brief)
 
     async def stop(
         self,
@@ -334,7 +335,7 @@ class Manager:
         if live:
             await asyncio.shield(live.begun)
         open_log = live.log if live else None
-        job = await self.get(job_id)
+        job = await self.get(job_id, brief=True)
         end = open_log.end if open_log else job.output_bytes
         if offset > end:
             raise OffsetOutOfRangeError(job_id, offset, end)

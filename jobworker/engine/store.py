@@ -45,6 +45,7 @@ from jobworker.job import (
     LogPolicy,
     Principal,
     Status,
+    changed,
 )
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,15 @@ COLUMNS = (
     *("signal", "stdout_bytes", "stderr_bytes", "spec", "rest", "log_bytes", "owner"),
 )
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs"
+# Of records that are longer nearly all the time that they take goes into arguments and environment.
+LONG_SPEC_CHARACTERS = 4 << 10
+IS_LONG = f"length(spec) > {LONG_SPEC_CHARACTERS}"
+WITHOUT_STRINGS = "json_set(spec, '$.args', json_array(), '$.environment', json_object())"
+BRIEF_COLUMNS = (
+    *(f"iif({IS_LONG}, {WITHOUT_STRINGS}, spec)" if c == "spec" else c for c in COLUMNS),
+    IS_LONG,
+)
+SELECT_BRIEF = f"SELECT {', '.join(BRIEF_COLUMNS)} FROM jobs"
 # From the index alone: on the way to the owner in a row is all that its job was asked for, and who
 # may not know of it could tell by the time how long that is.
 IS_OWNER = (
@@ -259,8 +269,10 @@ class Store:
         other records wait: give some hundreds at a time."""
         await self._writer.write(DELETE, [(job_id,) for job_id in job_ids])
 
-    async def get(self, job_id: int) -> Job | None:
-        jobs = await self._read(_job_from, f"{SELECT} WHERE id = ?", (job_id,))
+    async def get(self, job_id: int, *, brief: bool = False) -> Job | None:
+        """brief: without what is long in a large record, which is marked so."""
+        select, make = (SELECT_BRIEF, _brief_from) if brief else (SELECT, _job_from)
+        jobs = await self._read(make, f"{select} WHERE id = ?", (job_id,))
         return jobs[0] if jobs else None
 
     async def is_owner(self, owner: str, job_id: int) -> bool:
@@ -864,6 +876,12 @@ def _job_from(row: tuple[Any, ...]) -> Job:
             "stopped_by": _optional(lambda values: Principal(*values), rest.get("stopped_by")),
         },
     )
+
+
+def _brief_from(row: tuple[Any, ...]) -> Job:
+    *columns, is_brief = row
+    job = _job_from(tuple(columns))
+    return changed(job, is_brief=True) if is_brief else job
 
 
 def _spec_from(fields: dict[str, Any]) -> JobSpec:

@@ -105,6 +105,7 @@ class _Client:
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
     answering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ANSWERED))
     ending: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LARGE_ENDINGS))
+    large_job: asyncio.Lock = field(default_factory=asyncio.Lock)
     connections: dict[str, int] = field(default_factory=dict)  # calls on each, by its peer
 
 
@@ -181,6 +182,9 @@ class Entry:
     note: Callable[[Callable[[], Mapping[str, Any]]], None]
     # For a stream: within it, a large last message is made and written.
     large_ending: Callable[[], asyncio.Semaphore]
+    # Within it, a job that is large is read and made a message: of each client one at once, as
+    # nothing else is done in these milliseconds.
+    large_job: Callable[[], asyncio.Lock]
 
 
 class Gate:
@@ -237,7 +241,8 @@ class Gate:
                 functools.partial(self._access, call),
                 functools.partial(self._admit_part, call),
                 functools.partial(self._note_part, call),
-                functools.partial(_ending_of, call),
+                lambda: _client_of(call).ending,
+                lambda: _client_of(call).large_job,
             )
             request = answer = sent = None
             turn: Turn = ALWAYS_FREE
@@ -708,9 +713,9 @@ def _current_task() -> asyncio.Task[Any]:
     return task
 
 
-def _ending_of(call: _Call) -> asyncio.Semaphore:
+def _client_of(call: _Call) -> _Client:
     assert call.client is not None
-    return call.client.ending
+    return call.client
 
 
 def _too_many(limit: str, name: str, most: int, what: str) -> ResourceExhaustedError:

@@ -260,20 +260,24 @@ class JobService:
     async def _write_ending(
         self, job_id: int, reader: Reader, follow: bool, entry: Entry, context: Context
     ) -> None:
-        job = await (self._manager.wait(job_id) if follow else self._manager.get(job_id))
+        ending = self._manager.wait if follow else self._manager.get
+        job = await ending(job_id, brief=True)
         if not job.is_ended:
             return
-        last = _ending(job, reader.offset, entry.access())
-        if len(last) <= FIRST_MESSAGE_BYTES:
-            await context.write(last)
-            return
+        if not job.is_large:
+            last = _ending(job, reader.offset, entry.access())
+            if len(last) <= FIRST_MESSAGE_BYTES:
+                await context.write(last)
+                return
+            del last
         # Who does not take it has it in memory: meanwhile others of the same client wait, and
         # hold neither message nor job.
-        del job, last
+        del job
         async with entry.large_ending():
-            job = await self._manager.get(job_id)
-            last = _ending(job, reader.offset, entry.access())
-            del job
+            async with entry.large_job():
+                job = await self._manager.get(job_id)
+                last = _ending(job, reader.offset, entry.access())
+                del job
             await context.write(last)
 
     async def _within_reach(self, text: str, access: Access) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,8 +126,8 @@ async def until(is_true: Callable[[], bool]) -> None:
 def test_every_field_comes_back(tmp_path: Path) -> None:
     defaults = Job(id=0, spec=JobSpec(""), status=Status.RUNNING, created_ns=0)
     for field in dataclasses.fields(Job):
-        if field.name in {"output_problem", "environment_withheld"}:
-            continue  # of a live job, at this moment; of one that is shown: they are not stored
+        if field.name in {"output_problem", "environment_withheld", "is_brief"}:
+            continue  # of a live job, at this moment; of one that is shown, or read: not stored
         # A field that is new must get a value here, or nobody sees that it is not stored.
         assert getattr(FULL, field.name) != getattr(defaults, field.name), field.name
     for field in dataclasses.fields(JobSpec):
@@ -143,6 +144,24 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
 
     run(tmp_path, write)
     run(tmp_path, read)
+
+
+@pytest.mark.parametrize(
+    "strings",
+    [{"args": ("\udcff",) * 2_000}, {"environment": {"A": 'é"\\' * 2_000}}],
+)
+def test_a_large_record_in_brief(tmp_path: Path, strings: dict[str, Any]) -> None:
+    large = replace(FULL, spec=replace(FULL.spec, **strings))
+    without = replace(large, spec=replace(large.spec, args=(), environment={}), is_brief=True)
+
+    async def test(store: Store) -> None:
+        for job in (large, replace(FULL, id=8)):
+            await store.put(job)
+        assert await store.get(7) == large
+        assert await store.get(7, brief=True) == without
+        assert await store.get(8, brief=True) == await store.get(8) == replace(FULL, id=8)
+
+    run(tmp_path, test)
 
 
 def test_the_last_record_of_a_job_counts(tmp_path: Path) -> None:

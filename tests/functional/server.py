@@ -135,6 +135,11 @@ class Server:
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
+    def peak_bytes(self) -> int:
+        """The most of it that there ever was."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) << 10
+
     def jobinit_pid(self) -> int:
         """The one that starts jobs now."""
         return int(re.findall(r"jobinit is process (\d+)", self.log)[-1])

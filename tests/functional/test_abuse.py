@@ -355,6 +355,23 @@ def test_endings_that_are_not_taken(start_server: StartServer, mallory: str) -> 
         assert next(late).ending.id == job.id
 
 
+# Of which each costs far more as an object than on the wire.
+MANY_VARIABLES = {f"{number:x}": "" for number in range(9_000)}
+
+
+def test_many_endings_of_a_job_with_many_variables(start_server: StartServer, mallory: str) -> None:
+    """Not all are in memory at once, whoever takes them how fast."""
+    server = start_server()
+    with server.connect(mallory) as client:
+        job = client.create("true", environment=MANY_VARIABLES)
+        client.wait(job.id)
+        before = server.rss_bytes()
+        streams = [client.stream(job.id) for _ in range(400)]
+        sizes = {len(chunk.ending.environment) for stream in streams for chunk in stream}
+        assert sizes == {len(MANY_VARIABLES)}
+        assert server.peak_bytes() - before < 100 * MEBIBYTE
+
+
 def test_bulks_of_what_is_refused(server: Server, mallory: str) -> None:
     """One after the other: what was asked for is not kept with what was wrong with it."""
     job = pb.CreateJobReq(command="no-such-command", args=["x" * 100_000] * 5)
