@@ -267,7 +267,8 @@ class Manager:
         name: str = "",
         owner: str | None = None,
     ) -> list[Job]:
-        """Jobs with smaller ids than `before_id`, newest first. owner: None: anybody's."""
+        """Newest first, in brief, those with ids smaller than `before_id`. owner: None:
+        anybody's."""
         # Those that live are known best here, whatever of them is stored by now.
         found = self._live_page(before_id, count, statuses, name, owner)
         ended = (statuses or ENDED) & ENDED

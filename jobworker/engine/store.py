@@ -288,10 +288,10 @@ class Store:
         name: str = "",
         owner: str | None = None,
     ) -> list[Job]:
-        """Newest first, those with ids smaller than `before_id`. statuses: any of these;
+        """Newest first, in brief, those with ids smaller than `before_id`. statuses: any of these;
         empty: all. name: exactly this one; empty: all. owner: the same; None: all."""
         query, parameters = _page_query(before_id, count, sorted(set(statuses)), name, owner)
-        return await self._read(_job_from, query, parameters)
+        return await self._read(_brief_from, query, parameters)
 
     async def unended(self) -> list[Job]:
         """Oldest first: the jobs that an earlier server left behind."""
@@ -355,14 +355,14 @@ def _page_query(
     before = "id < ?" if before_id is not None else "TRUE"
     parameters: list[object] = [] if before_id is None else [before_id]
     if not statuses and not name and owner is None:
-        return f"{SELECT} WHERE {before} ORDER BY id DESC LIMIT ?", [*parameters, count]
+        return f"{SELECT_BRIEF} WHERE {before} ORDER BY id DESC LIMIT ?", [*parameters, count]
     fixed = {"owner": owner} if owner is not None else {}
     fixed |= {"name": name} if name else {}
     where = " AND ".join([*(f"{column} = ? AND {column} != ''" for column in fixed), before])
     parameters = [*fixed.values(), *parameters]
     one = f"SELECT id FROM jobs WHERE {where} AND status = ? ORDER BY id DESC LIMIT ?"
     searches = " UNION ALL ".join([f"SELECT * FROM ({one})"] * len(statuses or Status))
-    query = f"{SELECT} WHERE id IN ({searches}) ORDER BY id DESC LIMIT ?"
+    query = f"{SELECT_BRIEF} WHERE id IN ({searches}) ORDER BY id DESC LIMIT ?"
     each = [(*parameters, status, count) for status in statuses or Status]
     return query, [*itertools.chain(*each), count]
 

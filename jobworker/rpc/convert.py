@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grpc
@@ -34,6 +34,7 @@ from jobworker.pb import job_worker_pb2 as pb
 
 # Existing clients receive at most this much in one message.
 LARGEST_ANSWER_BYTES = 4 << 20
+LARGEST_TOKEN_BYTES = 64  # of the next page, and more
 
 # More than any valid CreateJob has: its strings cost less on the wire than POINTER_BYTES and a NUL
 # each, and what is not named here is short.
@@ -305,22 +306,29 @@ def stop_result_to(job: Job) -> pb.StopJobRes:
     )
 
 
-def jobs_within(
-    jobs: Iterable[Job],
-    largest_bytes: int = LARGEST_ANSWER_BYTES,
-    show: Callable[[Job], pb.Job] = job_to,
-) -> list[pb.Job]:
-    """As many, from the first on, as fit into one answer. show: makes the message of one."""
-    # For the fields around the jobs: a tag and a length for each, a token at the end.
-    left = largest_bytes - 64
-    fitting = []
-    for job in jobs:
-        message = show(job)
-        left -= message.ByteSize() + 8
-        if left < 0:
-            break
-        fitting.append(message)
-    return fitting
+class JobsWithin:
+    """As many jobs, from the first on, as fit into one answer."""
+
+    def __init__(self, largest_bytes: int = LARGEST_ANSWER_BYTES) -> None:
+        self.count = 0
+        self.last_id = ""
+        self._largest_bytes = largest_bytes - LARGEST_TOKEN_BYTES
+        self._encoded = bytearray()
+
+    def add(self, job: pb.Job) -> bool:
+        """Whether it has fitted."""
+        # One by one, as of very many fields a message is far larger than its bytes.
+        encoded = pb.Jobs(jobs=[job]).SerializeToString()
+        if len(self._encoded) + len(encoded) > self._largest_bytes:
+            return False
+        self._encoded += encoded
+        self.count += 1
+        self.last_id = job.id
+        return True
+
+    def encoded(self) -> bytes:
+        """A message with the field `jobs`, as both Jobs and ListJobsRes have it."""
+        return bytes(self._encoded)
 
 
 def rfc3339(nanoseconds: int) -> str:

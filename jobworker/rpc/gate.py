@@ -53,6 +53,8 @@ REFUSALS_PER_SECOND = 10.0
 # What may be 4 MiB, or nearly so: what of it is not yet sent, or not yet read, is in memory.
 LARGE = frozenset({"GetJobs", "ListJobs", "CreateJobs", "ServerReflectionInfo"})
 MOST_LARGE = 16  # at once, of each client
+# Of these one at once is made for each client: it may be of very many strings.
+LISTS = frozenset({"GetJobs", "ListJobs"})
 # Of all answers to one client that it has not taken, but for those of streams and of LARGE.
 MOST_UNTAKEN_BYTES = 32 << 20
 MOST_RECEIVED = 32  # requests of one client that come in at once; others wait for these
@@ -105,6 +107,7 @@ class _Client:
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
     answering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ANSWERED))
     ending: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LARGE_ENDINGS))
+    listing: asyncio.Lock = field(default_factory=asyncio.Lock)
     large_job: asyncio.Lock = field(default_factory=asyncio.Lock)
     connections: dict[str, int] = field(default_factory=dict)  # calls on each, by its peer
 
@@ -258,7 +261,7 @@ class Gate:
                         request, turn = await _receive(call, context, parse)
                     if still_may:
                         call.still_may = functools.partial(still_may, request)
-                    async with call.client.answering if is_refusable else turn:
+                    async with _turn_of(call, is_refusable) or turn:
                         self._admit_again(call)
                         answer = sent = await method(request, entry, context)
                         if is_ours and not is_stream:
@@ -422,7 +425,7 @@ class Gate:
 
     def _counted(self, call: _Call, answer: Any, is_refusable: bool) -> bytes:
         """The answer as it is sent; counted until then."""
-        sent: bytes = answer.SerializeToString()
+        sent: bytes = answer if isinstance(answer, bytes) else answer.SerializeToString()
         if is_refusable:
             _check_untaken(call, len(sent))
         if call.rpc not in LARGE:
@@ -705,6 +708,14 @@ async def _receive(call: _Call, context: Context, parse: Parse) -> tuple[Any, Tu
     finally:
         if turn is ALWAYS_FREE:
             receiving.release()
+
+
+def _turn_of(call: _Call, is_refusable: bool) -> Turn | None:
+    """What its answer is to be made within; None: what its request has brought."""
+    client = _client_of(call)
+    if call.rpc in LISTS:
+        return client.listing
+    return client.answering if is_refusable else None
 
 
 def _current_task() -> asyncio.Task[Any]:

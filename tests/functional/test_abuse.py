@@ -372,6 +372,28 @@ def test_many_endings_of_a_job_with_many_variables(start_server: StartServer, ma
         assert server.peak_bytes() - before < 100 * MEBIBYTE
 
 
+def test_many_lists_of_jobs_with_many_variables(start_server: StartServer, mallory: str) -> None:
+    """They are made one after the other, and others have their turn in between."""
+    server = start_server()
+    request = pb.ListJobsReq(page_size=1000).SerializeToString()
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as client:
+        jobs = [client.create("true", environment=MANY_VARIABLES) for _ in range(30)]
+        client.wait(jobs[-1].id)
+        small = client.create("true")
+        before = server.rss_bytes()
+        method: Any = opened.unary_unary("/job_worker.JobService/ListJobs")
+        began = time.monotonic()
+        lists = [method.future(request, timeout=DEADLINE_SECONDS) for _ in range(16)]
+        time.sleep(0.2)
+        asked = time.monotonic()
+        client.get(small.id)
+        took = time.monotonic() - asked
+        answers = [pb.ListJobsRes.FromString(call.result()) for call in lists]
+        assert took < (time.monotonic() - began) / 10
+        assert {len(answer.jobs) for answer in answers} == {31}
+        assert server.peak_bytes() - before < 100 * MEBIBYTE
+
+
 def test_bulks_of_what_is_refused(server: Server, mallory: str) -> None:
     """One after the other: what was asked for is not kept with what was wrong with it."""
     job = pb.CreateJobReq(command="no-such-command", args=["x" * 100_000] * 5)

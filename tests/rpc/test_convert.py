@@ -198,9 +198,15 @@ def test_what_is_no_id_names_no_job(text: str) -> None:
 
 def test_as_many_jobs_as_fit() -> None:
     one = convert.job_to(JOB).ByteSize()
-    fitting = convert.jobs_within([JOB] * 100, largest_bytes=one * 10)
-    assert 5 < len(fitting) < 10
-    assert pb.Jobs(jobs=fitting).ByteSize() <= one * 10
+    found = convert.JobsWithin(one * 10)
+    while found.add(convert.job_to(JOB)):
+        pass
+    assert 5 < found.count < 10
+    assert len(found.encoded()) <= one * 10
+    for kind in (pb.Jobs, pb.ListJobsRes):
+        jobs: Any = kind.FromString(found.encoded())
+        assert list(jobs.jobs) == [convert.job_to(JOB)] * found.count
+    assert found.last_id == str(JOB.id)
 
 
 def test_every_error_that_a_call_can_cause_has_a_code() -> None:
