@@ -225,18 +225,23 @@ class Manager:
         blocked = sum(1 for live in self._live.values() if live.log and live.log.error)
         return Usage(totals.jobs, totals.log_bytes, self._output.room_bytes(), blocked)
 
-    def create(self, request: JobSpec, stdin: bytes, client: Caller) -> asyncio.Future[Job]:
+    def create(
+        self, request: JobSpec, stdin: bytes, admit: Callable[[], Caller]
+    ) -> asyncio.Future[Job]:
         """Starts a job, which is RUNNING then, or FAILED where one step of its start failed.
-        stdin: what it is to read; it is not recorded. client: whose the job is to be.
+        stdin: what it is to read; it is not recorded. admit: whose the job is to be, and what that
+        client may now; is asked again once nothing is to be waited for before there is a job.
+        Raises what `admit` raises.
 
         A client that goes away meanwhile does not take the job with it.
         """
+        client = admit()
         self._admit()
         self._require_room()
         self._ledger(client.name).take_create(client.quota.creates_per_second, self._loop.time())
         transition.validate(request)
         transition.validate_stdin(stdin)
-        task = self._loop.create_task(self._create(request, stdin, client))
+        task = self._loop.create_task(self._create(request, stdin, client, admit))
         self._creates.add(task)
         task.add_done_callback(self._creates.discard)
         return asyncio.shield(task)
@@ -572,13 +577,18 @@ class Manager:
                 f"{self.policy.disk_reserve_bytes >> 20} MiB; delete ended jobs, or make room"
             )
 
-    async def _create(self, request: JobSpec, stdin: bytes, client: Caller) -> Job:
+    async def _create(
+        self, request: JobSpec, stdin: bytes, client: Caller, admit: Callable[[], Caller]
+    ) -> Job:
         limits = self._limits_in_force(request.limits)
         self._ledger(client.name).check(client.quota, limits)
         confinement = self.isolation.choose(request.profile, request.user, request.network)
         confinement = self.isolation.arrange(confinement, request)
         _check_choice(client, request, confinement)
         found = await self._check_on_machine(request, limits, confinement, client.name)
+        # Again: it may have taken long.
+        client = admit()
+        _check_choice(client, request, confinement)
         user = confinement.user
         confinement = self.isolation.assign(confinement)
         spec = replace(

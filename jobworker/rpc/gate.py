@@ -177,8 +177,8 @@ class Entry:
     # What the caller may now, as roles may change. Not for an RPC without a rule. Raises
     # PermissionDeniedError.
     access: Callable[[], Access]
-    # The same before each part of a call that creates many jobs: once more all that the call was
-    # let in for. Raises AuditError, too.
+    # The same just before each job that a call creates: once more all that the call was let in
+    # for. Raises AuditError, too.
     admit: Callable[[], Access]
     # A line of the audit log that does not wait for the end of the call, with a code and what else
     # is told.

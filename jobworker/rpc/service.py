@@ -71,7 +71,7 @@ class JobService:
 
     async def create_job(self, request: pb.CreateJobReq, entry: Entry, _context: Context) -> pb.Job:
         access = entry.access()
-        creating = self._create(request, access)
+        creating = self._create(request, entry)
         try:
             job = await asyncio.shield(creating)
         except asyncio.CancelledError:
@@ -112,14 +112,14 @@ class JobService:
 
     async def _result_of(self, request: pb.CreateJobReq, entry: Entry) -> pb.CreateJobsRes.Result:
         try:
-            job = await self._create(request, entry.admit())
+            job = await self._create(request, entry)
         except Exception as error:  # noqa: BLE001 the others' results are not lost with it
             return _refused(error)
         return pb.CreateJobsRes.Result(id=str(job.id), status=job.status)
 
-    def _create(self, request: pb.CreateJobReq, access: Access) -> asyncio.Future[Job]:
+    def _create(self, request: pb.CreateJobReq, entry: Entry) -> asyncio.Future[Job]:
         spec = convert.spec_from(request)
-        return self._manager.create(spec, request.stdin, access.caller)
+        return self._manager.create(spec, request.stdin, lambda: entry.admit().caller)
 
     async def delete_job(self, request: pb.DeleteJobReq, access: Access) -> pb.DeleteJobRes:
         deleting = await self._manager.delete(await self._within_reach(request.id, access))

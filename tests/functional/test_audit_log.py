@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from functional.http2 import (
     request_of,
     reset_of,
 )
-from functional.server import DEADLINE_SECONDS, Client, Server, wait_until
+from functional.server import DEADLINE_SECONDS, Client, Server, slow_path, wait_until
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc.gate import REVOKED_SECONDS
@@ -336,6 +337,26 @@ def test_a_call_that_came_before_the_log_could_not_be_written(
         early.sendall(frame(DATA, END_STREAM, 1, request))
         receive_until(early, b"audit log cannot be written")
         assert client.jobs() == []
+
+
+def test_creates_that_were_let_in_before_the_log_could_not_be_written(
+    start_server: StartServer, path: Path, tmp_path: Path
+) -> None:
+    """They wait for looks at their commands."""
+    path.touch()
+    os.truncate(path, 64 << 20)
+    server = start_server(AUDIT_LOG=str(path))
+    environment = {"PATH": slow_path(tmp_path / "links")}
+    with server.connect() as client:
+        creates = [client.create_soon("true", environment=environment) for _ in range(400)]
+        client.info()  # comes behind them
+        full = (path.stat().st_size, resource.RLIM_INFINITY)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, full)
+        codes = Counter(create.code() for create in creates)
+        assert codes.keys() == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}, codes
+        limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
+        client.create("true")
 
 
 def test_a_bulk_does_not_go_on_where_the_log_cannot_tell_of_it(

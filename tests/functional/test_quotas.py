@@ -17,7 +17,7 @@ import grpc
 import pytest
 from cryptography import x509
 
-from functional.server import Client, Server, Stream
+from functional.server import Client, Server, Stream, slow_path
 from functional.test_authorization import make_client
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc.service import CREATES_AT_ONCE
@@ -210,6 +210,28 @@ def test_a_bulk_that_is_under_way_goes_on_as_its_client_may_now(
         os.kill(server.jobinit_pid(), signal.SIGCONT)
         codes = Counter(result.code for result in bulk.result().results)
         assert codes == {0: CREATES_AT_ONCE, 7: 500 - CREATES_AT_ONCE}
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ('role = "viewer"', CODE.PERMISSION_DENIED),
+        ('role = "user"\nrunning_jobs = 1', CODE.RESOURCE_EXHAUSTED),
+        ('role = "user"\nprofiles = []', CODE.PERMISSION_DENIED),
+    ],
+)
+def test_creates_that_wait_for_looks_go_on_as_their_client_may_now(
+    start: Callable[..., Server], file: Path, tmp_path: Path, change: str, code: grpc.StatusCode
+) -> None:
+    server = start('[ou.build]\nrole = "user"\n')
+    environment = {"PATH": slow_path(tmp_path / "links")}
+    with server.connect("alice-build") as alice:
+        creates = [alice.create_soon("sleep", "60", environment=environment) for _ in range(400)]
+        until(lambda: alice.info().running_jobs > 0)
+        file.write_text(f"[ou.build]\n{change}\n")
+        server.process.send_signal(signal.SIGHUP)
+        codes = Counter(create.code() for create in creates)
+        assert codes.keys() == {CODE.OK, code}, codes
 
 
 def has_no_role(client: Client) -> bool:
