@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from jobworker import certs
@@ -28,6 +28,7 @@ from jobworker.rpc import connections
 from jobworker.rpc.audit import AuditLog
 from jobworker.rpc.credentials import Credentials
 from jobworker.rpc.gate import ClientLimits, Gate, GuardedServices, LargeHeaders, UnknownMethods
+from jobworker.rpc.health import Health
 from jobworker.rpc.memory import Memory
 from jobworker.rpc.service import SERVICE, SUBJECTS, JobService, ServiceHandler
 from jobworker.rpc.watch import Watch, WatchedFiles
@@ -135,7 +136,7 @@ class RpcServer:
         self._server = grpc.aio.server(options=options)
         self._server.add_generic_rpc_handlers((LargeHeaders(self._gate),))
         self._server.add_generic_rpc_handlers((ServiceHandler(service, self._gate),))
-        self._health = health.aio.HealthServicer()
+        self._health = Health(["", SERVICE])
         guarded: Any = GuardedServices(self._server, self._gate)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, guarded)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -151,8 +152,6 @@ class RpcServer:
         await self._server.start()
         self._watch.start()
         self._audit.write(event="start", port=self.port)
-        for service in ("", SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     def reload(self) -> None:
         """Reads what has changed on disk, without waiting for it to settle; as on SIGHUP."""
@@ -161,7 +160,7 @@ class RpcServer:
     async def stop(self, grace_seconds: float) -> None:
         """Accepts nothing more at once; calls under way have this long to end. May be
         called again with a shorter time."""
-        await self._health.enter_graceful_shutdown()
+        self._health.end()
         await self._server.stop(grace_seconds)
 
     async def close(self) -> None:

@@ -26,12 +26,12 @@ def field(name: str, value: str) -> bytes:
     return b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
 
 
-def headers_of(rpc: str) -> bytes:
+def headers_of(rpc: str, service: str = "job_worker.JobService") -> bytes:
     return b"".join(
         [
             field(":method", "POST"),
             field(":scheme", "https"),
-            field(":path", f"/job_worker.JobService/{rpc}"),
+            field(":path", f"/{service}/{rpc}"),
             field(":authority", "localhost"),
             field("content-type", "application/grpc"),
             field("te", "trailers"),

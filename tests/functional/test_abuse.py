@@ -34,6 +34,7 @@ from functional.http2 import (
     frame,
     headers_of,
     message_of,
+    receive_until,
     request_of,
     reset_of,
 )
@@ -690,6 +691,28 @@ def test_pings_without_end(server: Server, mallory: str) -> None:
         while time.monotonic() < deadline:
             hostile.sendall(frame(PING, 0, 0, b"12345678"))
             time.sleep(0.01)
+
+
+def test_a_watch_that_takes_nothing(start_server: StartServer, mallory: str) -> None:
+    """Others have their answers, and the server ends as if it were not there."""
+    server = start_server(STOP_GRACE="20")
+    call = b"".join(
+        [
+            frame(HEADERS, END_HEADERS, 1, headers_of("Watch", "grpc.health.v1.Health")),
+            frame(DATA, END_STREAM, 1, message_of(b"")),
+        ]
+    )
+    with (
+        connect(server, mallory, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)) as hostile,
+        channel(server.address, server.certs, "client") as opened,
+    ):
+        hostile.sendall(call + request_of("GetServerInfo", 3))
+        receive_until(hostile, b"content-type")
+        watch: Any = opened.unary_stream("/grpc.health.v1.Health/Watch")
+        assert next(watch(b"", timeout=5))
+        others_work(server)
+        server.process.terminate()
+        server.process.wait(10)
 
 
 def test_other_services_have_the_same_limits(start_server: StartServer, mallory: str) -> None:
