@@ -325,7 +325,7 @@ class Manager:
         """Ends a job. Raises JobStateError if it had ended before."""
         live = self._live.get(job_id)
         if live is None:
-            job = await self.get(job_id)
+            job = await self.get(job_id, brief=True)
             raise JobStateError(job_id, job.status, "stop")
         if grace_seconds is None:
             grace_seconds = self.policy.stop_grace_seconds
@@ -369,7 +369,7 @@ class Manager:
                 raise JobStateError(job_id, live.job.status, "delete")
             # GetJob shows the ending already; its last steps are under way.
             await asyncio.shield(live.over)
-        return self._retention.delete([await self.get(job_id)])
+        return self._retention.delete([await self.get(job_id, brief=True)])
 
     # From the start of the server to its end
 

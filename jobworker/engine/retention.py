@@ -115,7 +115,7 @@ class Retention:
     async def _tidy(self, live_ids: frozenset[int]) -> None:
         """What an earlier server did not come to do."""
         for job_id in sorted(await asyncio.to_thread(self._output.job_ids) - live_ids):
-            job = await self._store.get(job_id)
+            job = await self._store.get(job_id, brief=True)
             if job is None:
                 log.warning("removing the output of job %d, of which there is no record", job_id)
                 await asyncio.to_thread(self._output.delete_stray, job_id)
@@ -135,7 +135,7 @@ class Retention:
             self._ended.clear()
             try:
                 while surplus := await self._surplus():
-                    jobs = [await self._store.get(each.id) for each in surplus]
+                    jobs = [await self._store.get(each.id, brief=True) for each in surplus]
                     await self.delete(job for job in jobs if job)
                     log.info("deleted %d ended jobs, up to job %d", len(jobs), surplus[-1].id)
             except (JobWorkerError, OSError) as error:

@@ -129,9 +129,15 @@ class JobService:
             raise GivenUp from None
         return pb.DeleteJobRes()
 
-    async def get_job(self, request: pb.GetJobReq, access: Access) -> pb.Job:
-        job = await self._manager.get(await self._within_reach(request.id, access))
-        return _shown(job, access)
+    async def get_job(self, request: pb.GetJobReq, entry: Entry, _context: Context) -> pb.Job:
+        access = entry.access()
+        job_id = await self._within_reach(request.id, access)
+        job = await self._manager.get(job_id, brief=True)
+        if not job.is_large:
+            return _shown(job, access)
+        del job
+        async with entry.large_job():
+            return _shown(await self._manager.get(job_id), access)
 
     async def stop_job(self, request: pb.StopJobReq, access: Access) -> pb.StopJobRes:
         grace_seconds = None
@@ -364,7 +370,6 @@ class ServiceHandler(grpc.GenericRpcHandler):
     def __init__(self, service: JobService, gate: Gate) -> None:
         unary: list[tuple[str, UnaryMethod, Any]] = [
             ("DeleteJob", service.delete_job, pb.DeleteJobReq),
-            ("GetJob", service.get_job, pb.GetJobReq),
             ("StopJob", service.stop_job, pb.StopJobReq),
             ("GetJobs", service.get_jobs, pb.EmptyRequest),
             ("ListJobs", service.list_jobs, pb.ListJobsReq),
@@ -375,6 +380,7 @@ class ServiceHandler(grpc.GenericRpcHandler):
         ]
         methods = {rpc: _unary(gate, rpc, *rest) for rpc, *rest in unary}
         methods |= {rpc: _stream(gate, rpc, *rest) for rpc, *rest in streams}
+        methods["GetJob"] = _whole(gate, "GetJob", service.get_job, pb.GetJobReq)
         methods["CreateJob"] = _whole(gate, "CreateJob", service.create_job, pb.CreateJobReq)
         methods["CreateJobs"] = _whole(gate, "CreateJobs", service.create_jobs, pb.CreateJobsReq)
         if methods.keys() != RULES.keys():

@@ -395,6 +395,27 @@ def test_many_lists_of_jobs_with_many_variables(start_server: StartServer, mallo
         assert server.peak_bytes() - before < 100 * MEBIBYTE
 
 
+def test_many_calls_about_a_job_with_many_variables(
+    start_server: StartServer, mallory: str
+) -> None:
+    """They are read one after the other, and others in between."""
+    server = start_server()
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as client:
+        job, small = client.create("true", environment=MANY_VARIABLES), client.create("true")
+        client.wait(job.id)
+        client.wait(small.id)
+        method: Any = opened.unary_unary("/job_worker.JobService/GetJob")
+        request = pb.GetJobReq(id=job.id).SerializeToString()
+        began = time.monotonic()
+        calls = [method.future(request, timeout=DEADLINE_SECONDS) for _ in range(400)]
+        time.sleep(0.3)
+        asked = time.monotonic()
+        client.get(small.id)
+        took = time.monotonic() - asked
+        assert all(call.code() for call in calls)
+        assert took < (time.monotonic() - began) / 5
+
+
 def test_bulks_of_what_is_refused(server: Server, mallory: str) -> None:
     """One after the other: what was asked for is not kept with what was wrong with it."""
     job = pb.CreateJobReq(command="no-such-command", args=["x" * 100_000] * 5)
