@@ -23,7 +23,8 @@ from jobworker.certs import check_server_files
 from jobworker.config import PROFILES, Settings
 from jobworker.engine.cgroup import CgroupTree
 from jobworker.engine.files import Allowed
-from jobworker.engine.isolation import Files, Isolation
+from jobworker.engine.isolation import Files, Isolation, Profile
+from jobworker.engine.jobinit import Held
 from jobworker.engine.jobinits import Jobinits
 from jobworker.engine.manager import Manager, Policy
 from jobworker.engine.output import Output
@@ -133,7 +134,7 @@ async def _serve(
         closing.push_async_callback(server.stop, ANSWER_SECONDS)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
         held = await jobinits.connect(manager.on_exit)
-        await _try_isolation(isolation, jobinits)
+        await _try_isolation(isolation, jobinits, has_confined=await _has_confined(held, store))
         await manager.recover(held)
         await server.start()
         _leave_be_what_stays()
@@ -292,7 +293,16 @@ def _private_files(folder: Path) -> list[Path]:
     return list(folder.glob("*.pem")) if str(folder.resolve()) in SHARED_FOLDERS else [folder]
 
 
-async def _try_isolation(isolation: Isolation, jobinits: Jobinits) -> None:
+async def _has_confined(held: Iterable[Held], store: Store) -> bool:
+    """Whether jobs live that an earlier server has confined."""
+    living = {each.job_id for each in held if each.ending is None}
+    jobs = [job for job in await store.unended() if job.id in living] if living else []
+    return any(job.spec.profile != Profile.NONE for job in jobs)
+
+
+async def _try_isolation(
+    isolation: Isolation, jobinits: Jobinits, *, has_confined: bool = False
+) -> None:
     """That jobs can be confined is seen, and not supposed. Raises StartupError where it is not
     known of the server's own profile; another one cannot be had then."""
     problems = {}
@@ -303,7 +313,7 @@ async def _try_isolation(isolation: Isolation, jobinits: Jobinits) -> None:
             if profile is isolation.profile:
                 raise
             problems[profile] = str(error)
-    isolation.take_results(problems)
+    isolation.take_results(problems, has_confined=has_confined)
     if not isolation.views:
         jobinits.drop_views()
     if isolation.problem:

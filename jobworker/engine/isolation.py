@@ -172,18 +172,21 @@ class Isolation:
             for profile in sorted(self.profiles - {Profile.NONE})
         }
 
-    def take_results(self, problems: Mapping[Profile, str]) -> None:
+    def take_results(self, problems: Mapping[Profile, str], *, has_confined: bool = False) -> None:
         """Of the trials; empty: none. Raises SettingError where the server's own profile cannot
         be had: jobs that count on it must not run without. Where nobody has set one, a server
-        that is not root has none, and this is its `problem`."""
+        that is not root has none, and this is its `problem`; but not where jobs of an earlier
+        server are confined: then this machine can, and they may be what is in the way."""
         problem = problems.get(self.profile)
-        if problem and self._may_fall_back:
+        if problem and self._may_fall_back and not has_confined:
             self.problem = f"the server is not root, and cannot confine its jobs: {problem}"
             self.profile = Profile.NONE
             self.profiles = {Profile.NONE}
             return
         if problem:
             remedy = NONE_OR_ROOT if _is_root() else USER_NAMESPACES
+            if has_confined:
+                remedy = f"{END_THESE}, or {remedy}"
             raise SettingError("JOB_WORKER_PROFILE", self.profile, problem, remedy)
         failed = {profile: problem for profile, problem in problems.items() if problem}
         self.problems |= failed
@@ -345,6 +348,7 @@ USER_NAMESPACES = (
     "allow user namespaces (kernel.unprivileged_userns_clone, user.max_user_namespaces, "
     f"kernel.apparmor_restrict_unprivileged_userns), or {NONE_OR_ROOT}"
 )
+END_THESE = "end the jobs of an earlier server by their cgroup.kill, if they are in the way"
 NO_OTHER_USERS = "the server is not root, so it has no other users for its jobs"
 
 

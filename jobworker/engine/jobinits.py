@@ -61,8 +61,9 @@ TRIAL_END_SECONDS = 5.0
 # say (no memory, no descriptors) may be otherwise a moment later, or be another job's doing.
 REFUSALS = {
     *(errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP),
-    *(errno.ENOSPC, errno.EUSERS),  # of namespaces, none is allowed
+    errno.EUSERS,  # namespaces are too deep in others
 }
+NAMESPACE_LIMITS = Path("/proc/sys/user")
 
 PR_SET_CHILD_SUBREAPER = 36
 # Of linux/pidfd.h, since Linux 6.15: struct pidfd_info as it first was, 64 bytes.
@@ -467,9 +468,15 @@ def _exit_of(pidfd: int) -> int | None:
 
 def _refusal(error: StartFailedError | ViewError) -> str:
     """Raises StartupError for what is none."""
-    if error.error_number not in REFUSALS:
-        raise _not_known(error) from error
-    return str(error)
+    number = error.error_number
+    # Where some namespaces are allowed, jobs may have all of them, also of jobs that have ended.
+    if number in REFUSALS or (number == errno.ENOSPC and _is_a_namespace_not_allowed()):
+        return str(error)
+    raise _not_known(error) from error
+
+
+def _is_a_namespace_not_allowed() -> bool:
+    return any(int(path.read_text()) == 0 for path in NAMESPACE_LIMITS.glob("max_*_namespaces"))
 
 
 def _not_known(error: Exception) -> StartupError:

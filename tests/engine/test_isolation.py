@@ -124,6 +124,15 @@ def test_without_root_a_default_that_fails_its_trial_is_none() -> None:
 
 
 @pytest.mark.usefixtures("without_root")
+def test_without_root_nobody_loses_what_jobs_have_that_live() -> None:
+    """They may have taken what it needs, to be less confined from then on."""
+    isolation = Isolation()
+    with pytest.raises(SettingError, match=r"no namespace.*end the jobs"):
+        isolation.take_results({Profile.DEFAULT: "no namespace"}, has_confined=True)
+    assert isolation.profiles == {Profile.DEFAULT}
+
+
+@pytest.mark.usefixtures("without_root")
 def test_without_root_one_that_was_asked_for_must_not_fail() -> None:
     isolation = Isolation(profile="default")
     with pytest.raises(SettingError, match=r"no namespace.*max_user_namespaces"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_a_profile_that_is_only_allowed_keeps_no_server_from_starting(
     ("error", "is_refusal"),
     [
         (ViewError("make a user namespace", 1), True),
-        (ViewError("make a user namespace", 28), True),
+        (ViewError("make a user namespace", 87), True),
+        (ViewError("make a user namespace", 28), False),
         (ViewError("killed while it was made", 32), False),
         (StartFailedError("pid namespace", 1), True),
         (StartFailedError("fork", 11), False),
@@ -93,6 +95,21 @@ def test_only_what_the_kernel_refuses_for_good_is_a_refusal(
     error: StartFailedError | ViewError, is_refusal: bool
 ) -> None:
     if is_refusal:
+        assert module._refusal(error) == str(error)
+        return
+    with pytest.raises(StartupError, match="is not known"):
+        module._refusal(error)
+
+
+@pytest.mark.parametrize("allowed", ["0", "30"])
+def test_namespaces_that_others_have_are_no_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: str
+) -> None:
+    monkeypatch.setattr(module, "NAMESPACE_LIMITS", tmp_path)
+    for kind, limit in (("user", "100"), ("uts", allowed)):
+        (tmp_path / f"max_{kind}_namespaces").write_text(limit + "\n")
+    error = StartFailedError("namespaces", errno.ENOSPC)
+    if allowed == "0":
         assert module._refusal(error) == str(error)
         return
     with pytest.raises(StartupError, match="is not known"):
