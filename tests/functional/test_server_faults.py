@@ -20,12 +20,12 @@ from jobworker.engine.output import Reader
 
 get, resolve = manager.Manager.get, manager.resolve
 
-async def get_or_fail(self, job_id):
+async def get_or_fail(self, job_id, **options):
     if job_id == 77:
         raise ValueError("{SECRET}")
     if job_id == 78:
         raise PermissionError(13, "{SECRET}", "/var/lib/{SECRET}")
-    return await get(self, job_id)
+    return await get(self, job_id, **options)
 
 def resolve_or_fail(command, *rest):
     if command == "faulty":

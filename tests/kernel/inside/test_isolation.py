@@ -33,7 +33,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Iter
 @pytest.mark.parametrize("profile", ["default", "strict"])
 def test_a_confined_job(client: Client, profile: str) -> None:
     script = "echo $$; ls /proc/1/fd /run/ /sys/fs/cgroup/; mkdir /tmp/x /sys/x; ls /tmp"
-    job, output = client.run(script + " 2>&1", profile=profile)
+    job, output = client.run("exec 2>&1; " + script, profile=profile)
     lines = output.splitlines()
     assert (lines[0], lines[-1]) == (b"2", b"x"), output
     assert b"/sys/x" in output and b"Read-only" in output
