@@ -22,7 +22,7 @@ from jobworker import __version__
 from jobworker.certs import check_server_files
 from jobworker.config import PROFILES, Settings
 from jobworker.engine.cgroup import CgroupTree
-from jobworker.engine.files import Allowed
+from jobworker.engine.files import MOST_LINKS, Allowed
 from jobworker.engine.isolation import Files, Isolation, Profile
 from jobworker.engine.jobinit import Held
 from jobworker.engine.jobinits import Jobinits
@@ -267,18 +267,41 @@ def _files(settings: Settings) -> Files:
     if os.geteuid() != 0:  # its jobs have its own user
         hidden += [settings.cgroup_base, *_homes()]
         code.append(Path(sys.base_prefix))
-        code += _writable_above([*hidden, *code])
+        code += _own_above([*hidden, *code])
     return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), tuple(code))
 
 
-def _writable_above(paths: Iterable[Path]) -> set[Path]:
-    """For each the outermost folder that this user may write: who renames what is in there puts
+def _own_above(paths: Iterable[Path]) -> set[Path]:
+    """For each the outermost folder that this user may change: who renames what is in there puts
     other files where the next server looks for its own."""
     found: set[Path] = set()
     for path in paths:
-        for each in (path.absolute(), path.resolve()):
-            found.update([folder for folder in each.parents if os.access(folder, os.W_OK)][-1:])
+        for way in _ways_to(path):
+            found.update([folder for folder in way.parents if _may_change(folder)][-1:])
     return found
+
+
+def _ways_to(path: Path) -> list[Path]:
+    """The absolute path, and that with its first symbolic link followed, and so on to the end."""
+    ways = [path.absolute()]
+    while link := next((each for each in _from_root(ways[-1]) if each.is_symlink()), None):
+        target = Path(os.path.normpath(link.parent / link.readlink()))
+        ways.append(target / ways[-1].relative_to(link))
+        if len(ways) > MOST_LINKS:
+            break
+    return [*ways, path.resolve()]
+
+
+def _from_root(path: Path) -> list[Path]:
+    return [*reversed(path.parents), path]
+
+
+def _may_change(folder: Path) -> bool:
+    """Also one without its write bit: who owns it may set that."""
+    try:
+        return os.access(folder, os.W_OK) or folder.stat().st_uid == os.geteuid()
+    except OSError:  # not there, or not within reach
+        return False
 
 
 def _homes() -> list[Path]:

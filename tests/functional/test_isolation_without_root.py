@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -265,6 +266,31 @@ def test_a_program_that_is_none_fails_to_start(client: Client, folder: Path) -> 
 def start_other(certificates: Path) -> Iterator[StartServer]:
     with public_folder() as folder, servers(folder, certificates) as start:
         yield start
+
+
+@pytest.mark.parametrize("has_link", [False, True])
+def test_nothing_is_put_in_the_place_of_what_its_user_could_change(
+    start_other: StartServer, certificates: Path, has_link: bool
+) -> None:
+    """A folder that the user owns has no write bit, which it can set; or has a link, to which
+    another one leads."""
+    with public_folder() as place:
+        own = place / "own"
+        shutil.copytree(certificates, place / "certs" if has_link else own / "certs")
+        own.mkdir(exist_ok=True)
+        if has_link:
+            (own / "certs").symlink_to(place / "certs")
+            (place / "entry").symlink_to(own / "certs")
+        for each in place.rglob("*"):
+            os.chown(each, USER, USER, follow_symlinks=False)
+        place.chmod(0o755)
+        own.chmod(0o555)
+        path = place / "entry" if has_link else own / "certs"
+        server = start_other(PROFILE="default", CERT_PATH=str(path))
+        with server.connect() as client:
+            _, output = client.run(f"exec 2>&1; chmod 755 {own}; mv {own}/certs {own}/others")
+        assert output.count(b"Read-only file system") + output.count(b"busy") == 2, output
+        assert (own / "certs").exists()
 
 
 def test_the_next_server_takes_it_over(start_other: StartServer) -> None:
