@@ -134,7 +134,7 @@ async def _serve(
         closing.push_async_callback(server.stop, ANSWER_SECONDS)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
         held = await jobinits.connect(manager.on_exit)
-        await _try_isolation(isolation, jobinits, has_confined=await _has_confined(held, store))
+        await _try_isolation(isolation, jobinits, held, store)
         await manager.recover(held)
         await server.start()
         _leave_be_what_stays()
@@ -324,10 +324,11 @@ async def _has_confined(held: Iterable[Held], store: Store) -> bool:
 
 
 async def _try_isolation(
-    isolation: Isolation, jobinits: Jobinits, *, has_confined: bool = False
+    isolation: Isolation, jobinits: Jobinits, held: Iterable[Held], store: Store
 ) -> None:
-    """That jobs can be confined is seen, and not supposed. Raises StartupError where it is not
-    known of the server's own profile; another one cannot be had then."""
+    """That jobs can be confined is seen, and not supposed. held: of an earlier server. Raises
+    StartupError where it is not known of the server's own profile; another one cannot be had
+    then."""
     problems = {}
     for profile, trial in isolation.trials().items():
         try:
@@ -336,6 +337,7 @@ async def _try_isolation(
             if profile is isolation.profile:
                 raise
             problems[profile] = str(error)
+    has_confined = any(problems.values()) and await _has_confined(held, store)
     isolation.take_results(problems, has_confined=has_confined)
     if not isolation.views:
         jobinits.drop_views()

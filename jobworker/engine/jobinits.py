@@ -56,7 +56,7 @@ GONE_SECONDS = 1.0  # what one that has closed its connection may take to be gon
 
 TRIAL_ID = 0  # no job has it
 TRIAL_SECONDS = 30.0
-TRIAL_END_SECONDS = 5.0
+TRIAL_END_SECONDS = 5.0  # what a killed one may take to be gone
 # How the kernel says that it will not do something, however often it is asked. What else it may
 # say (no memory, no descriptors) may be otherwise a moment later, or be another job's doing.
 REFUSALS = {

@@ -15,6 +15,7 @@ from jobworker.engine import jobinits as module
 from jobworker.engine.isolation import Isolation, Profile
 from jobworker.engine.jobinit import StartRequest
 from jobworker.engine.jobinits import Jobinits
+from jobworker.engine.store import Store
 from jobworker.errors import StartFailedError, StartupError, ViewError
 
 
@@ -67,9 +68,11 @@ def test_a_profile_that_is_only_allowed_keeps_no_server_from_starting(
     async def main() -> None:
         assert await jobinits.connect(lambda _: None) == []
         pid = (await jobinits._our_jobinit()).pid
+        store = Store.open(tmp_path / "jobs.db")
         try:
-            await _try_isolation(isolation, jobinits)
+            await _try_isolation(isolation, jobinits, [], store)
         finally:
+            await store.close()
             os.kill(pid, signal.SIGCONT)
             await jobinits.close()
             os.kill(pid, signal.SIGKILL)
