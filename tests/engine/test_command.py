@@ -220,7 +220,7 @@ def test_it_is_not_told_which_names_are_in_what_the_job_does_not_see(look: Look)
                 os.path.exists(path)  # now the kernel knows
                 with pytest.raises(InvalidRequestError, match="does not show"):
                     check_working_directory(str(path), find, look)
-        absent = f"{folder}/absent/x"
+        absent = "/no-such-folder/x"  # wherever this file is, not in what each job has of its own
         assert not os.path.exists(absent)
         with pytest.raises(InvalidRequestError, match="No such file"):
             check_working_directory(absent, find, look)
