@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import resource
 from pathlib import Path
 
 # So much more than at the start is worth it: it takes some 40 ms of a thread where much is given
@@ -27,9 +28,18 @@ class Memory:
     def look(self) -> None:
         """To be called on the loop every now and then."""
         now = self._loop.time()
-        if self._trim and now > self._next and _resident_bytes() > self._at_start + WORTH_BYTES:
+        worth_bytes = self._at_start + WORTH_BYTES
+        # The peak first: for a quiet server, to read a file costs more than all else that it does.
+        if not self._trim or now <= self._next or _peak_bytes() <= worth_bytes:
+            return
+        if _resident_bytes() > worth_bytes:
             self._next = now + PAUSE_SECONDS
             self._loop.run_in_executor(None, self._trim, 0)
+
+
+def _peak_bytes() -> int:
+    """The most that was resident at any time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _resident_bytes() -> int:
