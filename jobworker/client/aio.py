@@ -148,7 +148,13 @@ class AsyncClient:
         timeout: float | None = None,  # noqa: ASYNC109 as for `Client`
         **options: Unpack[CreateOptions],
     ) -> Result:
-        job = await self.create(command, *args, **options)
+        creating = asyncio.ensure_future(self.create(command, *args, **options))
+        try:
+            job = await asyncio.shield(creating)
+        except asyncio.CancelledError:  # a job that the server has begun is there all the same
+            with contextlib.suppress(CallError):
+                await self.stop((await creating).id)
+            raise
         try:
             return await self._collect(Reading(job.id, Patience(self._patience_seconds, timeout)))
         except BaseException:

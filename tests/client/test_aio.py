@@ -48,6 +48,21 @@ def test_a_cancelled_run_stops_its_job(server: Server) -> None:
     run(server, scenario)
 
 
+def test_a_run_that_is_cancelled_while_its_job_is_created_leaves_none(server: Server) -> None:
+    async def scenario(client: AsyncClient) -> None:
+        name = "cancelled early"
+        for milliseconds in range(20):
+            running = asyncio.ensure_future(client.run("sleep", "60", name=name))
+            await asyncio.sleep(milliseconds / 1000)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+        await asyncio.sleep(0.5)  # for what the server has begun without the client
+        assert not [job.id async for job in client.list(name=name) if not job.is_ended]
+
+    run(server, scenario)
+
+
 def test_a_cancelled_reader_leaves_the_job_alone(server: Server) -> None:
     async def scenario(client: AsyncClient) -> None:
         job = await client.create("sleep", "60")
