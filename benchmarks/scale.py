@@ -224,6 +224,9 @@ async def measure_unread(findings: Findings, server: Server) -> None:
                 growth_mib = (server.rss_kib() - before_kib) / 1024
                 held_mib = holder.rss_kib() / 1024
                 beside, floor_beside = await _read_in_turn(*readers)
+            # Alone before and after: the machine is faster at one minute and slower at another.
+            for runs, more in zip((alone, floor_alone), await _read_in_turn(*readers), strict=True):
+                runs.extend(more)
             await client.stop(job_id)
     findings.note(f"{count:,} streams that nobody reads; their client holds {held_mib:,.0f} MiB")
     findings.add(
