@@ -31,7 +31,7 @@ from functional.http2 import (
     receive_until,
     request_of,
 )
-from functional.server import DEADLINE_SECONDS, Client, Server, channel, wait_until
+from functional.server import DEADLINE_SECONDS, Client, Server, channel, slow_path, wait_until
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
 
@@ -309,6 +309,26 @@ def test_a_revoked_client_is_cut_off_and_its_jobs_run_on(
         assert next(others).payload
         revoked.write_text("")
         wait_until(lambda: is_let_in(mallory), QUIET_SECONDS + NOTICED_SECONDS)
+    assert "Traceback" not in server.log
+
+
+def test_creates_that_wait_for_looks_end_with_their_client(
+    start: StartServer, folder: Path, tmp_path: Path
+) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.touch()
+    certs.make_client(folder, "mallory", "admin", force=True)
+    server = start(REVOKED=str(revoked))
+    environment = {"PATH": slow_path(tmp_path / "links")}
+    with server.connect("mallory") as mallory, server.connect() as client:
+        creates = [mallory.create_soon("sleep", "60", environment=environment) for _ in range(400)]
+        wait_until(lambda: client.info().running_jobs > 0)
+        certs.revoke(revoked, folder / "mallory-cert.pem")
+        server.process.send_signal(signal.SIGHUP)
+        assert grpc.StatusCode.PERMISSION_DENIED in {create.code() for create in creates}
+        begun = client.info().running_jobs
+        time.sleep(2)  # for what goes on though nobody waits for it
+        assert client.info().running_jobs == begun < len(creates)
     assert "Traceback" not in server.log
 
 
