@@ -24,7 +24,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -150,7 +150,7 @@ class _LiveJob:
     cgroup: Cgroup | None = None
     log: Log | None = None
     exited: Exited | OrphanExited | None = None
-    stop_signal: int = 0  # to be sent as soon as there is somebody to send it to
+    unsent: list[int] = field(default_factory=list)  # signals, until the end asked for is stored
     asked: frozenset[tuple[str, int]] = frozenset()  # to end, by whom and with which signal
     kill_at: float | None = None  # on the loop's clock; None: nobody asked for the end
     kill_timer: asyncio.TimerHandle | None = None
@@ -474,13 +474,13 @@ class Manager:
             self._mark_started(live, started)
         if isinstance(ending, Exited):
             self.on_exit(ending)
-        elif live.job.end_requested is not None:
+            return
+        if live.job.end_requested is not None:
             # Its grace begins anew: nobody knows how much of it was over.
             self._request_end(
                 live, live.job.end_requested, signal.SIGTERM, self.policy.stop_grace_seconds
             )
-        else:
-            self._set_timeout(live)
+        self._set_timeout(live)
 
     async def _await_start(self, live: _LiveJob) -> None:
         try:
@@ -748,10 +748,10 @@ class Manager:
         self._mark_started(live, started)
         if live.exited:
             self._spawn(self._certainly(live, partial(self._end, live)))
-        elif live.kill_at is not None:
+            return
+        if live.kill_at is not None:
             self._send_stop(live)
-        else:
-            self._set_timeout(live)
+        self._set_timeout(live)
 
     def _open_log(self, live: _LiveJob, started: Started, resumed: Extent | None = None) -> None:
         live.log = self._output.open_log(
@@ -813,7 +813,8 @@ class Manager:
         is_news |= asked not in live.asked
         live.asked |= {asked}
         live.kill_at = deadline if live.kill_at is None else min(live.kill_at, deadline)
-        live.stop_signal = signal_number
+        if signal_number not in live.unsent:
+            live.unsent.append(signal_number)
         if live.job.status is Status.RUNNING:
             self._send_stop(live)
         else:
@@ -821,15 +822,15 @@ class Manager:
         return is_news
 
     def _set_timeout(self, live: _LiveJob) -> None:
-        """From the job's start on, though that may have been under an earlier server."""
-        if live.job.spec.timeout_ms:
+        """From the job's start on, though that may have been under an earlier server, and also of
+        a job that is to end: its grace may be far longer."""
+        if live.job.spec.timeout_ms and live.job.end_requested is not Cause.TIMED_OUT:
             end_ns = live.job.started_ns + live.job.spec.timeout_ms * 1_000_000
             left_seconds = max(0.0, (end_ns - time.time_ns()) / 1e9)
             live.timeout_timer = self._loop.call_later(left_seconds, self._time_out, live)
 
     def _time_out(self, live: _LiveJob) -> None:
-        # Once its main process has ended, the linger time bounds the rest. Also where a stop was
-        # asked for: its grace may be far longer.
+        # Once its main process has ended, the linger time bounds the rest.
         if live.exited is None:
             self._request_end(live, Cause.TIMED_OUT, signal.SIGTERM, self.policy.stop_grace_seconds)
 
@@ -850,8 +851,10 @@ class Manager:
         server."""
         with contextlib.suppress(JobWorkerError):
             await self._store.put(live.job)
-        if live.exited is None:
-            self._jobinits.signal(live.job.id, live.stop_signal)
+        # Others may have asked meanwhile: all get theirs, in their order.
+        signals, live.unsent = live.unsent, []
+        for number in signals if live.exited is None else ():
+            self._jobinits.signal(live.job.id, number)
 
     def _kill_soon(self, live: _LiveJob) -> None:
         self._spawn(self._certainly(live, partial(self._kill, live)))

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from functional.server import Client, Server
+from functional.server import Client, Server, wait_until
 from jobworker.pb import job_worker_pb2 as pb
 
 
@@ -148,6 +148,23 @@ def test_a_stop_does_not_lift_the_time_limit(client: Client) -> None:
     job = client.create("sleep", "60", timeout_milliseconds=500)
     stop = client.stop_soon(job.id, signal=signal.SIGWINCH, grace_milliseconds=2**32 - 1)
     job = client.wait(job.id)
+    assert (job.status, job.cause, job.signal) == ("STOPPED", pb.STOPPED, signal.SIGTERM)
+    stop.result()
+
+
+def test_a_stop_before_its_start_does_not_lift_it_either(server: Server, client: Client) -> None:
+    jobinit = server.jobinit_pid()
+    os.kill(jobinit, signal.SIGSTOP)
+    try:
+        creating = client.create_soon("sleep", "60", timeout_milliseconds=500)
+        wait_until(lambda: any(job.status == "INITIALIZING" for job in client.jobs()))
+        (starting,) = (job.id for job in client.jobs() if job.status == "INITIALIZING")
+        stop = client.stop_soon(starting, signal=signal.SIGWINCH, grace_milliseconds=2**32 - 1)
+        time.sleep(0.3)  # for the stop to come to the server
+    finally:
+        os.kill(jobinit, signal.SIGCONT)
+    assert creating.result().id == starting
+    job = client.wait(starting)
     assert (job.status, job.cause, job.signal) == ("STOPPED", pb.STOPPED, signal.SIGTERM)
     stop.result()
 

@@ -90,6 +90,18 @@ def test_a_chosen_signal(client: Client) -> None:
     assert client.stop(job.id, signal=signal.SIGUSR1).exitCode == 3
 
 
+def test_each_of_several_stops_has_its_signal(client: Client) -> None:
+    """In the order in which they came, also at once."""
+    script = 'trap "echo a" USR1; trap "echo b; exit 3" USR2; echo up; while :; do sleep 0.05; done'
+    for _ in range(5):
+        job = client.shell(script)
+        wait_for_line(client, job.id, b"up")
+        numbers = (signal.SIGUSR1, signal.SIGUSR2)
+        stops = [client.stop_soon(job.id, signal=number) for number in numbers]
+        assert [stop.result().exitCode for stop in stops] == [3, 3]
+        assert client.output(job.id, stream=pb.STDOUT) == b"up\na\nb\n"
+
+
 def test_what_ignores_the_signal_is_killed(client: Client) -> None:
     job = client.shell('trap "" TERM; echo up; sleep 60 & wait; sleep 60')
     wait_for_line(client, job.id, b"up")
