@@ -106,9 +106,9 @@ class Isolation:
         files: Files = Files(),
         allowed: Allowed = NOTHING_ALLOWED,
     ) -> None:
-        """profile: of a job that asks for none; empty: the default one, where this process has
-        the rights that it takes; without root's, where its trial shows so. The others: what a
-        job may ask for.
+        """profile: of a job that asks for none; empty: the default one, but none where this
+        process is not root and can have no other, as its trial may show. The others: what a job
+        may ask for.
 
         Users are looked up here, once. Raises SettingError where one does not exist, or where
         this process has not the rights that a profile takes.
@@ -119,7 +119,7 @@ class Isolation:
         self._may_fall_back = not profile and not _is_root()
         self.own_user = own_user()
         if self.profile is not Profile.NONE and self.problem:
-            raise SettingError("JOB_WORKER_PROFILE", profile, self.problem, NONE_OR_ROOT)
+            raise SettingError("JOB_WORKER_PROFILE", self.profile, self.problem, NONE_OR_ROOT)
         if self.profile is Profile.STRICT and not _is_root():
             raise SettingError("JOB_WORKER_PROFILE", profile, NO_OTHER_USERS, NONE_OR_ROOT)
         self.profiles = {self.profile, *self._usable(map(Profile, profiles_allowed))}
@@ -320,7 +320,8 @@ class Isolation:
         return self._users[name]
 
     def _best(self) -> Profile:
-        return Profile.NONE if self.problem else Profile.DEFAULT
+        """What jobs of root would be without is too much to give up without being told to."""
+        return Profile.NONE if self.problem and not _is_root() else Profile.DEFAULT
 
     def _usable(self, profiles: Iterable[Profile]) -> Iterable[Profile]:
         for each in profiles:

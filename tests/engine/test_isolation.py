@@ -152,13 +152,23 @@ def test_without_root_there_is_no_profile_strict() -> None:
 
 @as_root
 def test_a_root_that_lacks_rights_says_which() -> None:
-    program = "from jobworker.engine.isolation import Isolation; print(Isolation().problem)"
-    command = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
-    answer = subprocess.run(
-        [*command, sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert "CAP_SYS_ADMIN" in answer.stdout
-    assert "CAP_KILL" not in answer.stdout
+    """And has profile none only where it was told to: jobs of that are root's."""
+
+    def isolate(arguments: str) -> subprocess.CompletedProcess[str]:
+        program = (
+            "from jobworker.engine.isolation import Isolation\n"
+            f"isolation = Isolation({arguments})\n"
+            "print(isolation.profile, isolation.problem)"
+        )
+        command = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
+        command += [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    refused = isolate("").stderr
+    assert "SettingError: JOB_WORKER_PROFILE = 'default': the server is root, but lacks" in refused
+    assert "CAP_SYS_ADMIN" in refused
+    assert "CAP_KILL" not in refused
+    assert isolate("profile='none'").stdout.startswith("none the server is root")
 
 
 # Profile strict, and its users
