@@ -215,7 +215,7 @@ async def measure_unread(findings: Findings, server: Server) -> None:
                 lambda: floor_stream(floor_client.channel, HISTORY_MIB << 20),
             )
             await _read_history(readers[0]())  # from then on all of it is there
-            alone, floor_alone = await _read_in_turn(*readers)
+            before = await _read_in_turn(*readers)
             before_kib = server.rss_kib()
             with (
                 holding_unread(server, address, certs, count, unread_output(job_id)) as holder,
@@ -224,10 +224,13 @@ async def measure_unread(findings: Findings, server: Server) -> None:
                 growth_mib = (server.rss_kib() - before_kib) / 1024
                 held_mib = holder.rss_kib() / 1024
                 beside, floor_beside = await _read_in_turn(*readers)
-            # Alone before and after: the machine is faster at one minute and slower at another.
-            for runs, more in zip((alone, floor_alone), await _read_in_turn(*readers), strict=True):
-                runs.extend(more)
+            after = await _read_in_turn(*readers)
             await client.stop(job_id)
+    # Before and after: the machine is faster at one minute and slower at another.
+    alone, floor_alone = (
+        [statistics.mean(pair) for pair in zip(*runs, strict=True)]
+        for runs in zip(before, after, strict=True)
+    )
     findings.note(f"{count:,} streams that nobody reads; their client holds {held_mib:,.0f} MiB")
     findings.add(
         f"server RSS for {count:,} unread streams",
