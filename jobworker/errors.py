@@ -143,6 +143,11 @@ class CallError(JobWorkerError):
         self.rpc = rpc
         self.code = code
 
+    @property
+    def may_have_happened(self) -> bool:
+        """What was asked for may be so all the same: only the answer is missing."""
+        return False
+
 
 class UnreachableError(CallError):
     """There is no connection to the server: check address and certificates, or try again.
@@ -154,9 +159,17 @@ class UnreachableError(CallError):
         super().__init__(rpc, code, message)
         self.was_connected = was_connected
 
+    @property
+    def may_have_happened(self) -> bool:
+        return self.was_connected
+
 
 class DeadlineError(CallError):
     """The time that the caller gave was over first; what was asked for may have happened."""
+
+    @property
+    def may_have_happened(self) -> bool:
+        return True
 
 
 class UnknownJobError(CallError):

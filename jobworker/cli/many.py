@@ -37,9 +37,11 @@ class Line:
 
 def create_all(connect: Connect, lines: Sequence[Line], as_json: bool) -> None:
     report = Report(as_json)
-    with connect() as client:
-        failure = _create_all(client, lines, report)
-    report.summarize()
+    try:
+        with connect() as client:
+            failure = _create_all(client, lines, report)
+    finally:
+        report.summarize()
     if failure:
         raise failure
     if report.refused:
@@ -57,13 +59,22 @@ def _create_all(client: Client, lines: Sequence[Line], report: Report) -> Failed
             specs = [Spec(line.command, *line.args, **line.options) for line in part]
             try:
                 results = client.create_many(specs)
+            except KeyboardInterrupt:
+                display.remark(_may_be_there(part))
+                raise
             except CallError as error:
                 lead = f"line {part[0].number} and all after it: " if start else ""
-                return FailedError(lead + message_of(error), code_of(error))
+                doubt = f"; {_may_be_there(part)}" if error.may_have_happened else ""
+                return FailedError(lead + message_of(error) + doubt, code_of(error))
             progress.clear()
             for line, result in zip(part, results, strict=True):
                 report.add(line, result)
     return None
+
+
+def _may_be_there(part: Sequence[Line]) -> str:
+    lines = f"lines {part[0].number} to {part[-1].number}"
+    return f"{lines} may have become jobs all the same: look with `jobworker list`"
 
 
 class Report:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import select
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -171,7 +173,10 @@ def write_to_file(chunks: Iterable[Chunk], file: Path) -> None:
     # The line about lost bytes comes when that of the progress is gone.
     with telling_lost(chunks) as counted, _opened(file) as descriptor, Progress() as progress:
         writer = MergedWriter(descriptor)
-        for chunk in counted:
+        # What the file had stays until there is something in its place: there may be no such job.
+        first = next(counted, None)
+        _empty(descriptor)
+        for chunk in itertools.chain(() if first is None else (first,), counted):
             writer.write(chunk)
             count += len(chunk.view)
             if progress.is_due:
@@ -182,10 +187,15 @@ def _rate(count: int, seconds: float) -> str:
     return f"{size(count)} in {duration(seconds)}, {size(int(count / seconds))}/s"
 
 
+def _empty(descriptor: int) -> None:
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.truncate(descriptor, 0)
+
+
 @contextmanager
 def _opened(file: Path) -> Iterator[int]:
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise click.ClickException(f"cannot write {file}: {error.strerror}") from error
     try:

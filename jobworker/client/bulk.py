@@ -57,8 +57,8 @@ class Spec:
 class Created:
     """What became of one Spec: a job, or an error and no job.
 
-    Where an UnreachableError with `was_connected` or a DeadlineError ended the request of
-    many, there may be a job all the same, whose id nobody knows.
+    Where an error that `may_have_happened` ended the request of many, there may be a job all the
+    same, whose id nobody knows.
     """
 
     job_id: int | None = None
@@ -107,8 +107,9 @@ class Bulk:
             self._done += 1
 
     def failed(self, error: CallError) -> None:
-        """Raises the error where it hit the first request: no job was made. Later it is the
-        result of all that are left, so that what was made before stays known."""
+        """Raises the error where it hit the first request. Later it is the result of all that are
+        left, so that what was made before stays known. Of which there may be jobs all the same,
+        `Created` says."""
         if isinstance(error, UnsupportedError) and error.rpc == RPC:
             self._is_one_by_one = True
         elif self._is_one_by_one and not isinstance(error, LASTING):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from cli.program import Program
 from client.old_server import OldServer
-from functional.server import Server
+from functional.server import Server, wait_until
 from jobworker.cli.many import Line, read_lines
 from jobworker.job import Bind
 
@@ -227,6 +228,32 @@ def test_a_server_that_is_gone_meanwhile(
     assert re.match(rf"jobworker: line {len(ids) + 1} and all after it: [^\n]*\n$", errors)
     assert server.address in errors
     start_server().stop()  # which ends what that one has left
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, 0])
+def test_jobs_of_which_nobody_heard(
+    jobworker: Program, start_server: Callable[..., Server], number: int
+) -> None:
+    """It was interrupted, or the connection broke, before the answer came."""
+    server = start_server()
+    file = write(jobworker.folder, *[{"command": "true"}] * 300)
+    jobinit = server.jobinit_pid()
+    os.kill(jobinit, signal.SIGSTOP)
+    process = jobworker.start(
+        *("-s", server.address, "create", "--from", file), stderr=subprocess.PIPE
+    )
+    with server.connect() as client:
+        wait_until(lambda: client.info().running_jobs > 0)
+    if number:
+        process.send_signal(number)
+    else:
+        server.stop(signal.SIGKILL)
+    errors = process.communicate(timeout=30)[1].decode()
+    os.kill(jobinit, signal.SIGCONT)
+    assert "lines 1 to 200 may have become jobs all the same" in errors
+    assert process.returncode == (130 if number else 5)
+    server.stop()
+    start_server().stop()  # which ends what that one may have left
 
 
 def test_an_old_server(jobworker: Program, certificates: Path) -> None:

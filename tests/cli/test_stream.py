@@ -152,6 +152,17 @@ def test_to_a_file(jobworker: Program, job_id: str) -> None:
     assert file.read_bytes() == b"one\ntwo\nthree\n"
 
 
+def test_a_file_is_kept_where_there_is_nothing_to_put_in_its_place(jobworker: Program) -> None:
+    file = jobworker.folder / "output"
+    file.write_bytes(b"of another job")
+    assert jobworker("stream", "999999999", "--to", "output").returncode == 3
+    assert jobworker("-s", "localhost:1", "stream", "1", "--to", "output").returncode == 5
+    assert file.read_bytes() == b"of another job"
+    silent = jobworker.create("true")
+    assert jobworker("stream", silent, "--to", "output").returncode == 0
+    assert file.read_bytes() == b""
+
+
 def test_progress_on_a_terminal(jobworker: Program) -> None:
     script = "head -c 100000 /dev/zero; sleep .3; head -c 100000 /dev/zero"
     job_id = jobworker.create("sh", "-c", script)
