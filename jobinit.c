@@ -1325,16 +1325,17 @@ static void arrange_files(const struct request *request)
 	take_file_rights(geteuid(), getegid());
 }
 
-/* Of what the kernel counts for a user: jobs that have jobinit's own leave it a quarter, to start
- * others and to pass on their descriptors. */
-static bool leave_room(int resource)
+/* Of what the kernel counts for a user: jobs that have jobinit's own leave it a quarter of what it
+ * may have itself, to start others and to pass on their descriptors. */
+static bool leave_room(int resource, rlim_t own)
 {
 	struct rlimit limit;
 
-	getrlimit(resource, &limit);
-	if (limit.rlim_max == RLIM_INFINITY)
+	if (own == RLIM_INFINITY)
 		return true;
-	limit.rlim_max -= limit.rlim_max / 4;
+	getrlimit(resource, &limit);
+	if (limit.rlim_max > own - own / 4)
+		limit.rlim_max = own - own / 4;
 	if (limit.rlim_cur > limit.rlim_max)
 		limit.rlim_cur = limit.rlim_max;
 	return setrlimit(resource, &limit) == 0;
@@ -1345,15 +1346,18 @@ static bool leave_room(int resource)
 static bool lower_limits(bool has_own_user)
 {
 	static const struct rlimit none;
-	struct rlimit core;
+	struct rlimit core, processes;
 
+	getrlimit(RLIMIT_NPROC, &processes);
 	getrlimit(RLIMIT_CORE, &core);
 	/* Less than any dump; and of 0 a program that core_pattern names would be told. A job that
 	 * wants dumps may raise it again. */
 	core.rlim_cur = core.rlim_max > 0;
 	return setrlimit(RLIMIT_CORE, &core) == 0 && setrlimit(RLIMIT_RTPRIO, &none) == 0
 	       && setrlimit(RLIMIT_NICE, &none) == 0
-	       && (has_own_user || (leave_room(RLIMIT_NOFILE) && leave_room(RLIMIT_NPROC)));
+	       && (has_own_user
+		   || (leave_room(RLIMIT_NOFILE, original_open_files.rlim_max)
+		       && leave_room(RLIMIT_NPROC, processes.rlim_cur)));
 }
 
 /* Not by a setuid program, not by a file's capabilities, and not by root's either. */
@@ -1782,7 +1786,9 @@ static void protect_paths(const struct view_request *request)
 	uint32_t i;
 
 	for (i = 0; i < request->asked.read_only; i++, path = after(path)) {
-		if (mount(path, path, NULL, MS_BIND | MS_REC, NULL) == 0)
+		if (!strcmp(path, "/")) /* nobody comes onto a mount over their own root */
+			need(set_attributes(AT_FDCWD, path, 0, READ_ONLY), "make read-only:", path);
+		else if (mount(path, path, NULL, MS_BIND | MS_REC, NULL) == 0)
 			make_read_only(path);
 		else
 			need(is_absent(), "mount", path);

@@ -92,7 +92,7 @@ class Server(Process):
             "JOB_WORKER_LOG_LEVEL": "info",
         }
         environ |= {f"JOB_WORKER_{name}": value for name, value in settings.items()}
-        command = [sys.executable, "-m", "jobworker", "serve"]
+        command = [sys.executable, "-P", "-m", "jobworker", "serve"]
         self._log_path = folder / "server.log"
         started = time.monotonic()
         with self._log_path.open("wb") as log:

@@ -267,8 +267,22 @@ def _files(settings: Settings) -> Files:
     if os.geteuid() != 0:  # its jobs have its own user
         hidden += [settings.cgroup_base, *_homes()]
         code.append(Path(sys.base_prefix))
+    code += _imported_from(code)
+    if os.geteuid() != 0:
         code += _own_above([*hidden, *code])
     return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), tuple(code))
+
+
+def _imported_from(code: Iterable[Path]) -> list[Path]:
+    """Where else this program looks for modules when it starts: PYTHONPATH, .pth files, and with
+    `python -m` the working directory."""
+    installed = [*code, Path(sys.base_prefix)]
+    places = {Path(place).absolute() for place in (*sys.path, sys.pycache_prefix) if place}
+    return [
+        place
+        for place in sorted(places - {Path("/")})
+        if place.exists() and not any(place.is_relative_to(folder) for folder in installed)
+    ]
 
 
 def _own_above(paths: Iterable[Path]) -> set[Path]:

@@ -81,7 +81,7 @@ class Server:
         }
         environ |= {f"JOB_WORKER_{name}": value for name, value in settings.items()}
         self.keeps_jobs = environ["JOB_WORKER_STOP_JOBS"] == "no"
-        command = [*launcher, sys.executable, "-m", "jobworker", "serve"]
+        command = [*launcher, sys.executable, "-P", "-m", "jobworker", "serve"]
         if open_files:
             command = ["prlimit", f"--nofile={open_files}:{open_files}", *command]
         started = time.monotonic()

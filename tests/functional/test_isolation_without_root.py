@@ -216,12 +216,32 @@ def test_signals_do_nothing_to_the_first_process_of_its_namespace(client: Client
     assert (job.exitCode, output) == (0, b"goes on\n")
 
 
+def test_it_changes_nothing_that_the_server_is_made_of(certificates: Path) -> None:
+    """Also where that is found by PYTHONPATH: the next start would run what is put there."""
+    with public_folder() as folder, public_folder() as other:
+        library = other / "library"
+        library.mkdir()
+        for path in (other, library):
+            os.chown(path, USER, USER)
+        with (
+            servers(folder, certificates, ["env", f"PYTHONPATH={library}"]) as start,
+            start(PROFILE="").connect() as client,
+        ):
+            for command in (f"touch {library}/uvloop.py", f"mv {library} {other}/old"):
+                job, output = client.run(command)
+                assert job.exitCode != 0
+                assert b"Read-only" in output or b"busy" in output
+
+
 # What it shares with the server, as the kernel counts by user
 
 
-def test_it_leaves_others_some_of_what_the_user_may_have(certificates: Path) -> None:
+@pytest.mark.parametrize("processes", ["4000", "4000:8000"])
+def test_it_leaves_others_some_of_what_the_user_may_have(
+    certificates: Path, processes: str
+) -> None:
     """jobinit has to start others, and to pass on their descriptors."""
-    launcher = ["prlimit", "--nproc=4000"]
+    launcher = ["prlimit", f"--nproc={processes}"]
     with (
         public_folder() as folder,
         servers(folder, certificates, launcher) as start,
