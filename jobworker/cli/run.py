@@ -170,8 +170,15 @@ def code_of_job(job: Job) -> int:
     """As the contract's table says.
 
     Only COMPLETED comes to 0: a job that was stopped, or ended by the server, and that left
-    with 0 upon that, is like one that SIGTERM has ended.
+    with 0 upon that, is like one that SIGTERM has ended. Nor do numbers that no process ends with,
+    of which exit(3) takes the lowest eight bits.
     """
+    code = _code_of_job(job)
+    is_possible = 0 < code < 256 or (code == 0 and job.status is Status.COMPLETED)
+    return code if is_possible else ExitCode.RUN_FAILED
+
+
+def _code_of_job(job: Job) -> int:
     if job.cause in CODES_OF_CAUSES:
         return CODES_OF_CAUSES[job.cause]
     if job.cause is Cause.START_FAILED:

@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Collection, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar, Unpack
@@ -198,7 +199,15 @@ class Client:
         is also stopped where this is interrupted. (`time_limit` is kept by the server, and
         such a job has its ending with the cause TIMED_OUT.)
         """
-        job = self.create(command, *args, **options)
+        with ThreadPoolExecutor(1) as executor:  # where it goes on though this is interrupted
+            creating = executor.submit(self.create, command, *args, **options)
+            try:
+                job = creating.result()
+            except BaseException as error:
+                if error is not creating.exception():
+                    with contextlib.suppress(CallError):
+                        self.stop(creating.result().id)
+                raise
         try:
             return self._collect(Reading(job.id, Patience(self._patience_seconds, timeout)))
         except BaseException:

@@ -130,6 +130,11 @@ def a_job(status: Status, cause: Cause | None, **fields: object) -> Job:
         (a_job(Status.STOPPED, Cause.STOPPED), 143),
         # of a server that tells no cause
         (a_job(Status.FAILED, None), 125),
+        # which are no codes, and would become 0
+        (a_job(Status.FAILED, Cause.EXITED, exit_code=256), 125),
+        (a_job(Status.COMPLETED, Cause.EXITED, exit_code=512), 125),
+        (a_job(Status.FAILED, Cause.SIGNALLED, signal=128), 125),
+        (a_job(Status.FAILED, Cause.SIGNALLED, signal=-128), 125),
     ],
 )
 def test_the_code_of_each_ending(job: Job, code: int) -> None:

@@ -25,7 +25,7 @@ import pytest
 from client.conftest import Connect
 from client.old_server import OldServer
 from client.proxy import Proxy
-from functional.server import Server
+from functional.server import Server, slow_path
 from jobworker import Client, errors
 from jobworker.client import Chunk, Spec, Stream
 from jobworker.errors import (
@@ -638,6 +638,25 @@ def test_close_from_another_thread_ends_a_stream(server: Server) -> None:
     timer.join()
     with Client(server.address, certs=server.certs) as other:
         other.stop(job.id)
+
+
+def test_a_run_that_is_interrupted_while_its_job_is_created_leaves_none(
+    server: Server, tmp_path: Path
+) -> None:
+    environment = {"PATH": slow_path(tmp_path / "links")}
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with Client(server.address, certs=server.certs) as client:
+            client.info()
+            for _ in range(5):
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                with pytest.raises(KeyboardInterrupt):
+                    client.run("sleep", "60", name="interrupted", environment=environment)
+            time.sleep(0.5)  # for what the server has begun without the client
+            jobs = list(client.list(name="interrupted"))
+            assert [job.status for job in jobs] == [Status.STOPPED] * 5
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_importing_the_client_is_quick() -> None:
