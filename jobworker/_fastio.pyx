@@ -26,7 +26,7 @@ to TURN_BYTES too few, at offsets that no reader had been given.
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport (
-    EAGAIN, EBADMSG, EDQUOT, EFBIG, EINTR, EIO, ENOENT, ENOSPC, errno)
+    EAGAIN, EBADMSG, EDQUOT, EEXIST, EFBIG, EINTR, EIO, ENOENT, ENOSPC, errno)
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, strtoull
@@ -233,7 +233,7 @@ cdef struct PumpState:
 
 # The memory of a LogState is used again but never freed while the pump runs: a thread may
 # hold an event for a log that another thread has just finished. It then serves whatever log
-# lives there now, one turn too many, which does no harm.
+# lives there now, one turn too many, also where that is not watched yet.
 cdef struct LogState:
     pthread_mutex_t lock   # guards all below that does not say otherwise
     PumpState *pump
@@ -493,8 +493,8 @@ cdef void serve_pipe(LogState *log, int stream, bint draining) noexcept nogil:
         close_pipe(log, stream)
     elif refused:
         retry_later(log)
-    else:
-        watch_pipe(log, stream, EPOLL_CTL_MOD)
+    elif not watch_pipe(log, stream, EPOLL_CTL_MOD):
+        retry_later(log)
 
 
 cdef int64_t take_bytes(LogState *log, int stream, int64_t length, Files *files,
@@ -993,12 +993,19 @@ cdef void close_files(Files *files) noexcept nogil:
     files.segment = files.index = -1
 
 
-cdef void watch_pipe(LogState *log, int stream, int operation) noexcept nogil:
-    """One event, then silence until the next call: so one thread at a time gets a pipe."""
+cdef bint watch_pipe(LogState *log, int stream, int operation) noexcept nogil:
+    """One event, then silence until the next call: so one thread at a time gets a pipe.
+    operation: what it most likely takes. False where the kernel refuses: jobs of this user may have
+    taken all watches that it may have (fs.epoll.max_user_watches)."""
     cdef epoll_event event
+    cdef int other = EPOLL_CTL_ADD if operation == EPOLL_CTL_MOD else EPOLL_CTL_MOD
     event.events = EPOLLIN | EPOLLONESHOT
     event.data.u64 = <uint64_t> log | <uint64_t> stream
-    epoll_ctl(log.pump.epoll, operation, log.pipes[stream], &event)
+    if epoll_ctl(log.pump.epoll, operation, log.pipes[stream], &event) == 0:
+        return True
+    # It was watched already, or has not been yet.
+    return (errno in (EEXIST, ENOENT)
+            and epoll_ctl(log.pump.epoll, other, log.pipes[stream], &event) == 0)
 
 
 cdef void close_pipe(LogState *log, int stream) noexcept nogil:
@@ -1043,6 +1050,12 @@ cdef void kick_retrying(PumpState *pump) noexcept nogil:
             log.is_retrying = False
             kick_locked(log)
     pthread_mutex_unlock(&pump.lock)
+
+
+cdef void kick(LogState *log) noexcept nogil:
+    pthread_mutex_lock(&log.pump.lock)
+    kick_locked(log)
+    pthread_mutex_unlock(&log.pump.lock)
 
 
 cdef void kick_locked(LogState *log) noexcept nogil:
@@ -1478,9 +1491,11 @@ cdef class Log:
         if self.watched or self.state.finished:
             return
         self.watched = True
+        pthread_mutex_lock(&self.state.lock)
         for stream in range(2):
-            if self.state.pipes[stream] >= 0:
-                watch_pipe(self.state, stream, EPOLL_CTL_ADD)
+            if self.state.pipes[stream] >= 0 and not watch_pipe(self.state, stream, EPOLL_CTL_ADD):
+                kick(self.state)  # and tried again
+        pthread_mutex_unlock(&self.state.lock)
 
     cdef void reset_state(self, uint64_t job, int stdout, int stderr) noexcept:
         cdef LogState *state = self.state
@@ -1587,7 +1602,7 @@ cdef class Log:
     def drain(self):
         cdef LogState *state = self.state
         cdef int stream
-        if not self.watched and not state.finished and self.is_over():
+        if not self.watched and self.is_over() and self.claim():
             # No thread knows of it, and none need be woken for nothing.
             self.abandon()
             del self.pump.logs[state.job]
@@ -1598,13 +1613,21 @@ cdef class Log:
             for stream in range(2):
                 state.drain_left[stream] = NOT_MEASURED  # by a thread: see is_over
             state.draining = True
-            pthread_mutex_lock(&state.pump.lock)
-            kick_locked(state)
-            pthread_mutex_unlock(&state.pump.lock)
+            kick(state)
         pthread_mutex_unlock(&state.lock)
 
+    cdef bint claim(self) noexcept:
+        """Keeps all threads away for good, unless one is at it or has told of it: see LogState."""
+        cdef bint is_free
+        pthread_mutex_lock(&self.state.lock)
+        is_free = not (self.state.serving or self.state.finished or self.state.news_bits)
+        if is_free:
+            self.state.finished = True
+        pthread_mutex_unlock(&self.state.lock)
+        return is_free
+
     cdef bint is_over(self) noexcept:
-        """Where no thread is at it. Asks by poll alone: all else waits for the pipe's lock, and a
+        """Asks by poll alone: all else waits for the pipe's lock, and a
         writer has that while its memory is read, for as long as it likes."""
         cdef int stream
         for stream in range(2):

@@ -412,6 +412,88 @@ def test_drain_takes_what_was_not_watched(pump: Pump, folder: int) -> None:
     job.close()
 
 
+# moments: the numbers of moments.c, to be set.
+IN_MOMENTS = """
+import ctypes, os, sys, time
+from jobworker._fastio import Log, Pump
+library = ctypes.CDLL(sys.argv[1])
+moments = {name: ctypes.c_int.in_dll(library, name)
+           for name in ("slow_events", "slow_questions", "refused_watches")}
+pump = Pump(os.open(sys.argv[2], os.O_RDONLY), 1 << 20)
+"""
+
+
+@pytest.fixture
+def in_moments(tmp_path: Path) -> Callable[[str], str]:
+    """Runs a program with `pump` and `moments`; returns what it prints."""
+    library = tmp_path / "moments.so"
+    source = Path(__file__).with_name("moments.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    folder = tmp_path / "output"
+    folder.mkdir()
+
+    def run(program: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", IN_MOMENTS + program, library, folder],
+            env={**os.environ, "LD_PRELOAD": str(library)},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=30,
+            check=True,
+        ).stdout
+
+    return run
+
+
+def test_a_thread_that_is_late_serves_who_came_after(in_moments: Callable[[str], str]) -> None:
+    """With an event for a log that has ended, whose memory another one has now: its end is told
+    once."""
+    program = """
+out, end = os.pipe()
+moments["slow_events"].value = 1
+first = Log(pump, 1, out, -1)
+os.write(end, b"x")
+os.close(end)
+time.sleep(0.1)
+first.drain()
+time.sleep(0.1)
+print([log.job for log, _ in pump.news()])
+del first
+out, end = os.pipe()
+second = Log(pump, 2, out, -1, watched=False)
+moments["slow_questions"].value = 1
+time.sleep(0.5)
+print(pump.serving())
+os.close(end)
+second.drain()
+time.sleep(0.7)
+print([(log.job, bits) for log, bits in pump.news()], second.finished)
+"""
+    assert in_moments(program) == f"[1]\n[2]\n[(2, {FINISHED})] True\n"
+
+
+def test_a_pipe_that_cannot_be_watched_yet_is_watched_later(
+    in_moments: Callable[[str], str],
+) -> None:
+    program = """
+moments["refused_watches"].value = 3
+out, end = os.pipe()
+log = Log(pump, 1, out, -1)
+os.write(end, b"before")
+deadline = time.monotonic() + 10
+while log.end < 6 or moments["refused_watches"].value:
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+time.sleep(2)
+os.write(end, b" and after")
+while log.end < 16:
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+print("all of it")
+"""
+    assert in_moments(program) == "all of it\n"
+
+
 @pytest.mark.parametrize("watched", [True, False])
 def test_drain_does_not_wait_for_who_has_the_pipe_locked(
     pump: Pump, folder: int, watched: bool
