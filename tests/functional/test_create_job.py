@@ -152,6 +152,17 @@ def test_a_stop_does_not_lift_the_time_limit(client: Client) -> None:
     stop.result()
 
 
+def test_nor_for_what_its_main_process_leaves(client: Client) -> None:
+    left = "(trap '' USR1; exec sleep 60)"
+    script = f"{left} & trap 'exit 0' USR1; echo up; while :; do sleep 0.05; done"
+    job = client.shell(script, timeout_milliseconds=1500)
+    next(client.stream(job.id))
+    stop = client.stop_soon(job.id, signal=signal.SIGUSR1, grace_milliseconds=2**32 - 1)
+    job = client.wait(job.id)
+    assert (job.status, job.cause, job.exitCode) == ("STOPPED", pb.STOPPED, 0)
+    stop.result()
+
+
 def test_a_stop_before_its_start_does_not_lift_it_either(server: Server, client: Client) -> None:
     jobinit = server.jobinit_pid()
     os.kill(jobinit, signal.SIGSTOP)
