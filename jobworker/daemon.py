@@ -263,13 +263,16 @@ def _files(settings: Settings) -> Files:
     hidden = [settings.state_dir, *settings.hidden, *_private_files(settings.cert_path)]
     own = (settings.file, settings.clients, settings.revoked, settings.audit_log)
     hidden += [file for file in own if file]
+    links = [*settings.cert_path.glob("*.pem"), *settings.state_dir.glob("*")]
+    hidden += _linked_from(links)
     code = [Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent]
     if os.geteuid() != 0:  # its jobs have its own user
         hidden += [settings.cgroup_base, *_homes()]
         code.append(Path(sys.base_prefix))
     code += _imported_from(code)
     if os.geteuid() != 0:
-        code += _own_above([*hidden, *code])
+        started = [Path(sys.executable), Path(sys.argv[0]).absolute()]
+        code += _own_above([*hidden, *links, *code, *started])
     return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), tuple(code))
 
 
@@ -283,6 +286,11 @@ def _imported_from(code: Iterable[Path]) -> list[Path]:
         for place in sorted(places - {Path("/")})
         if place.exists() and not any(place.is_relative_to(folder) for folder in installed)
     ]
+
+
+def _linked_from(paths: Iterable[Path]) -> list[Path]:
+    """Files elsewhere, to which those of these lead that are links."""
+    return [path.resolve() for path in paths if path.is_symlink() and path.exists()]
 
 
 def _own_above(paths: Iterable[Path]) -> set[Path]:
@@ -322,7 +330,7 @@ def _homes() -> list[Path]:
     """Of this process' user: keys are there, and what others of its programs run when they start.
     Not what is only called so, as /usr/sbin is daemon's."""
     homes = {Path(home) for home in (own_user().home, os.environ.get("HOME", "")) if home}
-    return [home for home in homes if home.is_dir() and home.stat().st_uid == os.geteuid()]
+    return [home for home in homes - {Path("/")} if home.is_dir() and _may_change(home)]
 
 
 def _private_files(folder: Path) -> list[Path]:

@@ -233,6 +233,52 @@ def test_it_changes_nothing_that_the_server_is_made_of(certificates: Path) -> No
                 assert b"Read-only" in output or b"busy" in output
 
 
+def test_what_links_lead_to_is_the_servers_too(certificates: Path) -> None:
+    """As where certificates are renewed by a program that keeps the older ones."""
+    with (
+        public_folder() as folder,
+        public_folder() as other,
+        servers(folder, certificates) as start,
+    ):
+        archive = other / "archive"
+        archive.mkdir()
+        for path in (other, archive):
+            os.chown(path, USER, USER)
+        key = folder / "certs" / "server-key.pem"
+        kept = Path(shutil.move(key, archive))
+        key.symlink_to(kept)
+        with start(PROFILE="").connect() as client:
+            assert client.run(f"cat {kept} {key}")[0].exitCode != 0
+            assert client.run(f"mv {archive} {other}/old")[0].exitCode != 0
+
+
+# $0: a user, whose / is: all that is in it is mounted.
+OWN_ROOT = """
+set -e
+mount -t tmpfs -o mode=755,uid=$0 tmpfs /mnt
+for each in /*; do
+    if [ -h "$each" ]; then cp -d "$each" /mnt; elif [ -d "$each" ]; then mkdir "/mnt$each"; fi
+    [ "$each" = /mnt ] || [ -h "$each" ] || [ ! -d "$each" ] || mount --rbind "$each" "/mnt$each"
+done
+cd /mnt
+pivot_root . mnt
+umount -l /mnt
+exec "$@"
+"""
+
+
+def test_a_root_folder_that_is_its_users(certificates: Path) -> None:
+    launcher = [*APART, "sh", "-c", OWN_ROOT, str(USER)]
+    with (
+        public_folder() as folder,
+        servers(folder, certificates, launcher) as start,
+        start(PROFILE="").connect() as client,
+    ):
+        assert client.run("touch /file || exit 7")[0].exitCode == 7
+        assert client.run(f"ls {folder}/state || exit 7")[0].exitCode == 7
+        assert client.run(f"cat {folder}/certs/server-key.pem || exit 7")[0].exitCode == 7
+
+
 # What it shares with the server, as the kernel counts by user
 
 
