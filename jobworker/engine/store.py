@@ -524,6 +524,7 @@ class _Syncer:
                 self._sync()
             except (OSError, sqlite3.Error) as error:
                 log.error("job records cannot be brought to the disk: %s", error)
+                self._expected.set()  # again, though no record may come
 
     def _sync(self) -> None:
         """SQLite syncs the WAL only when it moves it to the database (synchronous = NORMAL)."""

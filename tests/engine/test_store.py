@@ -323,6 +323,23 @@ def blocked(folder: Path) -> Iterator[None]:
     blocker.close()
 
 
+def test_what_did_not_come_to_the_disk_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though no other record comes."""
+    wal, elsewhere = tmp_path / "jobs.db-wal", tmp_path / "elsewhere"
+
+    async def test(store: Store) -> None:
+        await store.put(new_job(1))
+        wal.rename(elsewhere)
+        try:
+            await until(lambda: caplog.text.count("cannot be brought to the disk") >= 2)
+        finally:
+            elsewhere.rename(wal)
+
+    run(tmp_path, test)
+
+
 async def put_and_wait_until_taken(store: Store, job: Job) -> asyncio.Future[None]:
     """What is put from now on goes into the next commit."""
     put = asyncio.ensure_future(store.put(job))
