@@ -622,7 +622,7 @@ class Manager:
         except START_ERRORS as error:
             await self._certainly(live, partial(self._fail_start, live, error))
         except StoreError as error:
-            await self._forget(live, error)
+            self._forget(live, error)
             raise
         except BaseException:
             self._drop(live)
@@ -631,7 +631,7 @@ class Manager:
             raise
         return live.job
 
-    async def _forget(self, live: _LiveJob, error: StoreError) -> None:
+    def _forget(self, live: _LiveJob, error: StoreError) -> None:
         """It could not be recorded, so it never was; who has heard of it is told so."""
         self._drop(live)
         for future in (live.begun, live.over):
