@@ -114,15 +114,23 @@ class Retention:
 
     async def _tidy(self, live_ids: frozenset[int]) -> None:
         """What an earlier server did not come to do."""
+        kept = 0
         for job_id in sorted(await asyncio.to_thread(self._output.job_ids) - live_ids):
             job = await self._store.get(job_id, brief=True)
-            if job is None:
+            if job is None and self._store.damaged:
+                kept += 1
+            elif job is None:
                 log.warning("removing the output of job %d, of which there is no record", job_id)
                 await asyncio.to_thread(self._output.delete_stray, job_id)
             elif job_id in self._packing:
                 continue  # it has ended in between
             elif job.is_ended and 0 < job.output_bytes <= LARGEST_PACKED_BYTES:
                 await asyncio.wait([self._pack_soon(job)])
+        if kept:
+            log.warning(
+                "the output of %d jobs without a record stays: their records may be in %s",
+                *(kept, ", ".join(self._store.damaged)),
+            )
 
     # Pruning
 

@@ -3,6 +3,8 @@
     jobs.db     the records, in SQLite (jobs.db-wal and jobs.db-shm belong to it)
     next-id     no id from this one on was ever given out; renewed, with fsync, a block ahead
     last-run    how the last server that used them ended, and the id that it would give next
+    jobs.db.damaged-*   a damaged database, moved aside: until it is removed, a job of which there
+                is no record may have one there
 
 Three threads, each with a connection of its own, so that none waits for another's disk:
 - the writer. Whatever was put while it was busy goes into one transaction, so a single record
@@ -128,6 +130,8 @@ LOCK_WAIT_MILLISECONDS = 5000
 # To read a row in one go; SQLite's own default is 2 MiB of pages.
 CACHE_KIB = 4096
 
+DAMAGED = ".damaged-"  # and the time, behind the name of one that was moved aside
+
 UNENDED = (Status.INITIALIZING, Status.RUNNING)
 
 COLUMNS = (
@@ -200,6 +204,7 @@ class Store:
         self, path: Path, connections: list[sqlite3.Connection], last_run: _LastRun, ids: _Ids
     ) -> None:
         """Use `open`."""
+        self.damaged = _set_aside(path)
         self._loop = asyncio.get_running_loop()
         self._last_run = last_run
         self._ids = ids
@@ -212,7 +217,8 @@ class Store:
     @classmethod
     def open(cls, path: Path) -> Store:
         """Blocks. Makes the database where there is none, and brings an older one up to date.
-        One that is damaged is moved aside, and said so.
+        One that is damaged is moved aside, and said so; `damaged` names all that were, and are
+        still there.
 
         Raises StateFolderError where it is of a newer version, or cannot be opened.
         """
@@ -748,19 +754,28 @@ def _is_damage(error: sqlite3.Error) -> bool:
 
 
 def _move_aside(path: Path, error: sqlite3.Error) -> None:
-    suffix = time.strftime(".damaged-%Y%m%dT%H%M%SZ", time.gmtime())
-    for end in ("", "-wal", "-shm"):
+    suffix = time.strftime(f"{DAMAGED}%Y%m%dT%H%M%SZ", time.gmtime())
+    # The database last: SQLite would remove the WAL of one that is new.
+    for end in ("-wal", "-shm", ""):
         damaged = path.with_name(path.name + end)
         if damaged.exists():
             damaged.rename(path.with_name(path.name + suffix + end))
+    _fsync(path.parent)
     log.error(
-        "%s is damaged (%s): moved aside, as %s; older jobs are not known until it is repaired "
-        "(sqlite3 %s .recover)",
+        "%s is damaged (%s): moved aside, as %s, and a new one begun. Older jobs are not known "
+        "until their records are brought back, and as long as %s is there their output stays in "
+        "%s: stop the server, and bring them back as docs/operating.md says (sqlite3 %s .recover)",
         path,
         error,
         path.name + suffix,
         path.name + suffix,
+        path.with_name("output"),
+        path.name + suffix,
     )
+
+
+def _set_aside(path: Path) -> list[str]:
+    return sorted(each.name for each in path.parent.glob(f"{path.name}{DAMAGED}*"))
 
 
 def _read_number(path: Path) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -18,7 +19,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from functional.server import Client, Server
+from functional.server import Client, Server, wait_until
 from jobinit_processes import jobs_of
 from jobworker.engine.jobinit import PROTOCOL_VERSION
 from jobworker.pb import job_worker_pb2 as pb
@@ -387,6 +388,104 @@ def test_a_job_without_a_record_is_killed(start_server: StartServer, tmp_path: P
     server.stop()
     assert "Traceback" not in server.log
     wait_for_end(jobinit)  # it was told that nobody needs the job
+
+
+OPERATING = Path(__file__).parent.parent.parent / "docs" / "operating.md"
+
+
+def way_back(state: Path) -> tuple[list[str], str]:
+    """The documented commands, and the statements of the last of them."""
+    (aside,) = state.glob("jobs.db.damaged-*")
+    (script,) = (
+        block
+        for block in OPERATING.read_text().split("```")
+        if block.startswith("sh\n") and ".recover" in block
+    )
+    script = script.removeprefix("sh\n").replace("/var/lib/jobworker", str(state))
+    script = script.replace("jobs.db.damaged-TIME", aside.name)
+    statements = script.split('"')[1]
+    return ["sh", "-ec", script], statements
+
+
+def overwrite(state: Path) -> None:
+    """And keeps what `.recover` would make of it, as if it could."""
+    shutil.copy(state / "jobs.db", state / "recovered.db")
+    (state / "jobs.db").write_bytes(os.urandom((state / "jobs.db").stat().st_size))
+
+
+def damage_index(state: Path) -> None:
+    """As a bad disk may; and a server has met it."""
+    with contextlib.closing(sqlite3.connect(state / "jobs.db")) as database:
+        query = "SELECT rootpage FROM sqlite_master WHERE name = 'jobs_by_owner'"
+        ((page,),) = database.execute(query)
+        ((page_bytes,),) = database.execute("PRAGMA page_size")
+    with (state / "jobs.db").open("r+b") as file:
+        file.seek((page - 1) * page_bytes)
+        file.write(os.urandom(page_bytes))
+    with (state / "last-run").open("r+b") as file:
+        file.write(b"damaged".ljust(36, b"\0"))
+
+
+def wait_until_looked_through(server: Server) -> None:
+    """The output folder, for what has no record."""
+    wait_until(lambda: "without a record stays" in server.log)
+
+
+def can_recover(folder: Path) -> bool:
+    """Some distributions' sqlite3 has the command, and not what it needs."""
+    if not shutil.which("sqlite3"):
+        return False
+    with contextlib.closing(sqlite3.connect(folder / "sound.db")) as database:
+        database.execute("CREATE TABLE t (x)")
+    command = ["sqlite3", str(folder / "sound.db"), ".recover"]
+    return b"CREATE TABLE" in subprocess.run(command, check=False, capture_output=True).stdout
+
+
+@pytest.mark.parametrize("damage", [overwrite, damage_index])
+def test_no_output_is_lost_with_a_damaged_database(
+    start_server: StartServer, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    with server.connect() as client:
+        large, expected = client.run("seq 100000")
+        small, _ = client.run("echo small")
+    server.stop()
+    state = server.state
+    files = {path: path.read_bytes() for path in (state / "output").glob(f"{large.id}.*")}
+    damage(state)
+    server = start_server()
+    with server.connect() as client:
+        with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
+            client.get(large.id)
+        new, new_output = client.run("seq 50000")
+        assert int(new.id) > int(small.id)
+        wait_until_looked_through(server)
+    server.stop()
+    server = start_server()
+    wait_until_looked_through(server)
+    server.stop()
+    assert {path: path.read_bytes() for path in files} == files
+    commands, statements = way_back(state)
+    if (state / "recovered.db").exists():
+        monkeypatch.chdir(state)
+        with contextlib.closing(sqlite3.connect("jobs.db")) as database:
+            database.executescript(statements)
+    elif can_recover(state.parent):
+        subprocess.run(commands, check=True)
+    else:
+        pytest.skip("there is no sqlite3 here that can recover a database")
+    server = start_server()
+    with server.connect() as client:
+        assert client.get(large.id) == large
+        assert client.output(large.id) == expected
+        assert client.output(small.id) == b"small\n"
+        assert client.output(new.id) == new_output
+        assert client.info().ended_jobs == 3
+    server.stop()
+    for path in (*state.glob("jobs.db.damaged-*"), state / "recovered.db"):
+        path.unlink()
+    with start_server().connect() as client:
+        assert client.output(large.id) == expected
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only a root server confines its jobs")
