@@ -344,6 +344,11 @@ def _size(value: str) -> int:
     return len(value.encode("utf-8", "surrogateescape")) + 1
 
 
+RECORD_LOST = (
+    "its record was lost with a damaged database: what was asked for, and by whom, is not known"
+)
+
+
 def created(job_id: int, spec: JobSpec, now_ns: int, created_by: Principal | None = None) -> Job:
     return Job(job_id, spec, Status.INITIALIZING, now_ns, created_by=created_by)
 
@@ -361,6 +366,11 @@ def request_end(job: Job, cause: Cause, by: Principal | None = None) -> Job:
     if job.end_requested is not None:
         return job
     return changed(job, end_requested=cause, stopped_by=by)
+
+
+def found(job_id: int, spec: JobSpec, started_ns: int) -> Job:
+    """It has started, and its record was lost. spec: what of it can be seen."""
+    return changed(created(job_id, spec, started_ns), detail=RECORD_LOST)
 
 
 def start_failed(job: Job, step: str, error_number: int, detail: str, now_ns: int) -> Job:
@@ -389,6 +399,7 @@ def ended(
     exit_code = (wait_status >> 8) & 0xFF if wait_status & 0x7F == 0 else -1
     signal_number = wait_status & 0x7F
     cause, detail = _cause_of(job, signal_number, oom)
+    detail = "; ".join(filter(None, (job.detail, detail)))
     return changed(
         job,
         status=_status_of(cause, exit_code),
@@ -409,7 +420,7 @@ def lost(job: Job, detail: str, now_ns: int) -> Job:
         job,
         status=_status_of(cause, exit_code=-1),
         cause=cause,
-        detail=detail,
+        detail="; ".join(filter(None, (job.detail, detail))),
         ended_ns=_not_before(job, now_ns),
     )
 
@@ -419,7 +430,8 @@ def out_of_memory(job: Job, oom: OomKills) -> str:
     if not oom.killed:
         return ""
     if oom.by_limit:
-        return f"out of memory: its limit of {job.spec.limits.memory_mib} MiB was reached"
+        limit = job.spec.limits.memory_mib  # 0: its record was lost
+        return f"out of memory: its limit{f' of {limit} MiB' if limit else ''} was reached"
     return "out of memory: not by its own limit, but by the machine's or a cgroup's above"
 
 

@@ -136,6 +136,16 @@ def test_wait_statuses_are_those_of_the_kernel() -> None:
         assert (job.exit_code, job.signal) == (code, number)
 
 
+def test_a_lost_record_stays_in_the_detail() -> None:
+    job = transition.found(7, JobSpec("sleep"), 100)
+    job = transition.started(job, 100)
+    assert "lost with a damaged database" in job.detail
+    killed = transition.ended(job, signal.SIGKILL, OomKills(1, 1), 300)
+    assert killed.detail == f"{job.detail}; out of memory: its limit was reached"
+    assert transition.lost(job, "nobody knows", 300).detail == f"{job.detail}; nobody knows"
+    assert transition.ended(job, 0, OomKills(), 300).detail == job.detail
+
+
 def test_details_name_what_happened() -> None:
     limited = replace(RUNNING, spec=replace(SPEC, limits=Limits(memory_mib=64)))
     details = [

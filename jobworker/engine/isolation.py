@@ -299,6 +299,20 @@ class Isolation:
         """The job lives; its user is given to no other one."""
         self._uids_in_use |= _own_uids(spec)
 
+    def seen(self, pid: int) -> JobSpec:
+        """What can be seen of a job whose record is lost, by its main process. Not its arguments:
+        they are in its own memory, so that it could keep waiting for ever who reads them."""
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+        except OSError:  # it has just ended
+            return NOTHING_SEEN
+        values = {name: value.split() for name, _, value in (each.partition(":") for each in lines)}
+        uid = int(values["Uid"][0])
+        is_strict = self._strict_uids is not None and uid in self._strict_uids
+        name = " ".join(values["Name"]) or "?"
+        profile = Profile.STRICT if is_strict else ""
+        return JobSpec(name, user=find_user(str(uid)).name, profile=profile)
+
     def release(self, spec: JobSpec) -> None:
         """All of the job is gone."""
         self._uids_in_use -= _own_uids(spec)
@@ -330,6 +344,8 @@ class Isolation:
             elif each is Profile.NONE or not self.problem:
                 yield each
 
+
+NOTHING_SEEN = JobSpec("?")
 
 # What confining takes (linux/capability.h).
 CAPABILITIES = {

@@ -41,11 +41,12 @@ from jobworker.engine.command import (
     look_on_disk,
     resolve,
 )
-from jobworker.engine.isolation import Confinement, Isolation
+from jobworker.engine.isolation import NOTHING_SEEN, Confinement, Isolation
 from jobworker.engine.jobinit import Exited, Failed, Held, LimitFiles, Started, StartRequest
 from jobworker.engine.jobinits import Jobinits, OrphanExited
 from jobworker.engine.mounts import Mounts
 from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Packed, Reader
+from jobworker.engine.output import Quota as LogQuota
 from jobworker.engine.quota import Ledger
 from jobworker.engine.recovery import Decision, decide
 from jobworker.engine.retention import Retention, quota_of
@@ -376,7 +377,10 @@ class Manager:
     async def recover(self, held: list[Held]) -> None:
         """Takes over what an earlier server left. held: of `Jobinits.connect`."""
         records = {job.id: job for job in await self._store.unended()}
-        extents = await asyncio.to_thread(self._output.recover, list(records))
+        lost = {each.job_id: each for each in held if await self._has_lost_record(each)}
+        extents = await asyncio.to_thread(self._output.recover, [*records, *lost])
+        for job_id, each in lost.items():
+            records[job_id] = self._found(each, extents.get(job_id))
         held_by_id = {each.job_id: each for each in held}
         # By id, as what is made from now on comes behind them.
         for job_id in sorted(records.keys() | held_by_id.keys()):
@@ -507,6 +511,36 @@ class Manager:
         accounting = self._account(live, None)
         job = transition.lost(live.job, _why_lost(live.job), time.time_ns())
         await self._record_end(live, job, accounting[0])
+
+    async def _has_lost_record(self, held: Held) -> bool:
+        is_known = not self._store.damaged or await self._store.get(held.job_id, brief=True)
+        return held.started is not None and not is_known
+
+    def _found(self, held: Held, extent: Extent | None) -> Job:
+        """A record of what is known of a job whose own was lost: it goes on, as nobody's."""
+        log.error(
+            "job %d goes on, though its record was lost with the damaged database: only admins "
+            "see it, and it has no time limit any more",
+            held.job_id,
+        )
+        assert held.started is not None
+        if held.ending is None:
+            spec = self.isolation.seen(held.started.pid)
+        else:
+            spec = NOTHING_SEEN
+            # Whose user what it left behind has is not known, so that no other job must get it.
+            if cgroup := self.cgroups.find(held.job_id):
+                cgroup.kill()
+        quota = LogQuota(self.policy.log_max_bytes, self.policy.log_policy)
+        if extent and extent.segment_bytes:
+            quota = quota.fitted(extent.segment_bytes)
+        spec = replace(
+            spec,
+            merge_output=held.started.stderr_fd < 0,
+            log_max_bytes=quota.max_bytes,
+            log_policy=quota.policy,
+        )
+        return transition.found(held.job_id, spec, held.started.started_ns)
 
     def _disown(self, job_id: int, held: Held | None) -> None:
         log.error("jobinit holds a job %d of which there is no record: killing it", job_id)

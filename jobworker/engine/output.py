@@ -95,6 +95,14 @@ class Quota:
         largest = 1 << (self.max_bytes // SEGMENTS_PER_QUOTA).bit_length() >> 1
         return max(SMALLEST_SEGMENT_BYTES, min(largest, _fastio.SEGMENT_BYTES))
 
+    def fitted(self, segment_bytes: int) -> Quota:
+        """This one, or, where its segments are not of this size, the largest whose are."""
+        if segment_bytes == self.segment_bytes:
+            return self
+        if segment_bytes == _fastio.SEGMENT_BYTES:
+            return Quota(0, self.policy)
+        return Quota(2 * SEGMENTS_PER_QUOTA * segment_bytes - 1, self.policy)
+
 
 UNLIMITED = Quota()
 

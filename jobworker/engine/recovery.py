@@ -2,7 +2,8 @@
 from what jobinit holds of it. Pure; the manager carries it out.
 
 A job without a record that has not ended is not among them: `RECORDED` and `STRANGER` are for
-what jobinit holds of such.
+what jobinit holds of such. Where a database was damaged, the manager first makes new records of
+those that have started, so that they go on.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.engine.isolation import Files, Isolation, Profile
+from jobworker.engine.isolation import NOTHING_SEEN, Files, Isolation, Profile
+from jobworker.engine.user import own_user
 from jobworker.errors import InvalidRequestError, ResourceExhaustedError, SettingError
 from jobworker.job import JobSpec
 
@@ -276,3 +277,22 @@ def test_what_a_job_sees(tmp_path: Path) -> None:
         assert not find(path), path
     assert not find(str(tmp_path / "link"))
     assert isolation.choose("none", "").find("/srv/hidden")
+
+
+def test_what_is_seen_of_a_job_whose_record_is_lost() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        seen = Isolation("none").seen(process.pid)
+        process.kill()
+    assert seen == JobSpec("sleep", user=own_user().name)
+    assert Isolation("none").seen(process.pid) == NOTHING_SEEN
+
+
+@as_root
+def test_the_user_of_a_strict_job_whose_record_is_lost_is_no_other_ones() -> None:
+    isolation = Isolation("strict", strict_uids=range(3_000_000, 3_000_002))
+    with subprocess.Popen(["sleep", "60"], user=3_000_000) as process:
+        seen = isolation.seen(process.pid)
+        process.kill()
+    assert (seen.user, seen.profile) == ("3000000", Profile.STRICT)
+    isolation.hold(seen)
+    assert isolation.assign(isolation.choose("", "")).user.uid == 3_000_001

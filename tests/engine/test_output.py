@@ -534,6 +534,16 @@ def test_segments_are_a_small_part_of_their_quota(max_bytes: int, segment_bytes:
     assert Quota(max_bytes).segment_bytes == segment_bytes
 
 
+def test_a_quota_that_fits_segments_of_an_unknown_one() -> None:
+    sizes = [1 << power for power in range(16, 27)]  # all that there can be
+    for max_bytes in (0, 1, 10 << 20, 1 << 40):
+        quota = Quota(max_bytes, LogPolicy.HEAD)
+        assert quota.fitted(quota.segment_bytes) is quota
+        assert [quota.fitted(size).segment_bytes for size in sizes] == sizes
+        assert {quota.fitted(size).policy for size in sizes} == {LogPolicy.HEAD}
+    assert UNLIMITED.fitted(1 << 20).max_bytes >= 33 << 20
+
+
 def test_deleted_files_are_gone_and_readers_told(tmp_path: Path) -> None:
     async def test(output: Output) -> None:
         quota = Quota(10 << 20)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -486,6 +487,65 @@ def test_no_output_is_lost_with_a_damaged_database(
         path.unlink()
     with start_server().connect() as client:
         assert client.output(large.id) == expected
+
+
+@pytest.mark.parametrize("log_max_bytes", ["0", "4000000"])
+def test_jobs_go_on_where_the_database_is_damaged(
+    start_server: StartServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log_max_bytes: str,
+) -> None:
+    """log_max_bytes: what they were made with, and no server later knows."""
+    server = start_server(STOP_JOBS="no", LOG_MAX_BYTES=log_max_bytes)
+    gates = [tmp_path / "meanwhile", tmp_path / "later"]
+    with server.connect() as client:
+        ids = []
+        for code, gate in enumerate(gates, start=3):
+            wait = f"while ! [ -e {gate} ]; do sleep 0.05; done; echo after >&2; exit {code}"
+            ids.append(client.shell(f"seq 50000; {wait}").id)
+            wait_until(partial(has_written, client, ids[-1], 288_894))
+        meanwhile, later = ids
+        before = client.get(later)
+        jobinit = server.jobinit_pid()
+    server.stop()
+    overwrite(server.state)
+    release(gates[0])
+    wait_until(lambda: len(jobs_of(jobinit)) == 1)
+    expected = b"".join(b"%d\n" % number for number in range(1, 50_001)) + b"after\n"
+    for _ in range(2):  # what a start finds, a later one does too
+        server = start_server(STOP_JOBS="no", LOG_MAX_BYTES="300000")
+        with server.connect() as client:
+            found = client.get(later)
+            assert (found.status, found.command) == ("RUNNING", "sh")
+            assert "its record was lost" in found.detail
+            assert not found.HasField("created_by")
+            assert found.start_time_ns == before.start_time_ns
+            ended = client.wait(meanwhile)
+            assert (ended.exitCode, ended.cause) == (3, pb.EXITED)
+            assert "its record was lost" in ended.detail
+            assert client.output(meanwhile) == expected
+        server.stop(signal.SIGKILL)
+    server = start_server(STOP_JOBS="no")
+    release(gates[1])
+    with server.connect() as client:
+        assert client.wait(later).exitCode == 4
+        assert client.output(later) == expected
+    server.stop()
+    _, statements = way_back(server.state)
+    monkeypatch.chdir(server.state)
+    with contextlib.closing(sqlite3.connect("jobs.db")) as database:
+        database.executescript(statements)
+    with start_server().connect() as client:
+        again = client.get(later)
+        assert (again.args, again.created_by) == (before.args, before.created_by)
+        assert (again.status, again.exitCode) == ("FAILED", 4)
+        assert client.output(later) == client.output(meanwhile) == expected
+        assert client.info().ended_jobs == 2
+
+
+def has_written(client: Client, job_id: str, count: int) -> bool:
+    return client.get(job_id).stdout_bytes == count
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only a root server confines its jobs")
