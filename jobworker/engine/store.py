@@ -226,7 +226,7 @@ class Store:
             with contextlib.ExitStack() as undo:
                 last_run = _LastRun(path.with_name("last-run"))
                 undo.callback(last_run.close)
-                first, newest_id = _open_or_replace(path, not last_run.was_orderly)
+                first, newest_id = _open_or_replace(path, last_run)
                 undo.callback(first.close)
                 connections = [first, _connect(path), _connect(path)]
                 for connection in connections[1:]:
@@ -563,6 +563,7 @@ class _LastRun:
         # One store of eight bytes, which no signal can divide.
         self._number = memoryview(self._map)[self.NEXT_ID].cast("Q")
         state = self._map[self.STATE].rstrip(b"\0")
+        self.was_there = bool(state)
         # A killed process damages nothing: SQLite and the kernel know all that it did.
         self.was_orderly = state in {self.CLEAN, boot}
         self.next_id = self._number[0] if self.was_orderly else None
@@ -658,9 +659,12 @@ class _Ids:
 # Opening
 
 
-def _open_or_replace(path: Path, check: bool) -> tuple[sqlite3.Connection, int]:
+def _open_or_replace(path: Path, last_run: _LastRun) -> tuple[sqlite3.Connection, int]:
     """The connection, and the largest id of all jobs that are known; 0 where there is none."""
+    check = not last_run.was_orderly
     try:
+        if last_run.was_there:
+            _check_not_empty(path)
         return _open_database(path, check)
     except sqlite3.Error as error:
         if not _is_damage(error):
@@ -731,9 +735,19 @@ def _use_wal(path: Path, connection: sqlite3.Connection) -> None:
 def _check_whole(connection: sqlite3.Connection) -> None:
     (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if answer != "ok":
-        error = sqlite3.DatabaseError(answer)
-        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-        raise error
+        raise _damage(answer)
+
+
+def _check_not_empty(path: Path) -> None:
+    """As of a copy onto a full disk: SQLite would take it for a new one."""
+    if path.exists() and not path.stat().st_size:
+        raise _damage("the file is empty")
+
+
+def _damage(problem: str) -> sqlite3.Error:
+    error = sqlite3.DatabaseError(problem)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
 
 
 def _migrate(path: Path, connection: sqlite3.Connection) -> None:

@@ -790,6 +790,49 @@ def test_garbage_is_moved_aside(
     assert aside.stat().st_size == 50_000
     assert aside.name in caplog.text
     assert ".recover" in caplog.text
+    assert damaged(tmp_path) == [aside.name]
+    aside.unlink()
+    assert damaged(tmp_path) == []
+
+
+def damaged(folder: Path) -> list[str]:
+    names: list[str] = []
+
+    async def look(store: Store) -> None:
+        names.extend(store.damaged)
+
+    run(folder, look)
+    return names
+
+
+def test_an_empty_database_is_damaged_unless_no_server_was_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "jobs.db").touch()
+    ids = take(tmp_path, 10)
+    assert damaged(tmp_path) == []
+    (tmp_path / "jobs.db").write_bytes(b"")
+    assert take(tmp_path, 1) == [ids[-1] + 1]
+    assert len(damaged(tmp_path)) == 1
+    assert "empty" in caplog.text
+
+
+def test_a_wal_is_moved_aside_before_its_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may die in between, and SQLite removes the WAL of a new database."""
+    moved: list[str] = []
+
+    def rename(path: Path, target: Path) -> None:
+        moved.append(path.name)
+        os.rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    for name in ("jobs.db", "jobs.db-wal", "jobs.db-shm"):
+        (tmp_path / name).touch()
+    store_module._move_aside(tmp_path / "jobs.db", sqlite3.DatabaseError("damaged"))
+    assert sorted(moved) == ["jobs.db", "jobs.db-shm", "jobs.db-wal"]
+    assert moved[-1] == "jobs.db"
 
 
 def damage_pages(path: Path) -> None:
