@@ -336,8 +336,8 @@ class Manager:
         )
         return Stopping(asyncio.shield(live.over), is_news)
 
-    async def read(self, job_id: int, offset: int, stream: int, follow: bool) -> Reader:
-        """A reader of the job's output. The caller closes it."""
+    async def read(self, job_id: int, offset: int, stream: int, follow: bool) -> tuple[Reader, str]:
+        """A reader of the job's output, which the caller closes, and whose the job is."""
         live = self._live.get(job_id)
         if live:
             await asyncio.shield(live.begun)
@@ -350,7 +350,7 @@ class Manager:
         reader = Reader(self._output, job_id, open_log, end, offset, stream, follow, quota)
         if open_log is None and end <= LARGEST_PACKED_BYTES:
             await self._use_packed(reader, job_id)
-        return reader
+        return reader, job.owner
 
     async def _use_packed(self, reader: Reader, job_id: int) -> None:
         try:

@@ -81,8 +81,9 @@ Parse = Callable[[bytes], Any]
 Turn = contextlib.AbstractAsyncContextManager[None]
 # The answer of a stream is None.
 Method = Callable[[Any, "Entry", Context], Awaitable[Any]]
-# Whether the caller may still have the stream that it asked for: raises JobWorkerError if not.
-StillMay = Callable[[Any, Access], Awaitable[object]]
+# Whether who may this may have the stream: raises JobWorkerError if not. Knows it at once, as all
+# streams are asked about in one go.
+StillMay = Callable[[Access], object]
 Subject = Callable[[Any, Any], Iterable[Mapping[str, Any]]]
 
 
@@ -159,7 +160,7 @@ class _Call:
     passport: Passport | None = None
     client: _Client | None = None  # where it is counted
     untaken_bytes: int = 0  # of its answer
-    still_may: Callable[[Access], Awaitable[object]] | None = None  # of a stream that has begun
+    still_may: StillMay | None = None  # of a stream that has begun
     has_done: bool = False  # something, though it is given up
     is_told: bool = False  # by lines of the audit log that do not wait for its end
     ended_by: JobWorkerError | None = None  # why it is ended though the client waits
@@ -183,6 +184,9 @@ class Entry:
     # A line of the audit log that does not wait for the end of the call, with a code and what else
     # is told.
     note: Callable[[Callable[[], Mapping[str, Any]]], None]
+    # For a stream: whether its caller may have it, asked now and whenever roles have changed.
+    # Until then only the rule of its RPC counts. Raises what that raises.
+    keep_asking: Callable[[StillMay], None]
     # For a stream: within it, a large last message is made and written.
     large_ending: Callable[[], asyncio.Semaphore]
     # Within it, a job that is large is read and made a message: of each client one at once, as
@@ -224,13 +228,12 @@ class Gate:
         is_stream: bool,
         is_ours: bool = True,
         takes_stream: bool = False,
-        still_may: StillMay | None = None,
     ) -> Any:
         """A handler for gRPC that lets the right callers in, and is to be given requests as bytes.
         parse: makes the request of them. is_stream: the answer is one. is_ours: an RPC with a
         rule in `authorization`; others are for all who have a certificate. An answer of one of
         ours is made bytes here. takes_stream: the method is given not one request, but all that
-        come, which gRPC has parsed. still_may: is asked when roles have changed."""
+        come, which gRPC has parsed."""
         parse = parser(parse, rpc)
         # What has changed something is answered in any case, and LARGE has a bound of its own.
         is_refusable = is_ours and not is_stream and rpc not in self._subjects.keys() | LARGE
@@ -244,6 +247,7 @@ class Gate:
                 functools.partial(self._access, call),
                 functools.partial(self._admit_part, call),
                 functools.partial(self._note_part, call),
+                functools.partial(self._keep_asking, call),
                 lambda: _client_of(call).ending,
                 lambda: _client_of(call).large_job,
             )
@@ -259,8 +263,8 @@ class Gate:
                         request = requests
                     else:
                         request, turn = await _receive(call, context, parse)
-                    if still_may:
-                        call.still_may = functools.partial(still_may, request)
+                    if is_ours and is_stream:
+                        call.still_may = _by_its_rule
                     async with _turn_of(call, is_refusable) or turn:
                         self._admit_again(call)
                         answer = sent = await method(request, entry, context)
@@ -324,7 +328,17 @@ class Gate:
     def roles_changed(self) -> None:
         """Streams that their callers may no longer have are ended. What was on its way to them
         they may still read; their connections stay, as others of their streams may go on."""
-        self._spawn(self._end_lost_streams())
+        ended = 0
+        for call in list(self._calls):
+            try:
+                if call.still_may:
+                    call.still_may(self._access(call))
+            except JobWorkerError as error:
+                text = f"the roles have changed since this stream began: {error}"
+                call.end(PermissionDeniedError(text))
+                ended += 1
+        if ended:
+            log.warning("ended %d streams of clients whose role has changed", ended)
 
     def busy_addresses(self) -> set[str]:
         """Of connections with calls."""
@@ -402,6 +416,10 @@ class Gate:
         assert call.passport is not None
         return authorize(self._roles.caller(call.passport.identity), call.rpc)
 
+    def _keep_asking(self, call: _Call, still_may: StillMay) -> None:
+        still_may(self._access(call))
+        call.still_may = still_may
+
     def _count(self, call: _Call, name: str) -> None:
         client = self._clients.get(name) or _Client()
         limits = self._limits
@@ -463,19 +481,6 @@ class Gate:
     async def _shut(self, peers: set[str]) -> None:
         addresses = set(map(connections.address_of, peers))
         await asyncio.to_thread(connections.shut, self.port, addresses)
-
-    async def _end_lost_streams(self) -> None:
-        ended = 0
-        for call in list(self._calls):
-            try:
-                if call.still_may:
-                    await call.still_may(self._access(call))
-            except JobWorkerError as error:
-                text = f"the roles have changed since this stream began: {error}"
-                call.end(PermissionDeniedError(text))
-                ended += 1
-        if ended:
-            log.warning("ended %d streams of clients whose role has changed", ended)
 
     def _spawn(self, ending: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(ending)
@@ -660,6 +665,10 @@ class UnknownMethods(grpc.GenericRpcHandler):
 
     def service(self, _details: grpc.HandlerCallDetails) -> Any:
         return self._handler
+
+
+def _by_its_rule(_access: Access) -> None:
+    """Who has an access may have it."""
 
 
 async def _unknown(_requests: Any, _entry: Entry, _context: Context) -> None:

@@ -29,7 +29,6 @@ from jobworker.rpc.gate import (
     Gate,
     GivenUp,
     Method,
-    StillMay,
     Subject,
     expected,
 )
@@ -266,17 +265,17 @@ class JobService:
             raise InvalidRequestError("stream", f"{request.stream} is none; use 0, 1 or 2")
         job_id = await self._within_reach(request.id, entry.access())
         follow = not request.no_follow
-        reader = await self._manager.read(job_id, request.from_offset, request.stream, follow)
+        reader, owner = await self._manager.read(
+            job_id, request.from_offset, request.stream, follow
+        )
         try:
+            entry.keep_asking(partial(_require_reach, job_id, owner))
             # The messages are finished bytes, shared by all readers at the same place.
             while (message := await reader.next()) is not None:
                 await context.write(message)
             await self._write_ending(job_id, reader, follow, entry, context)
         finally:
             reader.close()
-
-    async def may_stream(self, request: pb.GetJobsStreamReq, access: Access) -> None:
-        await self._within_reach(request.id, access)
 
     async def _write_ending(
         self, job_id: int, reader: Reader, follow: bool, entry: Entry, context: Context
@@ -307,6 +306,12 @@ class JobService:
         if access.owner is not None:
             await self._manager.require_owner(job_id, access.owner)
         return job_id
+
+
+def _require_reach(job_id: int, owner: str, access: Access) -> None:
+    """For a job that the caller had within its reach when the call began."""
+    if access.owner not in {None, owner}:
+        raise JobNotFoundError(str(job_id))
 
 
 def _choices(names: Iterable[str], allowed: Collection[str] | None) -> list[str]:
@@ -375,8 +380,8 @@ class ServiceHandler(grpc.GenericRpcHandler):
             ("ListJobs", service.list_jobs, pb.ListJobsReq),
             ("GetServerInfo", service.get_server_info, pb.EmptyRequest),
         ]
-        streams: list[tuple[str, Method, StillMay, Any]] = [
-            ("GetJobsStream", service.get_jobs_stream, service.may_stream, pb.GetJobsStreamReq),
+        streams: list[tuple[str, Method, Any]] = [
+            ("GetJobsStream", service.get_jobs_stream, pb.GetJobsStreamReq),
         ]
         methods = {rpc: _unary(gate, rpc, *rest) for rpc, *rest in unary}
         methods |= {rpc: _stream(gate, rpc, *rest) for rpc, *rest in streams}
@@ -406,8 +411,8 @@ def _whole(gate: Gate, rpc: str, method: Method, request_type: Any) -> Any:
     return grpc.stream_unary_rpc_method_handler(handle, None, None)
 
 
-def _stream(gate: Gate, rpc: str, method: Method, still_may: StillMay, request_type: Any) -> Any:
-    handle = gate.guard(rpc, method, request_type.FromString, is_stream=True, still_may=still_may)
+def _stream(gate: Gate, rpc: str, method: Method, request_type: Any) -> Any:
+    handle = gate.guard(rpc, method, request_type.FromString, is_stream=True)
     # No serializer: what is written is finished bytes.
     return grpc.stream_stream_rpc_method_handler(handle, None, None)
 
