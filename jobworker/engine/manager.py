@@ -50,7 +50,7 @@ from jobworker.engine.output import Quota as LogQuota
 from jobworker.engine.quota import Ledger
 from jobworker.engine.recovery import Decision, decide
 from jobworker.engine.retention import Retention, quota_of
-from jobworker.engine.store import Store
+from jobworker.engine.store import Page, Store
 from jobworker.engine.user import file_rights_of
 from jobworker.engine.worker import Worker
 from jobworker.errors import (
@@ -272,20 +272,18 @@ class Manager:
         statuses: frozenset[Status] = frozenset(),
         name: str = "",
         owner: str | None = None,
-    ) -> list[Job]:
-        """Newest first, in brief, those with ids smaller than `before_id`. owner: None:
-        anybody's."""
+    ) -> Page:
+        """As of the store, with those that have not ended. May be empty, and not the last."""
         # Those that live are known best here, whatever of them is stored by now.
         found = self._live_page(before_id, count, statuses, name, owner)
-        ended = (statuses or ENDED) & ENDED
-        while ended:
+        stored = Page([], None)
+        if ended := (statuses or ENDED) & ENDED:
             stored = await self._store.page(before_id, count, ended, name, owner)
-            found += [job for job in stored if job.id not in self._live]
-            if len(stored) < count or len(found) >= count:
-                break
-            before_id = stored[-1].id
-        unique = {job.id: job for job in found}
-        return [unique[job_id] for job_id in sorted(unique, reverse=True)[:count]]
+            found += [job for job in stored.jobs if job.id not in self._live]
+        # Further down there may be others between those that live.
+        unique = {job.id: job for job in found if job.id >= (stored.before_id or 0)}
+        jobs = [unique[job_id] for job_id in sorted(unique, reverse=True)[:count]]
+        return Page(jobs, jobs[-1].id if len(jobs) == count else stored.before_id)
 
     def _live_page(
         self,

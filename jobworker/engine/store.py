@@ -141,11 +141,13 @@ COLUMNS = (
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs"
 # Of records that are longer nearly all the time that they take goes into arguments and environment.
 LONG_SPEC_CHARACTERS = 4 << 10
+# Of what jobs were asked for, read before others have their turn; and one record more.
+PART_CHARACTERS = 512 << 10
 IS_LONG = f"length(spec) > {LONG_SPEC_CHARACTERS}"
 WITHOUT_STRINGS = "json_set(spec, '$.args', json_array(), '$.environment', json_object())"
 BRIEF_COLUMNS = (
     *(f"iif({IS_LONG}, {WITHOUT_STRINGS}, spec)" if c == "spec" else c for c in COLUMNS),
-    IS_LONG,
+    "length(spec)",
 )
 SELECT_BRIEF = f"SELECT {', '.join(BRIEF_COLUMNS)} FROM jobs"
 # From the index alone: on the way to the owner in a row is all that its job was asked for, and who
@@ -188,6 +190,14 @@ class EndedJob(NamedTuple):
     id: int
     ended_ns: int
     log_bytes: int
+
+
+class Page(NamedTuple):
+    """Some jobs, newest first."""
+
+    jobs: list[Job]
+    # The next page is of those with smaller ids. None: this is the last.
+    before_id: int | None
 
 
 class EndedTotals(NamedTuple):
@@ -293,11 +303,21 @@ class Store:
         statuses: Iterable[Status] = (),
         name: str = "",
         owner: str | None = None,
-    ) -> list[Job]:
-        """Newest first, in brief, those with ids smaller than `before_id`. statuses: any of these;
-        empty: all. name: exactly this one; empty: all. owner: the same; None: all."""
+    ) -> Page:
+        """In brief, those with ids smaller than `before_id`, at most `count`; fewer where large
+        records are among them, so that nobody waits long for their being read. statuses: any of
+        these; empty: all. name: exactly this one; empty: all. owner: the same; None: all."""
         query, parameters = _page_query(before_id, count, sorted(set(statuses)), name, owner)
-        return await self._read(_brief_from, query, parameters)
+        room = PART_CHARACTERS
+
+        def fits(row: tuple[Any, ...]) -> bool:
+            nonlocal room
+            room -= int(row[-1])
+            return room > 0
+
+        jobs = await self._read(_brief_from, query, parameters, fits)
+        is_last = len(jobs) < count and room > 0
+        return Page(jobs, None if is_last else jobs[-1].id)
 
     async def unended(self) -> list[Job]:
         """Oldest first: the jobs that an earlier server left behind."""
@@ -341,10 +361,22 @@ class Store:
         self._last_run.end()
 
     async def _read(
-        self, make: Callable[[tuple[Any, ...]], T], query: str, parameters: Iterable[object]
+        self,
+        make: Callable[[tuple[Any, ...]], T],
+        query: str,
+        parameters: Iterable[object],
+        may_go_on: Callable[[tuple[Any, ...]], bool] | None = None,
     ) -> list[T]:
+        """may_go_on: after this row; None: all are read."""
+
         def read() -> list[T]:
-            return [make(row) for row in self._reader.execute(query, tuple(parameters)).fetchall()]
+            with contextlib.closing(self._reader.execute(query, tuple(parameters))) as cursor:
+                rows = []
+                for row in cursor:
+                    rows.append(row)
+                    if may_go_on and not may_go_on(row):
+                        break
+            return [make(row) for row in rows]
 
         try:
             return await self._loop.run_in_executor(self._reader_thread, read)
@@ -909,9 +941,9 @@ def _job_from(row: tuple[Any, ...]) -> Job:
 
 
 def _brief_from(row: tuple[Any, ...]) -> Job:
-    *columns, is_brief = row
+    *columns, spec_characters = row
     job = _job_from(tuple(columns))
-    return changed(job, is_brief=True) if is_brief else job
+    return changed(job, is_brief=True) if spec_characters > LONG_SPEC_CHARACTERS else job
 
 
 def _spec_from(fields: dict[str, Any]) -> JobSpec:

@@ -39,9 +39,6 @@ CREATES_AT_ONCE = 64  # of one request: more would only wait for each other
 # Of one request: with a message of 4 MiB two million could be asked for.
 MOST_CREATES = 1000
 LARGEST_PAGE_JOBS = 1000
-# Read first, and then as many again as have fitted: of large ones few do, and others wait while
-# they are read.
-FIRST_JOBS = 25
 MOST_JOBS_AT_ONCE = 100
 # Of arguments and variables, shown before others have their turn: some 2 ms.
 MOST_STRINGS_AT_ONCE = 2000
@@ -181,15 +178,14 @@ class JobService:
         """As many as fit into one answer, and whether there are no more. most: None: no limit."""
         found = convert.JobsWithin()
         while most is None or found.count < most:
-            count = min(max(FIRST_JOBS, found.count), MOST_JOBS_AT_ONCE)
-            if most is not None:
-                count = min(count, most - found.count)
-            part = await self._manager.page(before_id, count, **filters)
+            count = (
+                MOST_JOBS_AT_ONCE if most is None else min(MOST_JOBS_AT_ONCE, most - found.count)
+            )
+            part, before_id = await self._manager.page(before_id, count, **filters)
             if not await self._add(part, found, access):
                 return found, False
-            if len(part) < count:
+            if before_id is None:
                 return found, True
-            before_id = part[-1].id
         return found, False
 
     async def _add(self, part: list[Job], found: convert.JobsWithin, access: Access) -> bool:

@@ -21,7 +21,14 @@ import pytest
 
 from jobworker import job as transition
 from jobworker.engine import store as store_module
-from jobworker.engine.store import IS_OWNER, EndedJob, EndedTotals, Store
+from jobworker.engine.store import (
+    IS_OWNER,
+    PART_CHARACTERS,
+    EndedJob,
+    EndedTotals,
+    Page,
+    Store,
+)
 from jobworker.errors import StateFolderError, StoreError
 from jobworker.job import (
     Accounting,
@@ -113,6 +120,15 @@ def ended_job(job_id: int, name: str = "", exit_code: int = 0, owner: str = "") 
 
 async def put_all(store: Store, jobs: list[Job]) -> None:
     await asyncio.gather(*map(store.put, jobs))
+
+
+async def every_job(store: Store) -> list[Job]:
+    page = await store.page(count=1000)
+    jobs = page.jobs
+    while page.before_id is not None:
+        page = await store.page(page.before_id, 1000)
+        jobs += page.jobs
+    return jobs
 
 
 async def until(is_true: Callable[[], bool]) -> None:
@@ -221,7 +237,36 @@ def test_pages(tmp_path: Path, name: str, statuses: set[Status], owner: str | No
             ]
             for count in (1, 7, 1000):
                 found = await store.page(before_id, count, statuses, name, owner)
-                assert found == expected[:count]
+                assert found.jobs == expected[:count]
+                is_last = len(expected) < count
+                assert found.before_id == (None if is_last else found.jobs[-1].id)
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("owner", [None, "alice"])
+def test_of_large_records_few_are_read_at_once(tmp_path: Path, owner: str | None) -> None:
+    """Others are read in between; of small ones all are read at once."""
+    strings = ("\x01" * 10_000,) * 3
+    spec_characters = 6 * 30_000
+    at_once = PART_CHARACTERS // spec_characters + 1
+
+    async def test(store: Store) -> None:
+        large = [ended_job(number, owner="alice") for number in range(1, 21)]
+        large = [replace(job, spec=replace(job.spec, args=strings)) for job in large]
+        small = [ended_job(number, owner="alice") for number in range(21, 121)]
+        await put_all(store, [*large, *small])
+        page = await store.page(None, 100, owner=owner)
+        assert page == Page(small[::-1], 21)
+        sizes, found = [], []
+        while page.before_id is not None:
+            page = await store.page(page.before_id, 100, owner=owner)
+            sizes.append(len(page.jobs))
+            found += page.jobs
+        assert [job.id for job in found] == [*range(20, 0, -1)]
+        assert all(job.is_brief for job in found)
+        assert max(sizes) == at_once < 5
+        assert (await store.page(None, 110, owner=owner)).before_id == 21 - at_once
 
     run(tmp_path, test)
 
@@ -361,7 +406,7 @@ def test_what_waits_shares_a_commit(tmp_path: Path) -> None:
             assert not first.done()
         await asyncio.gather(first, *rest)
         assert statements.count("COMMIT") == 1
-        assert len(await store.page(count=1000)) == 201
+        assert len(await every_job(store)) == 201
 
     run(tmp_path, test)
 
@@ -392,7 +437,7 @@ def test_close_writes_all_that_was_put(tmp_path: Path) -> None:
             await store.put(new_job(501))
 
     async def read(store: Store) -> None:
-        assert len(await store.page(count=1000)) == 500
+        assert len(await every_job(store)) == 500
 
     asyncio.run(write())
     run(tmp_path, read)
@@ -506,7 +551,7 @@ def test_many_are_deleted_at_once(tmp_path: Path) -> None:
     async def test(store: Store) -> None:
         await put_all(store, [ended_job(i) for i in range(1, 1001)])
         await store.delete(range(1, 1000))
-        assert await store.page() == [ended_job(1000)]
+        assert (await store.page()).jobs == [ended_job(1000)]
         assert (await store.ended_totals()).jobs == 1
 
     run(tmp_path, test)
@@ -639,7 +684,7 @@ def test_kill_9(tmp_path: Path) -> None:
             put += list(map(int, line.split()))[::2]
 
     async def test(store: Store) -> None:
-        known = {job.id for job in await store.page(count=100_000)}
+        known = {job.id for job in await every_job(store)}
         assert set(put) <= known
         assert store.reserve_id() > max(given)
 
@@ -669,7 +714,7 @@ def test_a_database_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     (tmp_path / "next-id").write_text("1004\n")
 
     async def test(store: Store) -> None:
-        jobs = await store.page()
+        jobs = (await store.page()).jobs
         assert [(job.id, job.status) for job in jobs] == [
             (4, "INITIALIZING"), (3, "RUNNING"), (2, "FAILED"), (1, "FAILED")
         ]  # fmt: skip
@@ -681,7 +726,7 @@ def test_a_database_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
         assert (first.exit_code, first.cause, first.ended_ns) == (7, Cause.EXITED, 3000)
         assert (jobs[2].failed_step, jobs[2].failed_errno) == ("exec", 2)
         assert jobs[1].end_requested is Cause.STOPPED
-        assert await store.page(name="nightly") == [first]
+        assert (await store.page(name="nightly")).jobs == [first]
         assert await store.unended() == jobs[1::-1]
         assert await store.ended_totals() == EndedTotals(2, 30)
         assert await store.ended_before(3000, 9) == [EndedJob(2, 2500, 0)]
@@ -698,7 +743,7 @@ def test_a_database_of_version_2_is_brought_up_to_date(tmp_path: Path) -> None:
     make_database(tmp_path / "jobs.db", (FIXTURES / "jobs-2.sql").read_text())
 
     async def test(store: Store) -> None:
-        jobs = await store.page()
+        jobs = (await store.page()).jobs
         assert [(job.id, job.status, job.owner) for job in jobs] == [
             (4, "INITIALIZING", ""), (3, "RUNNING", ""), (2, "FAILED", ""), (1, "STOPPED", "")
         ]  # fmt: skip
@@ -712,10 +757,10 @@ def test_a_database_of_version_2_is_brought_up_to_date(tmp_path: Path) -> None:
         assert await store.get_output(1) == (b"segment\0", b"index")
         assert not await store.is_owner("", 1)
         assert not await store.is_owner("alice", 5)
-        assert await store.page(owner="") == []
+        assert (await store.page(owner="")).jobs == []
         await store.put(new_job(5, "nightly", "alice"))
-        assert await store.page(owner="alice") == [new_job(5, "nightly", "alice")]
-        assert [job.id for job in await store.page(name="nightly")] == [5, 3, 1]
+        assert (await store.page(owner="alice")).jobs == [new_job(5, "nightly", "alice")]
+        assert [job.id for job in (await store.page(name="nightly")).jobs] == [5, 3, 1]
         assert await store.ended_totals() == EndedTotals(2, 60)
 
     run(tmp_path, test)
@@ -849,7 +894,7 @@ def test_damage_is_found_at_the_start_after_a_power_loss(tmp_path: Path) -> None
     set_other_boot(tmp_path)
 
     async def test(store: Store) -> None:
-        assert await store.page() == []
+        assert (await store.page()).jobs == []
         assert store.reserve_id() > ids[-1]
 
     run(tmp_path, test)
@@ -864,13 +909,13 @@ def test_damage_that_is_found_later_is_dealt_with_at_the_next_start(
 
     async def find(store: Store) -> None:
         with pytest.raises(StoreError, match="read"):
-            await store.page(count=5000)
+            await every_job(store)
 
     async def use(store: Store) -> None:
         job_id = store.reserve_id()
         assert job_id > ids[-1]
         await store.put(new_job(job_id))
-        assert await store.page() == [new_job(job_id)]
+        assert (await store.page()).jobs == [new_job(job_id)]
 
     run(tmp_path, find)
     assert "damaged" in caplog.text
@@ -985,12 +1030,12 @@ def test_a_database_that_cannot_grow(tmp_path: Path) -> None:
         connection.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(StoreError, match="full"):
             await put_all(store, [ended_job(i) for i in range(101, 301)])
-        known = await store.page(count=1000)
+        known = await every_job(store)
         assert len(known) < 300
         assert (await store.ended_totals()).jobs == len(known)
         connection.execute(f"PRAGMA max_page_count = {pages + 1000}")
         await put_all(store, [ended_job(i) for i in range(101, 301)])
-        assert len(await store.page(count=1000)) == 300
+        assert len(await every_job(store)) == 300
 
     run(tmp_path, test)
 
@@ -1020,6 +1065,13 @@ ON_A_FULL_DISK = """if True:
             return str(error)
         raise AssertionError("was taken")
 
+    async def count(store):
+        count, before_id = 0, 1 << 62
+        while before_id is not None:
+            jobs, before_id = await store.page(before_id, 1000)
+            count += len(jobs)
+        return count
+
     async def first():
         store = Store.open(folder / "jobs.db")
         acknowledged = [store.reserve_id()]
@@ -1036,19 +1088,20 @@ ON_A_FULL_DISK = """if True:
                 store.reserve_id()
         print("id:", await refuse(take_until_full()))
         assert await store.get(acknowledged[-1])
-        assert len(await store.page(count=5000)) == len(acknowledged)
+        assert await count(store) == len(acknowledged)
         ballast.unlink()
         last = store.reserve_id()
         await store.put(created(last, JobSpec("/bin/true"), 1))
-        assert len(await store.page(count=5000)) == len(acknowledged) + 1
+        assert await count(store) == len(acknowledged) + 1
         fill()
         os._exit(0)  # as kill -9 would end it
 
     async def second():
         store = Store.open(folder / "jobs.db")  # still full
-        assert await store.page()
+        assert (await store.page()).jobs
         ballast.unlink()
-        print("next:", store.reserve_id() > max(job.id for job in await store.page(count=1)))
+        (newest,), _ = await store.page(count=1)
+        print("next:", store.reserve_id() > newest.id)
         await store.close()
 
     asyncio.run({"first": first, "second": second}[sys.argv[2]]())

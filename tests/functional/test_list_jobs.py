@@ -50,6 +50,24 @@ def test_pages_that_are_read_in_parts(start_server: Callable[..., Server]) -> No
         assert [job.id for job in client.jobs()] == newest_first
 
 
+def test_large_jobs_between_others(start_server: Callable[..., Server]) -> None:
+    """They are read a few at a time, and those that run are in their place among them."""
+    with start_server().connect() as client:
+        large = ("\x01" * 50_000,) * 2
+        kinds = [("true", *large), ("sleep", "60"), ("true",), ("sleep", "60", *large)]
+        created = [client.create(*kinds[number % 4]) for number in range(60)]
+        for job in created[::2]:
+            client.wait(job.id)
+        newest_first = [job.id for job in reversed(created)]
+        ended_first = newest_first[1::2]
+        for page_size in (1, 7, 30, 1000):
+            assert ids(client, page_size=page_size) == newest_first
+            found = ids(client, page_size=page_size, statuses=["COMPLETED"])
+            assert found == ended_first
+        for job in created[1::2]:
+            client.stop_soon(job.id, grace_milliseconds=0)
+
+
 def test_no_jobs(start_server: Callable[..., Server]) -> None:
     with start_server().connect() as client:
         assert client.jobs() == []
