@@ -296,8 +296,14 @@ def dev_folder(environ: Mapping[str, str]) -> Path:
 
 
 def make_dev_folder(environ: Mapping[str, str]) -> Path:
+    """Raises SettingError."""
     folder = dev_folder(environ)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot be made: {error.strerror}"
+        remedy = "set XDG_DATA_HOME, or HOME, to a folder where you may write"
+        raise SettingError("the folder of --dev", folder, problem, remedy) from error
     return folder
 
 
@@ -329,7 +335,12 @@ def _hint(chosen: Mapping[str, str], environ: Mapping[str, str]) -> str:
 def _xdg_folder(environ: Mapping[str, str], variable: str, default: str) -> Path:
     # The specification: a relative path is to be ignored.
     base = environ.get(variable, "")
-    return Path(base if base.startswith("/") else Path.home() / default)
+    if base.startswith("/"):
+        return Path(base)
+    try:
+        return Path.home() / default
+    except RuntimeError:  # neither HOME nor an entry in passwd, as in many containers
+        return Path("/") / default
 
 
 def is_loopback(address: str) -> bool:

@@ -115,6 +115,13 @@ def message_of(error: errors.JobWorkerError) -> str:
     return f"{message}; {hint}" if hint and _is_unconnected(error) else message
 
 
+def os_message(error: OSError) -> str:
+    """Of one that nothing has put into words: with a file's name it is about that, and else about
+    what was written."""
+    problem = error.strerror or str(error)
+    return f"{error.filename}: {problem}" if error.filename else f"cannot write: {problem}"
+
+
 def _is_unconnected(error: errors.JobWorkerError) -> bool:
     if isinstance(error, errors.UnreachableError):
         return not error.was_connected

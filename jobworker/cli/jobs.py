@@ -12,7 +12,7 @@ import click
 
 from jobworker.cli import display
 from jobworker.cli.connection import Connect, Function, speaks_to_server
-from jobworker.cli.display import duration, json_option, printable, size
+from jobworker.cli.display import duration, json_option, printable, remark, size
 from jobworker.cli.job_id import JobId
 from jobworker.job import LONGEST_STDIN_BYTES, NETWORKS, Accounting, Bind, Job, Principal, Status
 
@@ -242,10 +242,15 @@ def create_command(
         raise click.UsageError("Missing argument 'COMMAND...'")
     with connect() as client:
         job = client.create(*command, **options)
-    if as_json:
-        display.write_json(display.job_as_json(job))
-    else:
-        click.echo(f"Job created: ID: {job.id}")
+    try:
+        if as_json:
+            display.write_json(display.job_as_json(job))
+        else:
+            click.echo(f"Job created: ID: {job.id}")
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            remark(f"job {job.id} was created")
+        raise
 
 
 # get

@@ -14,7 +14,15 @@ import click
 from jobworker import __version__
 from jobworker.cli.connection import server_options
 from jobworker.cli.display import json_option, remark
-from jobworker.cli.exit_codes import ExitCode, FailedError, code_of, message_of, one_line, perhaps
+from jobworker.cli.exit_codes import (
+    ExitCode,
+    FailedError,
+    code_of,
+    message_of,
+    one_line,
+    os_message,
+    perhaps,
+)
 from jobworker.errors import JobWorkerError
 
 # By heading of the help: command, and the module that has it as a function of that name.
@@ -102,6 +110,7 @@ class LazyGroup(click.Group):
             elsewhere = ELSEWHERE.get(name)
             close = [elsewhere] if elsewhere else difflib.get_close_matches(name, COMMANDS)
             raise click.UsageError(f"No such command {name!r}{perhaps(close)}", ctx)
+        require_standard_output(name)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -124,6 +133,7 @@ class LazyGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> NoReturn:
+        fill_closed_streams()
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -144,11 +154,34 @@ class LazyGroup(click.Group):
         except BrokenPipeError:
             ctx.exit(ExitCode.BROKEN_PIPE)
         except OSError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(os_message(error)) from error
+
+
+def fill_closed_streams() -> None:
+    """Lest a file or connection that is opened later gets the number of one, and what is written
+    there. Standard output stays None, which tells that nobody can read an answer."""
+    for name, mode in (("stdin", "r"), ("stdout", ""), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if mode:
+                setattr(sys, name, os.fdopen(descriptor, mode))
+
+
+def require_standard_output(command: str) -> None:
+    """Before anything is done of which nobody would be told."""
+    if sys.stdout is not None:
+        return
+    if command != "serve":
+        code = ExitCode.RUN_FAILED if command == "run" else ExitCode.FAILED
+        problem = "standard output is closed, so nothing was done; for none use >/dev/null"
+        raise FailedError(problem, code)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 as long as the program
 
 
 def leave(code: int) -> NoReturn:
     """The last of the output may fail to get out."""
+    if sys.stdout is None:
+        sys.exit(code or ExitCode.FAILED)
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -156,7 +189,8 @@ def leave(code: int) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             sys.exit(ExitCode.BROKEN_PIPE)
-        remark(f"cannot write: {error.strerror}")
+        if not code:  # else it has been told already
+            remark(os_message(error))
         sys.exit(code or ExitCode.FAILED)
     sys.exit(code)
 

@@ -17,7 +17,7 @@ import click
 from jobworker.cli import display
 from jobworker.cli.connection import Connect, speaks_to_server
 from jobworker.cli.display import json_option, remark
-from jobworker.cli.exit_codes import ExitCode, FailedError, message_of, one_line
+from jobworker.cli.exit_codes import ExitCode, FailedError, message_of, one_line, os_message
 from jobworker.cli.jobs import VERBATIM, CommandWords, job_options
 from jobworker.cli.stream import JsonWriter, SplitWriter, Writer, retry_option, telling_lost
 from jobworker.errors import JobWorkerError, RejectedError, WrongStateError
@@ -48,7 +48,9 @@ class RunCommand(click.Command):
             raise
         except JobWorkerError as error:
             raise FailedError(message_of(error), code_of_failure(error)) from error
-        except (OSError, click.ClickException) as error:
+        except OSError as error:
+            raise FailedError(os_message(error), ExitCode.RUN_FAILED) from error
+        except click.ClickException as error:
             raise FailedError(str(error), ExitCode.RUN_FAILED) from error
 
 

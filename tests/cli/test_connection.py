@@ -133,6 +133,17 @@ def test_a_record_that_is_damaged_is_none(environ: dict[str, str]) -> None:
     assert connection.choose({}, environ) == {}
 
 
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither HOME nor an entry in passwd, as in many containers."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "home", home)
+    assert connection.choose({"server": "localhost"}, {}) == {"address": "localhost:50051"}
+
+
 # Files that are not right
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -307,6 +308,54 @@ def test_standard_output_that_is_full(jobworker: Program) -> None:
     assert process.returncode == 1
     assert b"Traceback" not in errors
     assert b"No space left" in errors
+
+
+@pytest.mark.parametrize("flags", [[], ["-o", "json"]])
+def test_a_job_is_told_of_where_standard_output_is_full(
+    jobworker: Program, flags: list[str]
+) -> None:
+    with open("/dev/full", "wb") as full:
+        words = ["create", *flags, "true"]
+        process = jobworker.start(*words, stdout=full, stderr=subprocess.PIPE)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    told = rf"jobworker: job {jobworker.newest_id()} was created\njobworker: cannot write: [^\n]+\n"
+    assert re.fullmatch(told, errors.decode())
+
+
+def with_closed(program: Program, *words: str, which: str) -> Answer:
+    """which: as a shell closes it."""
+    command = shlex.join([sys.executable, "-m", "jobworker", *words])
+    return subprocess.run(
+        ["sh", "-c", f"exec {command} {which}"],
+        env=program.environ,
+        cwd=program.folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [("create true", 1), ("list", 1), ("run -- echo text", 125)]
+)
+def test_standard_output_that_is_closed(jobworker: Program, words: str, code: int) -> None:
+    """Nothing is done of which nobody would be told."""
+    newest = jobworker.create("true")
+    answer = with_closed(jobworker, *words.split(), which=">&-")
+    assert_one_line(answer, code, "standard output is closed")
+    assert jobworker.newest_id() == newest
+
+
+def test_other_standard_streams_may_be_closed(jobworker: Program) -> None:
+    assert with_closed(jobworker, "create", "true", which="<&- 2>&-").returncode == 0
+
+
+def test_ctrl_c_while_the_program_is_loaded(unconnected: Program) -> None:
+    (unconnected.folder / "click.py").write_text("raise KeyboardInterrupt")
+    answer = unconnected("list", PYTHONPATH=str(unconnected.folder))
+    assert (answer.returncode, answer.stderr) == (130, "")
 
 
 # A server that speaks only the fields that the protocol always had

@@ -80,6 +80,13 @@ def test_dev_is_on_loopback_by_itself(newcomer: Program) -> None:
         assert re.search(r"listening on localhost:\d+", log)
 
 
+def test_dev_without_a_home_that_can_be_written(newcomer: Program) -> None:
+    answer = newcomer("serve", "--dev", HOME="/dev/null")
+    assert answer.returncode == 1
+    assert "'/dev/null/.local/share/jobworker/dev': cannot be made" in answer.stderr
+    assert "set XDG_DATA_HOME, or HOME, to a folder" in answer.stderr
+
+
 @pytest.mark.parametrize("address", ["0.0.0.0:50051", "192.0.2.1:50099", ":50099", "127.0.0.1:0"])
 @pytest.mark.parametrize("place", ["flag", "environment"])
 def test_dev_is_for_this_machine_only(newcomer: Program, address: str, place: str) -> None:
