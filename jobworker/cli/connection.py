@@ -37,6 +37,7 @@ import click
 
 from jobworker.cli.display import remark
 from jobworker.cli.exit_codes import HINT
+from jobworker.dev import dev_record, xdg_folder
 from jobworker.errors import SettingError
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def _fallback(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def config_path(environ: Mapping[str, str]) -> Path:
-    return _xdg_folder(environ, "XDG_CONFIG_HOME", ".config") / "jobworker" / "config.toml"
+    return xdg_folder(environ, "XDG_CONFIG_HOME", ".config") / "jobworker" / "config.toml"
 
 
 class ConfigFile:
@@ -288,36 +289,7 @@ class ConfigFile:
             raise SettingError("configuration file", self._path, problem, remedy) from error
 
 
-# What `jobworker serve --dev` leaves
-
-
-def dev_folder(environ: Mapping[str, str]) -> Path:
-    return _xdg_folder(environ, "XDG_DATA_HOME", ".local/share") / "jobworker" / "dev"
-
-
-def make_dev_folder(environ: Mapping[str, str]) -> Path:
-    """Raises SettingError."""
-    folder = dev_folder(environ)
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"cannot be made: {error.strerror}"
-        remedy = "set XDG_DATA_HOME, or HOME, to a folder where you may write"
-        raise SettingError("the folder of --dev", folder, problem, remedy) from error
-    return folder
-
-
-def write_dev_record(environ: Mapping[str, str], address: str, certs: Path) -> None:
-    (dev_folder(environ) / "server").write_text(f"{address}\n{certs}\n", "utf-8")
-
-
-def dev_record(environ: Mapping[str, str]) -> dict[str, str]:
-    """Address and certificates of this user's newest development server; {}: there was none."""
-    try:
-        address, certs = (dev_folder(environ) / "server").read_text("utf-8").splitlines()
-    except (OSError, ValueError):
-        return {}
-    return {"address": address, "certs": certs}
+# Beside it
 
 
 def _hint(chosen: Mapping[str, str], environ: Mapping[str, str]) -> str:
@@ -330,17 +302,6 @@ def _hint(chosen: Mapping[str, str], environ: Mapping[str, str]) -> str:
         flags = f"-s {record['address']} --certs {record['certs']}"
         return f"./certs was used, not what `jobworker serve --dev` has left; for that: {flags}"
     return ""
-
-
-def _xdg_folder(environ: Mapping[str, str], variable: str, default: str) -> Path:
-    # The specification: a relative path is to be ignored.
-    base = environ.get(variable, "")
-    if base.startswith("/"):
-        return Path(base)
-    try:
-        return Path.home() / default
-    except RuntimeError:  # neither HOME nor an entry in passwd, as in many containers
-        return Path("/") / default
 
 
 def is_loopback(address: str) -> bool:

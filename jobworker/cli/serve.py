@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from jobworker import config
-from jobworker.cli.connection import dev_folder, is_loopback, make_dev_folder, write_dev_record
+from jobworker.cli.connection import is_loopback
 from jobworker.config import Settings
+from jobworker.dev import dev_folder, make_dev_folder, write_dev_record
 from jobworker.errors import SettingError, StartupError
 
 DEV_ADDRESS = "127.0.0.1:50051"
@@ -36,7 +37,7 @@ def _with_settings(function: Callable[..., None]) -> Callable[..., None]:
     "--dev",
     is_flag=True,
     help="For trying out: makes certificates on first use and listens on this machine only. "
-    "Commands of the same user then need no options.",
+    "Commands of the same user then need no options. All is in ~/.local/share/jobworker/dev.",
 )
 @click.option(
     "--config",

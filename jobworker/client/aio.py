@@ -37,7 +37,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        address: str = "localhost:50051",
+        address: str | None = None,
         *,
         certs: Path | str | None = None,
         ca: Path | str | None = None,
@@ -47,6 +47,7 @@ class AsyncClient:
         timeout: float = 30.0,
         patience: float = 60.0,
     ) -> None:
+        address, certs = connection.server_of(address, certs, ca)
         files = connection.files_in(certs, ca, cert, key)
         self._target = Target(address, files, server_name)
         self._timeout_seconds = timeout

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from jobworker.dev import dev_record
 from jobworker.errors import CertificateError
 
 PATH = "/job_worker.JobService/"
 DEFAULT_PORT = 50051
+DEFAULT_ADDRESS = f"localhost:{DEFAULT_PORT}"
+DEFAULT_CERTS = "certs"
 
 # By which clients of this protocol have always called their server, wherever it runs.
 SERVER_NAMES = ("job-worker", "localhost")
@@ -58,6 +62,17 @@ class Files:
         )
 
 
+def server_of(
+    address: str | None, certs: Path | str | None, ca: Path | str | None
+) -> tuple[str, Path | str | None]:
+    """Address and folder of certificates: as for commands, those that `jobworker serve --dev` has
+    left where no CA is given and there is no ./certs."""
+    record = {}
+    if certs is None and ca is None and not Path(DEFAULT_CERTS).is_dir():
+        record = dev_record(os.environ)
+    return address or record.get("address", DEFAULT_ADDRESS), certs or record.get("certs")
+
+
 def files_in(
     folder: Path | str | None,
     ca: Path | str | None,
@@ -66,7 +81,7 @@ def files_in(
 ) -> Files:
     """Where only one of a certificate and its key is given, the other is NAME-key.pem beside
     NAME-cert.pem, or as usual in the folder. Raises CertificateError where it is in neither."""
-    folder = Path("certs" if folder is None else folder)
+    folder = Path(DEFAULT_CERTS if folder is None else folder)
     files = Files(
         ca=Path(ca or folder / "ca-cert.pem"),
         cert=Path(cert or _beside(key, "-key.pem", "-cert.pem") or folder / CLIENT_CERT),

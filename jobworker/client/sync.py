@@ -44,7 +44,7 @@ class Client:
 
     def __init__(
         self,
-        address: str = "localhost:50051",
+        address: str | None = None,
         *,
         certs: Path | str | None = None,
         ca: Path | str | None = None,
@@ -54,8 +54,10 @@ class Client:
         timeout: float = 30.0,
         patience: float = 60.0,
     ) -> None:
-        """address: HOST:PORT.
+        """address: HOST:PORT; default localhost:50051.
         certs: the folder with ca-cert.pem, client-cert.pem and client-key.pem; default ./certs.
+        Where there is none, and no ca is given, what `jobworker serve --dev` of this user has
+        left is the default of both.
         ca, cert, key: files instead of those. Of NAME-cert.pem or NAME-key.pem alone, the
         other is taken if it is beside it.
         server_name: for which name the server's certificate must be valid; default: one of
@@ -64,6 +66,7 @@ class Client:
         patience: seconds for which a stream tries to get a broken connection back.
         Raises CertificateError where a file is missing, unreadable or no PEM.
         """
+        address, certs = connection.server_of(address, certs, ca)
         files = connection.files_in(certs, ca, cert, key)
         self._target = Target(address, files, server_name)
         self._timeout_seconds = timeout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from cli.program import Program
 from functional.server import Server
 from jobworker import certs
 from jobworker.cli import connection
+from jobworker.dev import dev_folder, dev_record, make_dev_folder, write_dev_record
 from jobworker.errors import SettingError
 
 FILE = """
@@ -90,29 +90,29 @@ def test_an_address_has_nothing_of_the_default_server(environ: dict[str, str], f
 
 
 def test_the_folder_of_certificates_that_always_was_there(environ: dict[str, str]) -> None:
-    connection.make_dev_folder(environ)
-    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    make_dev_folder(environ)
+    write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
     Path("certs").mkdir()
     assert connection.choose({}, environ) == {"certs": "certs"}
 
 
 def test_a_development_server_needs_nothing(environ: dict[str, str]) -> None:
-    connection.make_dev_folder(environ)
-    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    make_dev_folder(environ)
+    write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
     assert connection.choose({}, environ) == {"address": "127.0.0.1:7001", "certs": "/dev-certs"}
 
 
 def test_certificates_that_were_given_are_not_the_development_servers(
     environ: dict[str, str],
 ) -> None:
-    connection.make_dev_folder(environ)
-    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    make_dev_folder(environ)
+    write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
     assert connection.choose({"certs": "mine"}, environ) == {"certs": "mine"}
 
 
 def test_a_pair_of_ones_own_is_for_the_development_server_too(environ: dict[str, str]) -> None:
-    connection.make_dev_folder(environ)
-    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    make_dev_folder(environ)
+    write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
     assert connection.choose({"cert": "a-cert.pem"}, environ) == {
         "address": "127.0.0.1:7001",
         "certs": "/dev-certs",
@@ -120,16 +120,10 @@ def test_a_pair_of_ones_own_is_for_the_development_server_too(environ: dict[str,
     }
 
 
-def test_the_record_is_the_users_alone(environ: dict[str, str]) -> None:
-    connection.make_dev_folder(environ)
-    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
-    assert stat.S_IMODE(connection.dev_folder(environ).stat().st_mode) == 0o700
-
-
 def test_a_record_that_is_damaged_is_none(environ: dict[str, str]) -> None:
-    connection.make_dev_folder(environ)
-    connection.write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
-    (connection.dev_folder(environ) / "server").write_text("nonsense")
+    make_dev_folder(environ)
+    write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+    (dev_folder(environ) / "server").write_text("nonsense")
     assert connection.choose({}, environ) == {}
 
 
@@ -174,15 +168,16 @@ def test_the_file_is_utf_8_whatever_the_locale(environ: dict[str, str], file: Pa
     file.write_text('[servers."büro"]\naddress = "x:1"', "utf-8")
     program = """if True:
         import os; from jobworker.cli import connection
-        connection.write_dev_record(os.environ, "x:1", "\\xfc")
+        from jobworker.dev import write_dev_record
+        write_dev_record(os.environ, "x:1", "\\xfc")
         print(ascii(connection.ConfigFile(connection.config_path(os.environ)).names()))
     """
     environ |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    connection.make_dev_folder(environ)
+    make_dev_folder(environ)
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
     assert found.stdout == "['b\\xfcro']\n"
-    assert connection.dev_record(environ) == {"address": "x:1", "certs": "ü"}
+    assert dev_record(environ) == {"address": "x:1", "certs": "ü"}
 
 
 def test_a_name_that_is_not_in_the_file(environ: dict[str, str], file: Path) -> None:
@@ -273,8 +268,8 @@ def test_a_folder_that_hides_the_development_server(
     """As when somebody has tried both, in the same folder."""
     environ = {"XDG_DATA_HOME": str(tmp_path / "data")}
     unconnected.environ |= environ
-    connection.make_dev_folder(environ)
-    connection.write_dev_record(environ, server.address, server.certs)
+    make_dev_folder(environ)
+    write_dev_record(environ, server.address, server.certs)
     assert unconnected("info").returncode == 0
 
     flags = f"-s {server.address} --certs {server.certs}"

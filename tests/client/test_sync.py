@@ -671,7 +671,7 @@ def test_importing_the_client_is_quick() -> None:
         times.append(time.monotonic() - started)
         modules = set(answer.stdout.split())
     ours = {name for name in modules if name.startswith("jobworker.") and name.count(".") == 1}
-    assert ours == {f"jobworker.{name}" for name in ("client", "errors", "job", "pb")}
+    assert ours == {f"jobworker.{name}" for name in ("client", "dev", "errors", "job", "pb")}
     assert not {"cryptography", "click", "uvloop", "sqlite3"} & modules
     assert min(times) < 1
 
