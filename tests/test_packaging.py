@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import jobworker
+from jobworker import config
 
 PYPROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
 
@@ -111,6 +112,30 @@ def test_systemd_accepts_the_unit(name: str, tmp_path: Path) -> None:
     ]
     assert complaints == []
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_the_sample_of_settings_can_be_used(tmp_path: Path, is_whole: bool) -> None:
+    """is_whole: with all that stands in it as a comment."""
+    sample = (UNITS.parent / "config.toml").read_text()
+    if is_whole:
+        sample = re.sub("^# (?=[a-z_]+ = )", "", sample, flags=re.MULTILINE)
+    file = tmp_path / "config.toml"
+    file.write_text(sample)
+    settings = config.load({}, {}, file)
+    assert settings.cert_path == Path("/etc/jobworker/certs")
+    assert (settings.revoked is not None) == is_whole
+
+
+def test_no_setting_of_the_machines_unit_beats_its_file() -> None:
+    unit = (UNITS / "jobworker.service").read_text()
+    assert "--config /etc/jobworker/config.toml" in unit
+    assert "Environment=" not in unit
+
+
+def test_an_image_is_built_without_keys_and_environments() -> None:
+    ignored = (UNITS.parent.parent / ".dockerignore").read_text().splitlines()
+    assert {".git", ".venv", "build", "dist", "certs", "**/*.pem"} <= set(ignored)
 
 
 def test_a_restart_by_systemd_leaves_the_jobs() -> None:
