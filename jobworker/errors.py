@@ -253,15 +253,20 @@ class ViewError(JobinitError):
 
 class StartFailedError(JobWorkerError):
     """A job's command never ran: one step of starting it failed, or (`killed_by` is the signal,
-    `error_number` 0) it was killed before it came to its exec. about: on what the step failed."""
+    `error_number` 0) it was killed before it came to its exec. about: on what the step failed.
+    hint: what is likely."""
 
-    def __init__(self, step: str, error_number: int, killed_by: int = 0, about: str = "") -> None:
+    def __init__(
+        self, step: str, error_number: int, killed_by: int = 0, about: str = "", hint: str = ""
+    ) -> None:
         if killed_by:
             problem = f"killed before the command ran, by signal {killed_by}"
         else:
             problem = f"{os.strerror(error_number)} (errno {error_number})"
         if about:
             problem = f"{about}: {problem}"
+        if hint:
+            problem = f"{problem}; {hint}"
         super().__init__(f"{step}: {problem}")
         self.step = step
         self.error_number = error_number

@@ -171,9 +171,10 @@ def explained_ending(job: Job) -> str:
         return ""
     if job.cause is Cause.START_FAILED:
         problem = os.strerror(job.failed_errno) if job.failed_errno else ""
-        return printable(
-            ", ".join(filter(None, ("never ran", job.failed_step, problem, job.detail)))
-        )
+        # Which mostly has both in it.
+        is_told = job.detail.startswith(f"{job.failed_step}: ") and problem in job.detail
+        parts = ("never ran", *(() if is_told else (job.failed_step, problem)), job.detail)
+        return printable(", ".join(filter(None, parts)))
     exit_code = f"exit code {job.exit_code}" if job.exit_code >= 0 else ""
     by_signal = f"by {signal_name(job.signal)}" if job.signal else ""
     # "ended by SIGKILL" says no more than "by SIGKILL".

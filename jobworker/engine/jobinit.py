@@ -202,6 +202,13 @@ class Exited:
     max_rss_bytes: int  # of the largest of the processes
 
 
+# A file that was there, and could be executed, when the job was created.
+EXEC_HINTS = {
+    errno.ENOENT: "its interpreter is missing: check its first line (of a program: its loader)",
+    errno.ENOEXEC: "it is no program for this machine, and has no first line such as #!/bin/sh",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """The command of a job never ran, and nothing of it is left."""
@@ -215,14 +222,17 @@ class Failed:
 
     def error(self, request: StartRequest | None = None) -> StartFailedError:
         """request: where it is known, what the step was about is named."""
-        about = ""
-        if request and self.step == "cgroup" and 0 < self.item <= len(request.limits):
+        about = hint = ""
+        if request and self.step == "exec":
+            about = repr(request.executable)
+            hint = EXEC_HINTS.get(self.error_number, "")
+        elif request and self.step == "cgroup" and 0 < self.item <= len(request.limits):
             name, value = request.limits[self.item - 1]
             about = f"cannot write {value!r} to {request.cgroup}/{name}"
         elif request and self.step.endswith("bind") and 0 < self.item <= len(request.binds):
             # Quoted, as a path may have line ends, and this comes to the log.
             about = f"binds[{self.item - 1}], {str(request.binds[self.item - 1])!r}"
-        return StartFailedError(self.step, self.error_number, self.killed_by, about)
+        return StartFailedError(self.step, self.error_number, self.killed_by, about, hint)
 
 
 @dataclass(slots=True)

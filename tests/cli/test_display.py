@@ -138,6 +138,16 @@ def test_json_changes_no_terminal_either(
             "never ran, exec, Exec format error",
         ),
         (
+            ended(
+                Cause.START_FAILED,
+                failed_step="exec",
+                failed_errno=8,
+                detail="exec: '/srv/x': Exec format error (errno 8); it is no program",
+            ),
+            "start-failed",
+            "never ran, exec: '/srv/x': Exec format error (errno 8); it is no program",
+        ),
+        (
             ended(Cause.LOST, detail="the machine was restarted"),
             "lost",
             "the machine was restarted",

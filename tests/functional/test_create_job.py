@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import signal
@@ -216,9 +217,21 @@ def test_a_foreign_interpreter_that_is_missing_is_a_failed_start(
     job = client.create(str(script))
     assert (job.status, job.cause, job.failed_step) == ("FAILED", pb.START_FAILED, "exec")
     assert job.failed_errno == 2
-    assert "No such file" in job.detail
+    assert f"exec: '{script}': No such file" in job.detail
+    assert "its interpreter is missing: check its first line" in job.detail
     assert client.get(job.id) == job
     assert client.output(job.id) == b""
+
+
+def test_a_text_without_an_interpreter_is_a_failed_start(client: Client, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("echo hello\n")
+    script.chmod(0o755)
+    job = client.create(str(script))
+    assert (job.status, job.cause, job.failed_step) == ("FAILED", pb.START_FAILED, "exec")
+    assert job.failed_errno == errno.ENOEXEC
+    assert f"exec: '{script}': Exec format error" in job.detail
+    assert "has no first line such as #!/bin/sh" in job.detail
 
 
 INVALID: dict[str, dict[str, Any]] = {
