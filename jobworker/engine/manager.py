@@ -613,7 +613,7 @@ class Manager:
         self, request: JobSpec, stdin: bytes, client: Caller, admit: Callable[[], Caller]
     ) -> Job:
         limits = self._limits_in_force(request.limits)
-        self._ledger(client.name).check(client.quota, limits)
+        self._ledger(client.name).check(client.quota, limits, self.cgroups.controllers)
         confinement = self.isolation.choose(request.profile, request.user, request.network)
         confinement = self.isolation.arrange(confinement, request)
         _check_choice(client, request, confinement)
@@ -636,7 +636,7 @@ class Manager:
             log_policy=self.policy.log_policy,
         )
         self._admit()  # again: others have come meanwhile, or the end of the server
-        self._ledger(client.name).check(client.quota, limits)
+        self._ledger(client.name).check(client.quota, limits, self.cgroups.controllers)
         job_id, now_ns = self._store.reserve_id(), time.time_ns()
         live = self._new_live(transition.created(job_id, spec, now_ns, client.principal))
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jobworker.errors import QuotaError
 from jobworker.job import Job, Limits, Quota
 
@@ -30,19 +32,27 @@ class Ledger:
         self.cpu_percent += sign * limits.cpu_percent
         self.memory_mib += sign * limits.memory_mib
 
-    def check(self, quota: Quota, limits: Limits) -> None:
-        """Whether it may have one more job, with these limits. Raises QuotaError."""
+    def check(self, quota: Quota, limits: Limits, lacks: Mapping[str, str]) -> None:
+        """Whether it may have one more job, with these limits. lacks: by its name, why a cgroup
+        controller is not there; empty: it is. Raises QuotaError."""
         running = len(self.job_ids)
         if quota.running_jobs and running >= quota.running_jobs:
             problem = f"{running} of its jobs are running"
             self._refuse("running_jobs", quota.running_jobs, problem, "wait for one to end")
         cpu, memory = limits.cpu_percent, limits.memory_mib
-        self._check_total("total_cpu", "%", quota.total_cpu, self.cpu_percent, cpu)
-        self._check_total("total_memory", "MiB", quota.total_memory, self.memory_mib, memory)
+        used, most = self.cpu_percent, quota.total_cpu
+        self._check_total("total_cpu", "%", most, used, cpu, lacks.get("cpu", ""))
+        used, most = self.memory_mib, quota.total_memory
+        self._check_total("total_memory", "MiB", most, used, memory, lacks.get("memory", ""))
 
-    def _check_total(self, name: str, unit: str, most: int, used: int, more: int) -> None:
+    def _check_total(
+        self, name: str, unit: str, most: int, used: int, more: int, lacking: str
+    ) -> None:
         if not most:
             return
+        if lacking:
+            problem = f"this machine can hold no job to a limit that could count: {lacking}"
+            self._refuse(name, f"{most} {unit}", problem, "use another one until it can")
         if not more:
             problem = "this job would have no limit that could count"
             self._refuse(name, f"{most} {unit}", problem, "give it one")

@@ -11,6 +11,8 @@ from jobworker.engine.quota import Ledger
 from jobworker.errors import QuotaError
 from jobworker.job import Job, JobSpec, Limits, Quota
 
+THERE = {"cpu": "", "memory": ""}
+
 
 def job(job_id: int, cpu: int = 0, memory: int = 0) -> Job:
     return transition.created(job_id, JobSpec("/bin/true", limits=Limits(cpu, memory)), 1)
@@ -19,7 +21,7 @@ def job(job_id: int, cpu: int = 0, memory: int = 0) -> Job:
 def test_without_quotas_all_is_allowed() -> None:
     ledger = Ledger("alice")
     for job_id in range(100):
-        ledger.check(Quota(), Limits())
+        ledger.check(Quota(), Limits(), THERE)
         ledger.take_create(0, 0)
         ledger.open(job(job_id, 1000, 1000))
 
@@ -40,15 +42,25 @@ def test_each_quota_names_itself_its_value_and_what_is_used() -> None:
         ),
     ):
         with pytest.raises(QuotaError, match=says):
-            ledger.check(quota, Limits(51, 1))
-    ledger.check(Quota(3, 201, 65), Limits(51, 1))
+            ledger.check(quota, Limits(51, 1), THERE)
+    ledger.check(Quota(3, 201, 65), Limits(51, 1), THERE)
 
 
 def test_a_job_without_a_limit_cannot_count() -> None:
     with pytest.raises(QuotaError, match=r"total_cpu.*no limit that could count; give it one"):
-        Ledger("alice").check(Quota(total_cpu=100), Limits(0, 10))
+        Ledger("alice").check(Quota(total_cpu=100), Limits(0, 10), THERE)
     with pytest.raises(QuotaError, match="total_memory"):
-        Ledger("alice").check(Quota(total_memory=100), Limits(10, 0))
+        Ledger("alice").check(Quota(total_memory=100), Limits(10, 0), THERE)
+
+
+def test_a_machine_that_can_hold_no_limit() -> None:
+    """To ask for a limit would be of no use."""
+    lacks = THERE | {"memory": "bound to cgroup v1"}
+    says = "this machine can hold no job to a limit that could count: bound to cgroup v1; use"
+    for limits in (Limits(10, 0), Limits(10, 10)):
+        with pytest.raises(QuotaError, match=says):
+            Ledger("alice").check(Quota(total_memory=100), limits, lacks)
+    Ledger("alice").check(Quota(total_cpu=100), Limits(10, 0), lacks)
 
 
 def test_what_has_ended_no_longer_counts() -> None:
