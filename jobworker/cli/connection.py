@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobworker.cli.display import remark
-from jobworker.cli.exit_codes import HINT
+from jobworker.cli.exit_codes import CERTIFICATES_HINT, HINT
 from jobworker.dev import dev_record, xdg_folder
 from jobworker.errors import SettingError
 
@@ -128,6 +128,7 @@ def connect(
     chosen = choose(flags, os.environ)
     if context := click.get_current_context(silent=True):
         context.meta[HINT] = _hint(chosen, os.environ)
+        context.meta[CERTIFICATES_HINT] = _certificates_hint(chosen, os.environ)
     # Read when grpc is imported: its core would write lines of its own to standard error.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from jobworker.client import Client
@@ -194,11 +195,26 @@ def _address(server: str, file: ConfigFile) -> str:
     if _is_ip_address(host):
         return f"[{host}]:{DEFAULT_PORT}" if ":" in host else f"{host}:{DEFAULT_PORT}"
     if ":" in server and not server.endswith(":"):
+        if remedy := _wrong_with(server):
+            raise SettingError("server", server, "cannot be used", remedy)
         return server
     if host == "localhost" or re.fullmatch(r"\w[\w.-]*\.[\w.-]*\w", host):
         return f"{host}:{DEFAULT_PORT}"
     remedy = f"as HOST:PORT its port is missing, and it is no name from {file.told()}"
     raise SettingError("server", server, "cannot be used", remedy)
+
+
+def _wrong_with(address: str) -> str:
+    """What has a colon, and is no HOST:PORT: why not; "": it is one."""
+    scheme = re.match(r"https?://", address, re.IGNORECASE)
+    if scheme:
+        return f"leave out {scheme[0]} and what comes after the port, as in farm.example.org:50051"
+    host, _, port = address.rpartition(":")
+    if not host:
+        return f"the host before the port is missing, as in localhost{address}"
+    if not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 1 << 16):
+        return f"the port {port!r} is no number from 1 to 65535"
+    return ""
 
 
 def _is_ip_address(text: str) -> bool:
@@ -297,11 +313,35 @@ def _hint(chosen: Mapping[str, str], environ: Mapping[str, str]) -> str:
     if not chosen.keys() & set(FILES):
         return "or start a server to try out: `jobworker serve --dev`"
     record = dev_record(environ)
-    is_default = chosen.get("certs") == str(DEFAULT_CERTS)
-    if record and is_default and Path(record["certs"]) != DEFAULT_CERTS.absolute():
-        flags = f"-s {record['address']} --certs {record['certs']}"
-        return f"./certs was used, not what `jobworker serve --dev` has left; for that: {flags}"
+    if "address" not in chosen and record and _port(record["address"]) != str(DEFAULT_PORT):
+        return _other_than(record, chosen)
     return ""
+
+
+def _certificates_hint(chosen: Mapping[str, str], environ: Mapping[str, str]) -> str:
+    """The same, where the certificates may be why."""
+    record = dev_record(environ)
+    if not record or chosen.keys() & {"ca", "cert", "key", "server_name"}:
+        return ""
+    address = chosen.get("address", DEFAULT_ADDRESS)
+    is_its_server = is_loopback(address) and _port(address) == _port(record["address"])
+    if is_its_server or "address" not in chosen:
+        return _other_than(record, chosen)
+    if chosen.get("certs") == record["certs"]:
+        return "the certificates are what `jobworker serve --dev` has left; use --certs for others"
+    return ""
+
+
+def _other_than(record: Mapping[str, str], chosen: Mapping[str, str]) -> str:
+    is_default = chosen.get("certs") == str(DEFAULT_CERTS)
+    if not is_default or Path(record["certs"]) == DEFAULT_CERTS.absolute():
+        return ""
+    flags = f"-s {record['address']} --certs {record['certs']}"
+    return f"./certs was used, not what `jobworker serve --dev` has left; for that: {flags}"
+
+
+def _port(address: str) -> str:
+    return address.rpartition(":")[2]
 
 
 def is_loopback(address: str) -> bool:

@@ -96,8 +96,19 @@ NAMES = {
     "of the certificates as certs": "of the certificates with --certs (or JOB_WORKER_CERT_PATH)",
 }
 
-# In a context's `meta`: what to add where no connection came about.
+# The fields of a request that an error starts with.
+FIELDS = re.compile(
+    r"(user|profile|network|root|stdin|name|environment|binds)(\[\d+\]\.\w+)?(?=: )"
+)
+FLAGS = {"environment": "--env", "binds": "--bind"}  # the others are called like the field
+
+# In a context's `meta`: what to add where no connection came about, and where certificates may
+# be why.
 HINT = "jobworker.hint"
+CERTIFICATES_HINT = "jobworker.certificates_hint"
+
+# What is wrong may be the certificates.
+OF_CERTIFICATES = re.compile(r"certificate|\bCA\b|\.pem\b")
 
 # A command of several words in one, which is what `sh -c` wants and no file's name.
 SHELL_LINE = re.compile(r"command: (['\"]).*[\s|&;<>$].*\1 (was not found|does not exist)")
@@ -106,13 +117,19 @@ SHELL_LINE = re.compile(r"command: (['\"]).*[\s|&;<>$].*\1 (was not found|does n
 def message_of(error: errors.JobWorkerError) -> str:
     """In the words of the command line."""
     message = str(error)
+    if field := FIELDS.match(message):
+        message = FLAGS.get(field[1], f"--{field[1]}") + message[field.end() :]
     for name, flag in NAMES.items():
         message = message.replace(name, flag)
     if SHELL_LINE.match(message):
         message += "; for a shell line: sh -c '…'"
     context = click.get_current_context(silent=True)
-    hint = context.meta.get(HINT) if context else ""
-    return f"{message}; {hint}" if hint and _is_unconnected(error) else message
+    if not context or not _is_unconnected(error):
+        return message
+    hint = context.meta.get(HINT)
+    if isinstance(error, errors.CertificateError) or OF_CERTIFICATES.search(message):
+        hint = context.meta.get(CERTIFICATES_HINT) or hint
+    return f"{message}; {hint}" if hint else message
 
 
 def os_message(error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -207,6 +208,22 @@ def test_no_address_and_no_name(environ: dict[str, str], server: str) -> None:
         connection.choose({"server": server}, environ)
 
 
+@pytest.mark.parametrize(
+    ("server", "remedy"),
+    [
+        ("localhost:abc", "the port 'abc' is no number from 1 to 65535"),
+        ("localhost:99999", "the port '99999' is no number"),
+        ("localhost:0", "the port '0' is no number"),
+        (":50051", "the host before the port is missing, as in localhost:50051"),
+        ("https://localhost:50051", "leave out https://"),
+        ("http://localhost", "leave out http://"),
+    ],
+)
+def test_what_is_no_address(environ: dict[str, str], server: str, remedy: str) -> None:
+    with pytest.raises(SettingError, match=re.escape(remedy)):
+        connection.choose({"server": server}, environ)
+
+
 def test_a_name_in_the_file_before_a_host(environ: dict[str, str], file: Path) -> None:
     file.write_text('[servers.localhost]\naddress = "localhost:7"')
     assert connection.choose({"server": "localhost"}, environ) == {"address": "localhost:7"}
@@ -277,10 +294,33 @@ def test_a_folder_that_hides_the_development_server(
     (tmp_path / "certs").mkdir()
     assert told in unconnected("info").stderr
     certs.make_all(tmp_path / "certs")
-    for words in (["info"], ["run", "true"], ["-s", "127.0.0.1:1", "info"]):
+    for words in (["info"], ["run", "true"]):
         assert told in unconnected("-s", server.address, *words).stderr
+    assert told in unconnected("info").stderr  # where --dev has another port
+    for words in (
+        ["-s", "127.0.0.1:1"],  # nobody is there: whichever certificates
+        ["-s", "127.0.0.1:1", "--cert", "nowhere.pem"],
+        ["-s", server.address, "--cert", "nowhere.pem"],
+        ["-s", server.address, "--server-name", "other"],
+    ):
+        answer = unconnected(*words, "info")
+        assert answer.returncode
+        assert "was used" not in answer.stderr
     assert unconnected(*flags.split(), "info").returncode == 0
     assert "was used" not in unconnected("--certs", "./certs/../certs", "info").stderr
+
+
+def test_certificates_of_the_development_server_for_another_one(
+    unconnected: Program, server: Server, tmp_path: Path
+) -> None:
+    environ = {"XDG_DATA_HOME": str(tmp_path / "data")}
+    unconnected.environ |= environ
+    make_dev_folder(environ)
+    certs.make_all(tmp_path / "other")
+    write_dev_record(environ, "127.0.0.1:1", tmp_path / "other")
+    told = "the certificates are what `jobworker serve --dev` has left; use --certs for others"
+    assert told in unconnected("-s", server.address, "info").stderr
+    assert told not in unconnected("-s", "127.0.0.1:2", "info").stderr
 
 
 def test_a_named_server(unconnected: Program, server: Server) -> None:

@@ -30,6 +30,15 @@ def test_each_error_of_a_call_has_its_code(error: type[errors.CallError], code: 
     assert code_of(error("GetJob", "", "no")) == code
 
 
-def test_errors_speak_of_flags() -> None:
-    error = errors.RejectedError("CreateJob", "INVALID_ARGUMENT", "maxCPU: -1 is negative")
-    assert message_of(error) == "--max-cpu: -1 is negative"
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("maxCPU: -1 is negative", "--max-cpu: -1 is negative"),
+        ("binds[0].source: '/x' is not there", "--bind: '/x' is not there"),
+        ("root: 'x' is not an absolute path", "--root: 'x' is not an absolute path"),
+        ("environment: '' is not a variable's name", "--env: '' is not a variable's name"),
+        ("command: 'user: x' is not there", "command: 'user: x' is not there"),
+    ],
+)
+def test_errors_speak_of_flags(text: str, shown: str) -> None:
+    assert message_of(errors.RejectedError("CreateJob", "INVALID_ARGUMENT", text)) == shown
