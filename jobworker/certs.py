@@ -813,12 +813,18 @@ def _extension(certificate: x509.Certificate, kind: type[ExtensionT]) -> Extensi
         return None
 
 
+def _in_days(days: int) -> str:
+    if not days:
+        return "within a day"
+    return "in 1 day" if days == 1 else f"in {days} days"
+
+
 def _warnings(path: Path, certificate: x509.Certificate, units: Sequence[str]) -> Iterable[str]:
     problem = _validity_problem(certificate)
     if problem:
         yield f"It {problem}."
     elif (left := certificate.not_valid_after_utc - datetime.now(UTC)) < NOTICE:
-        yield f"It expires in {left.days} days."
+        yield f"It expires {_in_days(left.days)}."
     if _may_be_a_client(certificate) and len(units) != 1:
         yield f"It has {len(units) or 'no'} OU: a client needs exactly one, its role."
     key = certificate.public_key()

@@ -57,7 +57,8 @@ class JobStateError(JobWorkerError):
     def __init__(self, job_id: int, status: str, action: str) -> None:
         has_ended = status in {"COMPLETED", "FAILED", "STOPPED"}
         state = f"has ended already, it is {status}" if has_ended else f"is {status}"
-        super().__init__(f"job {job_id} {state}: cannot {action} it")
+        remedy = "; stop it first" if action == "delete" and not has_ended else ""
+        super().__init__(f"job {job_id} {state}: cannot {action} it{remedy}")
         self.job_id = job_id
         self.status = status
         self.action = action

@@ -91,6 +91,7 @@ NAMES = {
     "timeout_milliseconds": "--timeout",
     "time_limit": "--timeout",
     "from_offset": "--from-offset",
+    "; stop it first": "; stop it first (`jobworker stop`)",
     "see ListJobs": "`jobworker list` shows them",
     "as cert and key": "with --cert and --key",
     "of the certificates as certs": "of the certificates with --certs (or JOB_WORKER_CERT_PATH)",

@@ -109,6 +109,13 @@ def _binds(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tu
         raise click.BadParameter(str(error)) from error
 
 
+class Network(click.Choice):  # type: ignore[type-arg]  # generic since click 8.2
+    """One of NETWORKS; empty, as where it is not given, is the profile's."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(value, param, ctx) if value else ""
+
+
 def job_options(function: Function) -> Function:
     """What a new job may be told: `create` and `run` take the same."""
     limit: Any = {"type": int, "default": 0, "callback": up_to(INT32_MAX)}
@@ -166,7 +173,7 @@ def job_options(function: Function) -> Function:
             ),
             click.option(
                 "--network",
-                type=click.Choice(["", *NETWORKS]),
+                type=Network(NETWORKS),
                 default="",
                 metavar="NETWORK",
                 help="host, or none: a loopback interface of its own.  [default: its profile's]",

@@ -116,7 +116,8 @@ def _exit(jobs: Sequence[Job | None]) -> None:
     context = click.get_current_context()
     if None in jobs:
         left = jobs.count(None)
-        display.remark(f"the time is over, and {left} of {len(jobs)} still run")
+        run = "runs" if left == 1 else "run"
+        display.remark(f"the time is over, and {left} of {len(jobs)} still {run}")
         context.exit(ExitCode.TIMED_OUT)
     if any(job and job.status is not Status.COMPLETED for job in jobs):
         context.exit(ExitCode.NOT_COMPLETED)

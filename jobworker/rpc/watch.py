@@ -48,6 +48,8 @@ class WatchedFiles:
         read, on the loop. on_outcome: is told the name and the problem, "" for none, of each
         later reading. unite: what holds of what was in force and what was read, in the watch's
         thread, until the files have stayed the same for QUIET_SECONDS; default: what was read.
+        With it, a change that only another file than the first has, and that changes nothing of
+        what holds, is no news.
 
         Reads them; raises StartupError where they cannot be used.
         """
@@ -65,6 +67,7 @@ class WatchedFiles:
         loaded = self._load_files()
         self._in_force = loaded if unite else None
         self._is_more_in_force = False  # than was read
+        self._is_broken = False  # what was read last, so that the old stays in force
         apply(loaded)
 
     def look(self, *, at_once: bool = False) -> Callable[[], None] | None:
@@ -105,6 +108,8 @@ class WatchedFiles:
             if problem or self._torn_looks < MOST_SETTLING:
                 return None
             is_quiet = False
+        is_news = found[:1] != self._seen[:1] or self._unite is None or self._is_broken
+        before, self._is_broken = self._in_force, bool(problem)
         self._settled(found)
         if self._unite is None or problem:
             self._is_more_in_force = False
@@ -112,19 +117,21 @@ class WatchedFiles:
             whole = loaded if is_quiet else self._unite(self._in_force, loaded)
             self._is_more_in_force = whole != loaded
             self._in_force = loaded = whole
-        return partial(self._tell, problem, loaded, self._is_more_in_force)
+            is_news = is_news or whole != before
+        return partial(self._tell, problem, loaded, self._is_more_in_force, is_news)
 
     def _settled(self, found: Signature) -> None:
         self._seen = found
         self._settling, self._settling_looks, self._torn_looks = None, 0, 0
 
-    def _tell(self, problem: str, loaded: Any, is_more_in_force: bool) -> None:
+    def _tell(self, problem: str, loaded: Any, is_more_in_force: bool, is_news: bool) -> None:
         if problem:
             log.error("the %s cannot be used, so the old stay in force: %s", self._name, problem)
         else:
             self._apply(loaded)
             more = f"; what is gone counts until nobody wrote for {QUIET_SECONDS:.0f} s"
-            log.info("read the %s again%s", self._name, more if is_more_in_force else "")
+            level = logging.INFO if is_news else logging.DEBUG
+            log.log(level, "read the %s again%s", self._name, more if is_more_in_force else "")
         self._on_outcome(self._name, problem)
 
     def _load_files(self) -> Any:

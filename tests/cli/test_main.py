@@ -323,6 +323,14 @@ def test_a_job_is_told_of_where_standard_output_is_full(
     assert re.fullmatch(told, errors.decode())
 
 
+def test_a_network_that_is_none() -> None:
+    """Empty is one, as a script may give it, but not worth showing."""
+    answer = in_this_process("create", "--network", "foo", "true")
+    assert_one_line(answer, 2, "'foo' is not one of 'host', 'none'")
+    answer = in_this_process("create", "--network", "", "--from", "/dev/null")
+    assert "network" not in answer.stderr
+
+
 def with_closed(program: Program, *words: str, which: str) -> Answer:
     """which: as a shell closes it."""
     command = shlex.join([sys.executable, "-m", "jobworker", *words])

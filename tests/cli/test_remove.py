@@ -55,7 +55,8 @@ def test_one_that_cannot_be_removed_does_not_keep_the_others(jobworker: Program)
     answer = jobworker("rm", running, "999999", ended)
     assert (answer.returncode, answer.stdout) == (1, f"Job removed: ID: {ended}\n")
     first, second = answer.stderr.splitlines()
-    assert first.startswith(f"jobworker: job {running} is RUNNING")
+    told = f"job {running} is RUNNING: cannot delete it; stop it first (`jobworker stop`)"
+    assert first == f"jobworker: {told}"
     assert second.startswith("jobworker: there is no job '999999'")
     assert jobworker("rm", "999999", running).returncode == 3
     jobworker("stop", running)

@@ -33,7 +33,7 @@ def test_the_time_is_over(jobworker: Program) -> None:
     answer = jobworker("wait", slow, fast, "--timeout", "0.3")
     assert answer.returncode == 124
     assert f"Job {fast}: COMPLETED" in answer.stdout
-    assert "1 of 2 still run" in answer.stderr
+    assert "1 of 2 still runs" in answer.stderr
     jobworker("stop", slow)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -22,6 +23,7 @@ class Reading:
         self.write("1", "1")
         self.read: list[str] = []
         self.outcomes: list[str] = []
+        self.only_the_first = False  # is what is read; the other is looked at alone
         self.files = WatchedFiles(
             "test's files",
             self.paths,
@@ -40,6 +42,8 @@ class Reading:
             news()
 
     def _load(self) -> str:
+        if self.only_the_first:
+            return self.paths[0].read_text()
         contents = [path.read_text() for path in self.paths]
         if len(set(contents)) != 1:
             raise StartupError("they do not fit together")
@@ -219,6 +223,21 @@ def test_what_only_grows_is_read_once(keeping: Reading, monkeypatch: pytest.Monk
     for _ in range(4):
         keeping.look()
     assert keeping.read == ["1", "12"]
+
+
+def test_a_change_beside_that_changes_nothing_is_not_told(
+    keeping: Reading, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the server's certificates are renewed: the CA's signature counts for CRLs."""
+    caplog.set_level(logging.INFO)
+    keeping.only_the_first = True
+    keeping.paths[1].write_text("renewed")
+    keeping.look(at_once=True)
+    keeping.look(at_once=True)
+    assert caplog.messages == []
+    keeping.paths[0].write_text("1")  # the same, but written
+    keeping.look(at_once=True)
+    assert caplog.messages[0].startswith("read the test's files again")
 
 
 def test_what_is_gone_counts_where_the_rest_is_broken(
