@@ -30,8 +30,8 @@ Made by `scripts/generate_cli_docs.py` from what `jobworker --help` shows: do no
 `jobworker` and `job-worker-cli` are the same program; `job-worker` is `jobworker serve`.
 On a terminal there are tables that fit, colours (not with NO_COLOR), and the progress of long
 work; in a pipe there is plain text in whole lines, and nothing on standard error but errors.
-`-o json` gives scripts one object or array, with exact figures and keys that stay; `stream` and
-`run` give an object a line, as the output comes. An error is one line on standard error.
+`-o json` gives scripts one object or array, with exact figures and keys that stay; `stream`, `run`
+and `create --from` give an object a line, as it comes. An error is one line on standard error.
 """
 
 

@@ -78,8 +78,9 @@ def run_command(
     """Runs a job as if it ran here: output, exit code, Ctrl-C.
 
     What it writes to stdout and stderr is written to stdout and stderr. Ctrl-C stops the job
-    (so do SIGTERM and SIGHUP), and a second one leaves at once. With -o json the output is
-    written as `stream -o json` does.
+    (so do SIGTERM and SIGHUP), and a second one leaves at once. Its standard input is empty:
+    --stdin - hands on that of this program, read to its end before the job starts. With -o json
+    the output is written as `stream -o json` does.
     """
     writer = JsonWriter() if as_json else SplitWriter()
     with connect(patience_seconds=retry_seconds) as client, Interrupts(client) as interrupts:
