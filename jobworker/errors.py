@@ -166,7 +166,12 @@ class UnreachableError(CallError):
 
 
 class DeadlineError(CallError):
-    """The time that the caller gave was over first; what was asked for may have happened."""
+    """The time that the caller gave was over first; what was asked for may have happened.
+
+    job_id: of a client's `run`, the job, whose output is there to be streamed; else None.
+    """
+
+    job_id: int | None = None
 
     @property
     def may_have_happened(self) -> bool:

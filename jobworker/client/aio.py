@@ -18,7 +18,7 @@ from jobworker.client.calls import Call, CreateOptions, Listing, ServerInfo
 from jobworker.client.connection import PATH, Target
 from jobworker.client.output import RPC as STREAM_RPC
 from jobworker.client.output import Chunk, Collector, Patience, Reading, Result, Stream
-from jobworker.errors import CallError, UnreachableError, UnsupportedError
+from jobworker.errors import CallError, DeadlineError, UnreachableError, UnsupportedError
 from jobworker.job import Job
 
 AnswerT = TypeVar("AnswerT")
@@ -55,6 +55,7 @@ class AsyncClient:
         # One for each name that the server's certificate might be for; the last is in use.
         self._channels: list[grpc.aio.Channel] = []
         self._knows_new_fields = False
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -68,7 +69,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the calls and streams that are under way, with CallError."""
+        """Ends the calls and streams that are under way, with CallError, as any later call."""
+        self._is_closed = True
         for channel in self._channels:
             await channel.close()
 
@@ -158,9 +160,11 @@ class AsyncClient:
             raise
         try:
             return await self._collect(Reading(job.id, Patience(self._patience_seconds, timeout)))
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(CallError):
                 await self.stop(job.id)
+            if isinstance(error, DeadlineError):
+                raise failures.late(error, job.id) from error
             raise
 
     async def info(self) -> ServerInfo:
@@ -183,7 +187,7 @@ class AsyncClient:
     async def _send(self, call: Call[Any], timeout_seconds: float) -> bytes:
         request = call.request.SerializeToString()
         while True:
-            channel = self._channel()
+            channel = self._channel(call.rpc)
             try:
                 method: BytesCall = channel.unary_unary(PATH + call.rpc)
                 return await method(request, timeout=timeout_seconds)
@@ -234,7 +238,7 @@ class AsyncClient:
 
     async def _read_once(self, reading: Reading) -> AsyncGenerator[Chunk, None]:
         """As far as one connection carries it."""
-        channel = self._channel()
+        channel = self._channel(STREAM_RPC)
         method: BytesStream = channel.unary_stream(PATH + STREAM_RPC)
         request = reading.request().SerializeToString()
         stream = method(request, timeout=reading.patience.left_seconds())
@@ -275,8 +279,11 @@ class AsyncClient:
 
     # Connecting
 
-    def _channel(self) -> grpc.aio.Channel:
-        """The one in use; a channel belongs to the loop that is running when it is made."""
+    def _channel(self, rpc: str) -> grpc.aio.Channel:
+        """The one in use; a channel belongs to the loop that is running when it is made. Raises
+        CallError after `close`."""
+        if self._is_closed:
+            raise failures.closed(rpc)
         if not self._channels:
             self._channels.append(self._new_channel(self._target.names[0]))
         return self._channels[-1]

@@ -145,12 +145,27 @@ class CreateOptions(TypedDict, total=False):
     binds: Collection[Bind]  # files and folders of the server's at other places too
 
 
+# What an argument must have, in words and as who has it.
+TEXT = "a str", lambda value: isinstance(value, str)
+NUMBER = "a number", lambda value: hasattr(value, "__float__")
+WHOLE_NUMBER = "an int", lambda value: hasattr(value, "__index__")
+BYTES = "bytes", lambda value: isinstance(value, bytes | bytearray | memoryview)
+KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    **dict.fromkeys(("max_cpu", "max_memory", "max_iobps"), WHOLE_NUMBER),
+    **dict.fromkeys(("working_directory", "name", "user", "profile", "network", "root"), TEXT),
+    "stdin": BYTES,
+    "time_limit": NUMBER,
+}
+
+
 def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Job]:
-    """Raises RejectedError for what no server could accept."""
+    """Raises RejectedError for what no server could accept, and TypeError."""
     rpc = "CreateJob"
     unknown = options.keys() - CreateOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
+    args = tuple(args)
+    _check_kinds(command, args, options)
     try:
         spec = _spec_of(command, args, options)
         _check_int32(spec.limits)
@@ -164,6 +179,24 @@ def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Jo
         raise RejectedError(rpc, "INVALID_ARGUMENT", problem) from error
     asked = {name for name, value in options.items() if value}
     return Call(rpc, request, _read_job, tuple(sorted(asked - OLD_OPTIONS)))
+
+
+def _check_kinds(command: object, args: Collection[object], options: CreateOptions) -> None:
+    """Raises TypeError, which says what would be right: deeper down nobody knows the names."""
+    _check_kind("command", command, *TEXT)
+    for arg in args:
+        _check_kind("each argument of the command", arg, *TEXT)
+    for name, value in options.items():
+        if value is not None and name in KINDS:
+            _check_kind(name, value, *KINDS[name])
+    for name, value in (options.get("environment") or {}).items():
+        _check_kind("each name in environment", name, *TEXT)
+        _check_kind(f"environment[{name!r}]", value, *TEXT)
+
+
+def _check_kind(name: str, value: object, kind: str, has: Callable[[object], bool]) -> None:
+    if not has(value):
+        raise TypeError(f"{name} must be {kind}, not of the type {type(value).__name__}")
 
 
 def get(job_id: int | str) -> Call[Job]:

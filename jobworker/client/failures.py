@@ -81,6 +81,18 @@ def _command_errno(error: grpc.RpcError) -> int:
     return 0
 
 
+def late(error: DeadlineError, job_id: int) -> DeadlineError:
+    """Of a client's `run`, which asks for the job's end then."""
+    told = f"{error} (job {job_id}, which was asked to stop; what it wrote can be streamed)"
+    failure = DeadlineError(error.rpc, error.code, told)
+    failure.job_id = job_id
+    return failure
+
+
+def closed(rpc: str) -> CallError:
+    return CallError(rpc, "CANCELLED", f"{rpc}: this client was closed; make another one")
+
+
 def unreadable(error: Exception, rpc: str, target: Target) -> CallError:
     """For an answer that is none of this contract."""
     problem = f"{target.address}: cannot understand the answer to {rpc}: {_printable(str(error))}"

@@ -20,7 +20,7 @@ from jobworker.client.calls import Call, CreateOptions, Listing, ServerInfo
 from jobworker.client.connection import PATH, Target
 from jobworker.client.output import RPC as STREAM_RPC
 from jobworker.client.output import Chunk, Collector, Patience, Reading, Result, Stream
-from jobworker.errors import CallError, UnreachableError, UnsupportedError
+from jobworker.errors import CallError, DeadlineError, UnreachableError, UnsupportedError
 from jobworker.job import Job
 
 AnswerT = TypeVar("AnswerT")
@@ -75,6 +75,7 @@ class Client:
         # One for each name that the server's certificate might be for; the last is in use.
         self._channels = [self._new_channel(self._target.names[0])]
         self._knows_new_fields = False
+        self._is_closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +89,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends the calls and streams that are under way, with CallError."""
+        """Ends the calls and streams that are under way, with CallError, as any later call."""
+        self._is_closed = True
         for channel in self._channels:
             channel.close()
 
@@ -198,9 +200,9 @@ class Client:
         """Creates a job, and returns its output and ending once it has ended.
 
         All output is collected in memory, however much it is; `stream` does not.
-        timeout: in seconds; after it the job is stopped, and DeadlineError raised. The job
-        is also stopped where this is interrupted. (`time_limit` is kept by the server, and
-        such a job has its ending with the cause TIMED_OUT.)
+        timeout: in seconds; after it the job is stopped, and DeadlineError raised, with its
+        job_id. The job is also stopped where this is interrupted. (`time_limit` is kept by the
+        server, and such a job has its ending with the cause TIMED_OUT.)
         """
         with ThreadPoolExecutor(1) as executor:  # where it goes on though this is interrupted
             creating = executor.submit(self.create, command, *args, **options)
@@ -213,9 +215,11 @@ class Client:
                 raise
         try:
             return self._collect(Reading(job.id, Patience(self._patience_seconds, timeout)))
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(CallError):
                 self.stop(job.id)
+            if isinstance(error, DeadlineError):
+                raise failures.late(error, job.id) from error
             raise
 
     def info(self) -> ServerInfo:
@@ -239,7 +243,7 @@ class Client:
     def _send(self, call: Call[Any], timeout_seconds: float) -> bytes:
         request = call.request.SerializeToString()
         while True:
-            channel = self._channels[-1]
+            channel = self._channel(call.rpc)
             try:
                 method: BytesCall = channel.unary_unary(PATH + call.rpc)
                 return method(request, timeout=timeout_seconds)
@@ -283,7 +287,7 @@ class Client:
 
     def _read_once(self, reading: Reading) -> Generator[Chunk, None, None]:
         """As far as one connection carries it."""
-        channel = self._channels[-1]
+        channel = self._channel(STREAM_RPC)
         method: BytesStream = channel.unary_stream(PATH + STREAM_RPC)
         request = reading.request().SerializeToString()
         stream = method(request, timeout=reading.patience.left_seconds())
@@ -321,6 +325,12 @@ class Client:
         raise AssertionError("a stream that follows has an ending")
 
     # Connecting
+
+    def _channel(self, rpc: str) -> grpc.Channel:
+        """The one in use. Raises CallError after `close`."""
+        if self._is_closed:
+            raise failures.closed(rpc)
+        return self._channels[-1]
 
     def _new_channel(self, name: str) -> grpc.Channel:
         return grpc.secure_channel(

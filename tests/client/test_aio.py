@@ -103,6 +103,18 @@ def test_close_ends_a_stream(server: Server) -> None:
     run(server, scenario)
 
 
+def test_a_client_that_is_closed(server: Server) -> None:
+    async def scenario(client: AsyncClient) -> None:
+        await client.info()
+        await client.close()
+        with pytest.raises(CallError, match="this client was closed; make another one"):
+            await client.info()
+        with pytest.raises(CallError, match="this client was closed; make another one"):
+            await anext(client.stream(1))
+
+    run(server, scenario)
+
+
 def test_the_loop_goes_on_meanwhile(server: Server) -> None:
     """Also where the client has to find out why there is no connection."""
 

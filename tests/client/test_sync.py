@@ -80,10 +80,22 @@ def test_run_with_input_and_a_time_limit(client: Client) -> None:
 
 
 def test_run_in_time_or_stopped(client: Client) -> None:
-    with pytest.raises(DeadlineError):
-        client.run("sleep", "60", name="too slow", timeout=0.3)
+    with pytest.raises(DeadlineError) as caught:
+        client.run("sh", "-c", "echo ready; sleep 60", name="too slow", timeout=0.5)
     (job,) = client.list(name="too slow", limit=1)
     assert job.status is Status.STOPPED
+    assert caught.value.job_id == job.id
+    assert f"(job {job.id}, which was asked to stop" in str(caught.value)
+    assert b"".join(chunk.payload for chunk in client.stream(job.id)) == b"ready\n"
+
+
+def test_a_client_that_is_closed(server: Server) -> None:
+    client = Client(server.address, certs=server.certs)
+    job = client.run("true").job
+    client.close()
+    for call in (client.info, lambda: client.get(job.id), lambda: list(client.stream(job.id))):
+        with pytest.raises(CallError, match="this client was closed; make another one"):
+            call()
 
 
 def test_wait_in_time(client: Client) -> None:
@@ -207,6 +219,25 @@ def test_ids_names_and_limits_over_the_top_are_the_callers_mistake(client: Clien
         client.create("true", max_gpu=1)  # type: ignore[call-arg]
     job = client.create("true", max_cpu=0, max_memory=0)
     assert job.spec.limits in (Limits(), client.info().default_limits)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "told"),
+    [
+        ((["ls", "-l"],), {}, "command must be a str, not of the type list"),
+        (("ls", 1), {}, "each argument of the command must be a str, not of the type int"),
+        (("ls",), {"stdin": "text"}, "stdin must be bytes, not of the type str"),
+        (("ls",), {"max_memory": "64M"}, "max_memory must be an int, not of the type str"),
+        (("ls",), {"time_limit": "5m"}, "time_limit must be a number, not of the type str"),
+        (("ls",), {"environment": {"A": 1}}, r"environment\['A'\] must be a str"),
+        (("ls",), {"name": b"x"}, "name must be a str, not of the type bytes"),
+    ],
+)
+def test_arguments_of_a_wrong_type(
+    client: Client, command: tuple[Any, ...], options: Any, told: str
+) -> None:
+    with pytest.raises(TypeError, match=told):
+        client.create(*command, **options)
 
 
 def test_errors_say_what_the_caller_can_do(client: Client) -> None:
