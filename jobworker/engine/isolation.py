@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import os
+import pwd
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,6 +137,8 @@ class Isolation:
         if _is_root() and not self.problem:
             self.job_user = _job_user(job_user)
         self._users = {name: _find("USERS_ALLOWED", name) for name in users_allowed}
+        if _is_root() and strict_uids is not None:
+            self._check_strict_uids(strict_uids)
 
     @property
     def user_names(self) -> list[str]:
@@ -317,6 +320,27 @@ class Isolation:
         """All of the job is gone."""
         self._uids_in_use -= _own_uids(spec)
 
+    def _check_strict_uids(self, uids: range) -> None:
+        """A job of profile strict would not be alone with a user that others have too. Raises
+        SettingError."""
+        others = {
+            user.uid: f"{user.name} of JOB_WORKER_USERS_ALLOWED" for user in self._users.values()
+        }
+        others[self.job_user.uid] = f"{self.job_user.name}, the one of JOB_WORKER_JOB_USER"
+        others[_overflow_uid()] = "nobody, to whom all belongs that has no owner here"
+        others |= {each.pw_uid: each.pw_name for each in pwd.getpwall()}
+        others[0] = "root"
+        taken = sorted(uid for uid in others if uid in uids)
+        if not taken:
+            return
+        more = f", and {len(taken) - 1} more are other users'" if len(taken) > 1 else ""
+        raise SettingError(
+            "JOB_WORKER_STRICT_UIDS",
+            f"{uids.start}-{uids.stop - 1}",
+            f"{taken[0]} is the user {others[taken[0]]}{more}",
+            "give numbers that nobody has, such as 3000000-3065535",
+        )
+
     def _choose_profile(self, name: str) -> Profile:
         if not name:
             return self.profile
@@ -396,6 +420,14 @@ def _problem() -> str:
     if not os.path.exists(SECCOMP):
         return "this kernel has no seccomp filters"
     return ""
+
+
+def _overflow_uid() -> int:
+    """Whose the kernel shows what belongs to users that a namespace does not have."""
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):
+        return 65534
 
 
 def _has_capability(number: int) -> bool:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_jobs_are_confined_and_unprivileged_by_default() -> None:
 @as_root
 def test_all_are_confined_unless_profile_none_can_be_had() -> None:
     assert Isolation().confines_all
-    assert Isolation("strict", ["default"], strict_uids=range(1, 2)).confines_all
+    assert Isolation("strict", ["default"], strict_uids=range(3000000, 3000001)).confines_all
     assert not Isolation("default", ["none"]).confines_all
     assert not Isolation("none", ["default"]).confines_all
 
@@ -227,6 +228,25 @@ def test_without_users_there_is_no_profile_strict() -> None:
 
 
 @as_root
+@pytest.mark.parametrize(
+    ("uids", "settings", "whose"),
+    [
+        (range(65530, 65541), {}, "65534 is the user nobody"),
+        (range(65534, 65535), {"job_user": "daemon"}, "65534 is the user nobody"),
+        (range(3000000, 3000010), {"job_user": "3000007"}, "JOB_USER"),
+        (range(3000000, 3000010), {"users_allowed": ["3000009"]}, "USERS_ALLOWED"),
+        (range(1, 10), {}, "1 is the user daemon"),
+        (range(2), {}, "0 is the user root"),
+    ],
+)
+def test_a_user_of_a_strict_jobs_own_is_no_other_ones(
+    uids: range, settings: dict[str, Any], whose: str
+) -> None:
+    with pytest.raises(SettingError, match=f"STRICT_UIDS = .*{whose}.*; give numbers"):
+        Isolation(profiles_allowed=["strict"], strict_uids=uids, **settings)
+
+
+@as_root
 def test_strict_has_no_network_and_no_choice_of_user() -> None:
     isolation = strict()
     assert isolation.choose("", "").network == "none"
@@ -240,7 +260,7 @@ def test_strict_has_no_network_and_no_choice_of_user() -> None:
 
 @as_root
 def test_a_profile_that_fails_its_trial_is_no_choice() -> None:
-    isolation = Isolation(profiles_allowed=["strict"], strict_uids=range(1, 10))
+    isolation = Isolation(profiles_allowed=["strict"], strict_uids=range(3000000, 3000009))
     assert isolation.trials().keys() == {Profile.DEFAULT, Profile.STRICT}
     isolation.take_results({Profile.DEFAULT: "", Profile.STRICT: "/proc: not permitted"})
     assert isolation.profiles == {Profile.DEFAULT}
