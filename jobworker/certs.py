@@ -18,6 +18,7 @@ import ipaddress
 import os
 import re
 import secrets
+import shlex
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -51,8 +52,23 @@ LIFETIME = timedelta(days=825)
 BACKDATED = timedelta(hours=1)
 # From this long before its end, `describe` warns.
 NOTICE = timedelta(days=30)
+# From this long before its end, a server warns of its own.
+SERVER_NOTICE = timedelta(days=14)
 
 SMALLEST_RSA_BITS = 2048
+
+IF_MISSING = (
+    "make certificates with `jobworker certs init`, or name the folder that has them in "
+    "JOB_WORKER_CERT_PATH"
+)
+IF_CA_KEY_IS_MISSING = (
+    "do this where it is kept, or put it there for as long as this takes; without it only a new "
+    "CA can sign, made by `jobworker certs init --force`"
+)
+NEW_CA = (
+    ", the CA as well, after which every client needs a new certificate (`jobworker certs server` "
+    "renews the server's alone, `jobworker certs client` makes a client's)"
+)
 
 SigningKey = (
     ec.EllipticCurvePrivateKey
@@ -78,19 +94,29 @@ def make_all(folder: Path, names: Iterable[str] = (), *, force: bool = False) ->
     Returns the paths of the files made. Raises CertificateError.
     """
     authority = _make_authority()
-    server = _make_leaf(
-        authority,
-        _subject("job-worker", "server"),
-        ExtendedKeyUsageOID.SERVER_AUTH,
-        _alternative_names([*SERVER_NAMES, socket.gethostname(), *names]),
-    )
     contents = {
         **_pair_of_files("ca", authority),
-        **_pair_of_files("server", server),
+        **_pair_of_files("server", _make_server_pair(authority, names)),
         **_pair_of_files("client", _make_client_pair(authority, "admin", "admin")),
         **_pair_of_files("viewer", _make_client_pair(authority, "viewer", "viewer")),
     }
     return _write_all(folder, contents, force=force)
+
+
+def make_server(folder: Path, names: Iterable[str] = ()) -> list[Path]:
+    """Makes the server's certificate and key anew, with the CA in the folder; a server that runs
+    takes them as they are replaced, and its clients need nothing new.
+
+    names: as of `make_all`; none: those of the certificate that is there.
+    Returns the paths of the files made. Raises CertificateError.
+    """
+    authority = _read_authority(folder)
+    names = list(names)
+    if not names and (folder / SERVER_CERT).exists():
+        names.extend(_alternative_names_of(_read_certificates(folder / SERVER_CERT)[0]))
+    contents = _pair_of_files("server", _make_server_pair(authority, names))
+    # The key first: it is the certificate's time that a server and its clients look at.
+    return _write_all(folder, dict(reversed(contents.items())), force=True)
 
 
 def make_client(folder: Path, name: str, role: str, *, force: bool = False) -> list[Path]:
@@ -109,14 +135,18 @@ def make_client(folder: Path, name: str, role: str, *, force: bool = False) -> l
             "cannot be the name of a client",
             "use up to 64 letters, digits, and . _ @ -, and neither 'ca' nor 'server'",
         )
-    certificate = _read_certificates(folder / CA_CERT)[0]
-    key = _read_key(folder / CA_KEY)
-    _check_key(folder / CA_KEY, key, folder / CA_CERT, certificate)
-    authority = _Pair(certificate, key)
+    authority = _read_authority(folder)
     if not force:
         _check_name_is_free(folder, name)
     client = _make_client_pair(authority, name, role)
     return _write_all(folder, _pair_of_files(name, client), force=force)
+
+
+def _read_authority(folder: Path) -> _Pair:
+    certificate = _read_certificates(folder / CA_CERT)[0]
+    key = _read_key(folder / CA_KEY, IF_CA_KEY_IS_MISSING)
+    _check_key(folder / CA_KEY, key, folder / CA_CERT, certificate)
+    return _Pair(certificate, key)
 
 
 def _check_name_is_free(folder: Path, name: str) -> None:
@@ -207,6 +237,19 @@ def check_server_files(folder: Path) -> None:
     for certificate in chain:
         _check_validity(folder / SERVER_CERT, certificate)
     _check_chain(folder, chain, authorities)
+
+
+def notice_of_end(folder: Path) -> str:
+    """That the server's certificate ends soon, and what to do; empty where it does not. Raises
+    CertificateError."""
+    path = folder / SERVER_CERT
+    first = min(_read_certificates(path), key=lambda each: each.not_valid_after_utc)
+    if first.not_valid_after_utc - datetime.now(UTC) >= SERVER_NOTICE:
+        return ""
+    return (
+        f"{path} expires on {first.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, and then no client "
+        "can connect; renew it: `jobworker certs server` where the CA's key is kept"
+    )
 
 
 def check_client_files(ca_path: Path, cert_path: Path, key_path: Path) -> None:
@@ -481,6 +524,15 @@ def _make_authority() -> _Pair:
     return _Pair(builder.sign(key, hashes.SHA256()), key)
 
 
+def _make_server_pair(authority: _Pair, names: Iterable[str]) -> _Pair:
+    return _make_leaf(
+        authority,
+        _subject("job-worker", "server"),
+        ExtendedKeyUsageOID.SERVER_AUTH,
+        _alternative_names([*SERVER_NAMES, socket.gethostname(), *names]),
+    )
+
+
 def _make_client_pair(authority: _Pair, name: str, role: str) -> _Pair:
     return _make_leaf(authority, _subject(name, role), ExtendedKeyUsageOID.CLIENT_AUTH, [])
 
@@ -597,7 +649,8 @@ def _write_all(folder: Path, contents: Mapping[str, bytes], *, force: bool) -> l
         raise CertificateError(
             folder,
             f"already has {', '.join(existing)}",
-            "nothing was changed; use --force to replace them",
+            "nothing was changed; use --force to replace them"
+            + (NEW_CA if CA_CERT in existing else ""),
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -653,9 +706,9 @@ def _parse_certificates(about: Path | str, pem: bytes) -> list[x509.Certificate]
         ) from error
 
 
-def _read_key(path: Path) -> SigningKey:
+def _read_key(path: Path, if_missing: str = IF_MISSING) -> SigningKey:
     try:
-        key = serialization.load_pem_private_key(_read_pem(path), password=None)
+        key = serialization.load_pem_private_key(_read_pem(path, if_missing), password=None)
     except TypeError as error:
         raise CertificateError(
             path, "is encrypted", "store it without a passphrase: openssl pkey"
@@ -671,24 +724,19 @@ def _read_key(path: Path) -> SigningKey:
     return key
 
 
-def _read_pem(path: Path) -> bytes:
+def _read_pem(path: Path, if_missing: str = IF_MISSING) -> bytes:
     """As far as gRPC reads."""
-    return _read(path).partition(b"\0")[0]
+    return _read(path, if_missing).partition(b"\0")[0]
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, if_missing: str = IF_MISSING) -> bytes:
     try:
         # What a shell hands on, as <(...), ends; another pipe may never.
         if path.is_fifo() and not os.path.realpath(path).startswith("/proc/"):
             raise CertificateError(path, "is no ordinary file", "put one there")
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CertificateError(
-            path,
-            "is missing",
-            "make certificates with `jobworker certs init`, or name the folder that has them "
-            "in JOB_WORKER_CERT_PATH",
-        ) from error
+        raise CertificateError(path, "is missing", if_missing) from error
     except OSError as error:
         raise CertificateError(
             path, f"cannot be read: {error.strerror}", "give this user the right to read it"
@@ -718,9 +766,21 @@ def _check_validity(path: Path, certificate: x509.Certificate) -> None:
         raise CertificateError(
             path,
             problem,
-            "check this machine's clock, or make a new one (`jobworker certs init --force` "
-            "makes all of them anew)",
+            "check this machine's clock, or, where the CA's key is kept, make a new one: "
+            + _renewal(path, certificate),
         )
+
+
+def _renewal(path: Path, certificate: x509.Certificate) -> str:
+    """What makes it anew, if it was made here."""
+    if _is_authority(certificate):
+        return "`jobworker certs init --force`, with a new CA and all that it signs"
+    if path.name == SERVER_CERT:
+        return "`jobworker certs server`"
+    name, units = _subject_fields(path, certificate)
+    who = shlex.quote("".join(each if each.isprintable() else "?" for each in name))
+    role = shlex.quote(units[0]) if len(units) == 1 and units[0].isalnum() else "ROLE"
+    return f"`jobworker certs client --name {who} --role {role} --force`"
 
 
 def _validity_problem(certificate: x509.Certificate) -> str:

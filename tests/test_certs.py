@@ -239,6 +239,55 @@ def test_a_client_is_not_replaced_unless_forced(folder: Path) -> None:
     assert certs.describe(first).units == ("admin",)
 
 
+def test_a_servers_certificate_made_anew_is_of_the_same_ca(folder: Path) -> None:
+    before = _contents(folder)
+    assert certs.make_server(folder) == [folder / "server-key.pem", folder / "server-cert.pem"]
+    after = _contents(folder)
+    assert {name for name in after if after[name] != before[name]} == {
+        *("server-cert.pem", "server-key.pem")
+    }
+    certs.check_server_files(folder)
+    assert stat.S_IMODE((folder / "server-key.pem").stat().st_mode) == 0o600
+    server = _server_context(folder)
+    assert _handshake(server, _client_context(folder, "client"), "farm.example.org") == "admin"
+
+
+def test_a_servers_certificate_with_other_names(folder: Path) -> None:
+    certs.make_server(folder, ["new.example.org"])
+    names = certs.describe(folder / "server-cert.pem").alternative_names
+    assert "new.example.org" in names and "localhost" in names
+    assert "farm.example.org" not in names
+
+
+def test_a_server_needs_the_key_of_the_ca(folder: Path) -> None:
+    (folder / "ca-key.pem").unlink()
+    before = _contents(folder)
+    with pytest.raises(CertificateError, match="is missing; do this where it is kept"):
+        certs.make_server(folder)
+    assert _contents(folder) == before
+
+
+def test_what_renews_a_certificate_that_has_expired(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certs, "LIFETIME", timedelta(minutes=-5))
+    certs.make_server(folder)
+    assert "`jobworker certs server`" in _refusal(folder).remedy
+    cert, key = certs.make_client(folder, "ann", "viewer")
+    with pytest.raises(CertificateError) as caught:
+        certs.check_client_files(folder / "ca-cert.pem", cert, key)
+    assert "`jobworker certs client --name ann --role viewer --force`" in caught.value.remedy
+    assert "init" not in caught.value.remedy
+
+
+def test_a_notice_of_the_end_of_the_servers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert certs.notice_of_end(folder) == ""
+    monkeypatch.setattr(certs, "LIFETIME", timedelta(days=13))
+    certs.make_server(folder)
+    assert "server-cert.pem expires on" in certs.notice_of_end(folder)
+    assert "`jobworker certs server`" in certs.notice_of_end(folder)
+
+
 def test_a_client_needs_the_key_of_the_ca(folder: Path) -> None:
     (folder / "ca-key.pem").unlink()
     with pytest.raises(CertificateError, match=r"ca-key\.pem is missing"):

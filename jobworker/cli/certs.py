@@ -50,7 +50,12 @@ FOLDER_TEXT = "FOLDER is $JOB_WORKER_CERT_PATH, or ./certs, if it is not given."
     help="A name or address by which clients reach the server, beside localhost and this host's "
     "own; may be given again.",
 )
-@force_option
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replaces files that are there, the CA too: every client then needs a new certificate. "
+    "`certs server` renews the server's alone.",
+)
 @json_option
 def init(folder: Path, names: tuple[str, ...], force: bool, as_json: bool) -> None:
     """Makes a CA, and with it a server, an admin and a viewer.
@@ -59,7 +64,36 @@ def init(folder: Path, names: tuple[str, ...], force: bool, as_json: bool) -> No
     """
     from jobworker import certs
 
+    had_authority = (folder / certs.CA_CERT).exists()
     _show_made(certs.make_all(folder, names, force=force), as_json)
+    if had_authority:
+        click.echo(
+            "The CA is a new one: clients with certificates of the one before are refused until "
+            "they have this ca-cert.pem and a new certificate (`jobworker certs client`).",
+            err=True,
+        )
+
+
+@certs_command.command("server", epilog=FOLDER_TEXT)
+@folder_argument
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="HOST",
+    help="A name or address by which clients reach the server, beside localhost and this host's "
+    "own; may be given again. Without it, those of the certificate that is there.",
+)
+@json_option
+def server(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
+    """Makes the server's certificate anew, with the CA that is there.
+
+    Replaces server-cert.pem and server-key.pem. A server that runs takes them by itself, and
+    clients need nothing new.
+    """
+    from jobworker import certs
+
+    _show_made(certs.make_server(folder, names), as_json)
 
 
 @certs_command.command("client", epilog=FOLDER_TEXT)

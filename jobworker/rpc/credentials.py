@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from jobworker.certs import CA_CERT, SERVER_CERT, SERVER_KEY, check_server_files
+from jobworker.certs import CA_CERT, SERVER_CERT, SERVER_KEY, check_server_files, notice_of_end
 from jobworker.errors import CertificateError
 from jobworker.rpc.watch import WatchedFiles
+
+log = logging.getLogger(__name__)
 
 
 class Credentials:
@@ -44,6 +47,8 @@ class Credentials:
 
     def _load(self) -> grpc.ServerCertificateConfiguration:
         check_server_files(self._folder)
+        if notice := notice_of_end(self._folder):
+            log.warning("%s", notice)
         try:
             authority, certificate, key = (
                 (self._folder / name).read_bytes() for name in (CA_CERT, SERVER_CERT, SERVER_KEY)

@@ -46,6 +46,28 @@ def test_nothing_is_overwritten(unconnected: Program) -> None:
     assert (unconnected.folder / "certs/ca-key.pem").read_bytes() != before
 
 
+def test_a_new_ca_is_told(unconnected: Program) -> None:
+    assert unconnected("certs", "init").stderr == ""
+    refused = unconnected("certs", "init").stderr
+    assert "every client needs a new certificate" in refused
+    assert "`jobworker certs server`" in refused
+    assert "The CA is a new one" in unconnected("certs", "init", "--force").stderr
+
+
+def test_the_server_alone(unconnected: Program) -> None:
+    unconnected("certs", "init", "--name", "farm.example.org")
+    folder = unconnected.folder / "certs"
+    before = (folder / "ca-cert.pem").read_bytes()
+    assert unconnected("certs", "server").stdout == (
+        "Made certs/server-key.pem\nMade certs/server-cert.pem\n"
+    )
+    assert "farm.example.org" in certs.describe(folder / "server-cert.pem").alternative_names
+    assert unconnected("certs", "server", "--name", "10.1.2.3").returncode == 0
+    assert "10.1.2.3" in certs.describe(folder / "server-cert.pem").alternative_names
+    certs.check_server_files(folder)
+    assert (folder / "ca-cert.pem").read_bytes() == before
+
+
 def test_one_more_client(jobworker: Program, server: Server) -> None:
     folder = jobworker.folder / "certs"
     folder.mkdir()

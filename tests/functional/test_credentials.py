@@ -112,6 +112,21 @@ def test_a_renewed_certificate_is_shown_and_no_stream_breaks(
         handshake(server, with_no_certificate)
 
 
+def test_the_servers_is_renewed_by_hand_and_its_end_told_before(
+    start: StartServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certs, "LIFETIME", datetime.timedelta(days=5))
+    certs.make_server(folder)
+    server = start()
+    assert "server-cert.pem expires on" in server.log
+    monkeypatch.undo()
+    certs.make_server(folder)
+    new = serial_in(folder / "server-cert.pem")
+    wait_until(lambda: shown_serial(server) == new, NOTICED_SECONDS)
+    assert server.log.count("expires on") == 1
+    assert "ERROR" not in server.log
+
+
 def handshake(server: Server, context: ssl.SSLContext) -> None:
     import socket
 
