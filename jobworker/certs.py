@@ -218,7 +218,7 @@ def describe(path: Path) -> Description:
         alternative_names=_alternative_names_of(certificate),
         is_authority=_is_authority(certificate),
         expires=certificate.not_valid_after_utc,
-        warnings=tuple(_warnings(path, certificate, units)),
+        warnings=(*_warnings(path, certificate, units), *_misfits(path)),
     )
 
 
@@ -315,7 +315,7 @@ def read_revoked(path: Path, ca_path: Path) -> Revoked:
     Raises CertificateError where it is none of these, and where a list is not signed by a CA
     in `ca_path`. A list that has expired still counts, with a warning.
     """
-    content = _read(path)
+    content = _read(path, "name the file there is in JOB_WORKER_REVOKED, or make an empty one")
     if LIST_BEGIN in content:
         parts = [LIST_BEGIN + part for part in content.split(LIST_BEGIN)[1:]]
         by_lists = _revoked_by_lists(path, [_parse_list(path, part) for part in parts], ca_path)
@@ -334,8 +334,22 @@ def revoke(path: Path, certificate_path: Path) -> str:
     """Appends the certificate's serial number to a file of them, with a comment that says whose
     it is; returns it, in hexadecimal. Raises CertificateError, also where the file cannot be
     used, which is then left as it was."""
-    certificate = _read_certificates(certificate_path)[0]
+    certificate = _parse_certificates(
+        certificate_path, _read_pem(certificate_path, "give the path of a client's certificate")
+    )[0]
     name, _ = _subject_fields(certificate_path, certificate)
+    if _is_authority(certificate):
+        raise CertificateError(
+            certificate_path,
+            "is a CA's, and a list of clients' certificates does not end what it has signed",
+            f"take it out of the server's {CA_CERT}, or revoke each of its clients'",
+        )
+    if not _may_be_a_client(certificate):
+        raise CertificateError(
+            certificate_path,
+            "is no client's",
+            "clients do not look at this list; give the server another: `jobworker certs server`",
+        )
     before = _read(path) if path.exists() else b""
     if b"-----BEGIN" in before or b"\0" in before:
         raise CertificateError(
@@ -893,3 +907,18 @@ def _warnings(path: Path, certificate: x509.Certificate, units: Sequence[str]) -
     key_path = path.with_name(path.name.replace("-cert.pem", "-key.pem"))
     if key_path != path and key_path.exists() and key_path.stat().st_mode & 0o077:
         yield f"Its key may be read by others: chmod 600 {key_path}"
+
+
+def _misfits(path: Path) -> Iterable[str]:
+    """What beside it does not belong to it, so far as that can be read."""
+    chain = _read_certificates(path)
+    with suppress(CertificateError):
+        authorities = _read_certificates(path.with_name(CA_CERT))
+        if not _is_authority(chain[0]) and not _is_issued_by(chain[-1], authorities):
+            yield f"It is not signed by the {CA_CERT} beside it."
+    key_path = path.with_name(path.name.replace("-cert.pem", "-key.pem"))
+    if key_path == path:
+        return
+    with suppress(CertificateError):
+        if _read_key(key_path).public_key() != chain[0].public_key():
+            yield f"{key_path.name} is not its key."

@@ -538,6 +538,19 @@ def test_a_warning_of_a_key_that_others_may_read(folder: Path) -> None:
     )
 
 
+def test_a_warning_of_another_ca_and_of_another_key(folder: Path) -> None:
+    shutil.copy(folder / "client-key.pem", folder / "server-key.pem")
+    assert certs.describe(folder / "server-cert.pem").warnings == (
+        "server-key.pem is not its key.",
+    )
+    certs.make_client(folder, "ann", "user")
+    certs.make_all(folder, force=True)
+    assert certs.describe(folder / "ann-cert.pem").warnings == (
+        "It is not signed by the ca-cert.pem beside it.",
+    )
+    assert certs.describe(folder / "ca-cert.pem").warnings == ()
+
+
 @needs_openssl
 def test_warnings_of_what_gives_no_role_and_of_a_short_key(by_hand: Path) -> None:
     _sign_by_hand(by_hand, "odd", "/OU=viewer/OU=admin/CN=x", bits=1024)
@@ -668,6 +681,28 @@ def test_what_is_no_list_of_serial_numbers(folder: Path, tmp_path: Path, content
     with pytest.raises(CertificateError) as caught:
         certs.read_revoked(revoked, folder / "ca-cert.pem")
     assert caught.value.about == revoked
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("ca-cert.pem", "take it out of the server's ca-cert.pem"),
+        ("server-cert.pem", "`jobworker certs server`"),
+        ("none.pem", "give the path of a client's certificate"),
+    ],
+)
+def test_what_is_no_clients_is_not_revoked(
+    folder: Path, tmp_path: Path, file: str, remedy: str
+) -> None:
+    with pytest.raises(CertificateError) as caught:
+        certs.revoke(tmp_path / "revoked", folder / file)
+    assert remedy in caught.value.remedy
+    assert not (tmp_path / "revoked").exists()
+
+
+def test_a_list_that_is_missing(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CertificateError, match=r"JOB_WORKER_REVOKED, or make an empty one"):
+        certs.read_revoked(tmp_path / "none", folder / "ca-cert.pem")
 
 
 def test_revoking_appends(folder: Path, tmp_path: Path) -> None:
