@@ -543,14 +543,28 @@ def _read_file(path: Path) -> dict[str, str]:
             'write lines such as linger = "2s"',
         ) from error
     known = [option.name for _, option in options()]
+    lists = {option.name for each, option in options() if _is_list(each)}
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             remedy = f"did you mean {close[0]}?" if close else f"use {', '.join(known)}"
             raise SettingError(f"{name} in {path}", value, "no such setting", remedy)
-        if not isinstance(value, str | int | float):
+        if isinstance(value, list):
+            if name not in lists:
+                raise SettingError(f"{name} in {path}", value, "is a list", "give one value")
+            if not all(isinstance(item, str) and "," not in item for item in value):
+                remedy = 'write one such as ["one", "two"]'
+                raise SettingError(f"{name} in {path}", value, "is no list of names", remedy)
+        elif not isinstance(value, str | int | float):
             raise SettingError(f"{name} in {path}", value, "has no text or number", "give one")
-    return {name: str(value) for name, value in values.items()}
+    return {
+        name: ",".join(value) if isinstance(value, list) else str(value)
+        for name, value in values.items()
+    }
+
+
+def _is_list(each: Field[Any]) -> bool:
+    return isinstance(each.default, tuple)
 
 
 def table() -> str:

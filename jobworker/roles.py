@@ -177,6 +177,9 @@ def _require(holds: bool, problem: str, remedy: str) -> None:
 
 def _value(key: str, value: object, profiles: Collection[str]) -> Any:
     known = ("role", *QUOTAS, "profiles", "users")
+    if key not in known and isinstance(value, dict):
+        remedy = 'put a name with dots in quotes: [cn."build.example.org"]'
+        raise _WrongError("is a section in a client's", remedy)
     _require(key in known, "is not known", f"use {', '.join(known)}")
     if key == "role":
         _require(value in list(Role), "no such role", f"use {', '.join(Role)}")

@@ -122,6 +122,26 @@ def test_other_variables_are_not_ours() -> None:
     assert load({}, {"JOB_WORKER_UNKNOWN": "x", "PATH": "y"}, None) == Settings()
 
 
+def test_lists_in_the_file(tmp_path: Path) -> None:
+    text = 'profiles_allowed = ["strict", "none"]\nusers_allowed = []\nhidden = ["/srv", "/mnt"]'
+    settings = load({}, {}, write(tmp_path, text))
+    assert settings.profiles_allowed == ("strict", "none")
+    assert settings.users_allowed == ()
+    assert settings.hidden == (Path("/srv"), Path("/mnt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ('linger = ["2s"]', "give one value"),
+        ('users_allowed = ["a,b"]', '["one", "two"]'),
+        ("users_allowed = [1]", '["one", "two"]'),
+    ],
+)
+def test_lists_in_the_file_that_cannot_be(tmp_path: Path, text: str, remedy: str) -> None:
+    assert remedy in refusal({}, {}, write(tmp_path, text)).remedy
+
+
 def test_values_in_the_file_need_no_quotes(tmp_path: Path) -> None:
     file = write(
         tmp_path, "linger = 0.5\nstop_grace = 3\nstop_jobs = true\nring_memory = 1_000_000\n"

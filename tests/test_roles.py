@@ -94,6 +94,7 @@ def test_a_cn_is_stronger_than_an_ou_key_by_key(file: Path) -> None:
         ),
         ("[cn.a]\nrole = 1", 2, "no such role"),
         ("[ou.a]\nrunning = 1", 2, "is not known; use role, running_jobs"),
+        ('[cn.build.example.org]\nrole = "user"', 1, r'quotes: \[cn."build.example.org"\]'),
         ("[ou.a]\nrunning_jobs = 1.5", 2, "is not a number; use one from 0"),
         ('[ou.a]\nrunning_jobs = "1"', 2, "is not a number"),
         ("[ou.a]\nrunning_jobs = true", 2, "is not a number"),
