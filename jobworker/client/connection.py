@@ -151,6 +151,8 @@ def _remedy_for_missing(path: Path) -> str:
             f"{name}-cert.pem and {name}-key.pem are there: give them as cert and key, or "
             "rename them"
         )
+    if path.name not in {"ca-cert.pem", CLIENT_CERT, CLIENT_KEY}:  # it was named as it is
+        return "give the path of one that is there"
     return "give the folder of the certificates as certs"
 
 

@@ -137,6 +137,11 @@ class Isolation:
         if _is_root() and not self.problem:
             self.job_user = _job_user(job_user)
         self._users = {name: _find("USERS_ALLOWED", name) for name in users_allowed}
+        if _is_root() and Profile.NONE not in self.profiles:
+            for name, user in self._users.items():
+                if user.uid == 0:
+                    remedy = "leave it out, or allow profile none"
+                    raise SettingError("JOB_WORKER_USERS_ALLOWED", name, IS_ROOT, remedy)
         if _is_root() and strict_uids is not None:
             self._check_strict_uids(strict_uids)
 
@@ -390,6 +395,7 @@ USER_NAMESPACES = (
     f"kernel.apparmor_restrict_unprivileged_userns), or {NONE_OR_ROOT}"
 )
 END_THESE = "end the jobs of an earlier server by their cgroup.kill, if they are in the way"
+IS_ROOT = "is root, as which no job is confined"
 NO_OTHER_USERS = "the server is not root, so it has no other users for its jobs"
 
 
@@ -439,8 +445,7 @@ def _has_capability(number: int) -> bool:
 def _job_user(name: str) -> User:
     user = _find("JOB_USER", name)
     if user.uid == 0:
-        problem = "is root, as which no job is confined"
-        raise SettingError("JOB_WORKER_JOB_USER", name, problem, "name another user")
+        raise SettingError("JOB_WORKER_JOB_USER", name, IS_ROOT, "name another user")
     return user
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import logging
 import socket
@@ -204,8 +205,7 @@ class RpcServer:
             raise SettingError(
                 "--addr (JOB_WORKER_ADDR)",
                 address,
-                _why_not_listen(address),
-                "choose another one; `ss -ltnp` shows who has it",
+                *_why_not_listen(address),
             ) from error
         return port
 
@@ -277,8 +277,8 @@ def client_limits(settings: Settings, most_connections: int) -> ClientLimits:
     )
 
 
-def _why_not_listen(address: str) -> str:
-    """gRPC does not tell; the kernel does, asked for the same."""
+def _why_not_listen(address: str) -> tuple[str, str]:
+    """And what to do. gRPC does not tell; the kernel does, asked for the same."""
     host, _, port = address.rpartition(":")
     try:
         for family, kind, protocol, _, place in socket.getaddrinfo(
@@ -287,5 +287,13 @@ def _why_not_listen(address: str) -> str:
             with socket.socket(family, kind, protocol) as probe:
                 probe.bind(place)
     except OSError as error:
-        return f"cannot listen there: {error.strerror}"
-    return "cannot listen there"
+        remedy = REMEDIES.get(error.errno or 0, OTHER_ADDRESS)
+        return f"cannot listen there: {error.strerror}", remedy
+    return "cannot listen there", OTHER_ADDRESS
+
+
+OTHER_ADDRESS = "choose another one; `ss -ltnp` shows who has it"
+REMEDIES = {
+    errno.EACCES: "choose a port from 1024 on; lower ones take root, or CAP_NET_BIND_SERVICE",
+    errno.EADDRNOTAVAIL: "give an address of this machine, or 0.0.0.0 for all of them",
+}

@@ -153,3 +153,10 @@ def test_revoke(jobworker: Program, server: Server) -> None:
     assert certs.read_revoked(revoked, server.certs / "ca-cert.pem").serials == {int(serial, 16)}
     again = jobworker.json("certs", "revoke", str(path), "--list", "revoked")
     assert again == {"serial": serial, "list": "revoked"}
+
+
+def test_a_certificate_that_was_named_and_is_missing(unconnected: Program) -> None:
+    unconnected("certs", "init")
+    answer = unconnected("-s", "localhost:1", "--cert", "none.pem", "--key", "none.pem", "list")
+    assert answer.returncode != 0
+    assert "none.pem is missing; give the path of one that is there" in answer.stderr

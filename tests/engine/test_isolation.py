@@ -86,6 +86,8 @@ def test_root_is_never_confined() -> None:
         ({"job_user": "root"}, "JOB_USER"),
         ({"job_user": "0"}, "JOB_USER"),
         ({"users_allowed": ["no-such-user"]}, "USERS_ALLOWED"),
+        ({"users_allowed": ["root"]}, "USERS_ALLOWED"),
+        ({"users_allowed": ["daemon", "0"]}, "USERS_ALLOWED"),
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict[str, object], name: str) -> None:

@@ -78,6 +78,12 @@ def test_an_address_in_use(start_server: StartServer, certificates: Path, tmp_pa
     assert "Traceback" not in ended.stderr
 
 
+def test_an_address_of_another_machine(certificates: Path, tmp_path: Path) -> None:
+    ended = serve(tmp_path, certificates, ADDR="192.0.2.1:50051")
+    assert ended.returncode == 1
+    assert "give an address of this machine" in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("ADDR", "nonsense"), ("DEFAULT_CPU", "many"), ("LINGER", "-1"), ("STATE_DIR", "/proc/x")],
