@@ -43,6 +43,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
@@ -69,7 +70,8 @@ enum { WHOLE_TREE = 0x8000 };        /* AT_RECURSIVE */
 enum { READ_ONLY = 1, NO_SUID = 2, NO_DEVICES = 4 }; /* MOUNT_ATTR_... */
 enum { SIGNAL_PROCESS_GROUP = 4 }; /* of pidfd_send_signal, since Linux 6.9 */
 enum { SET_DELEGATION = 1040 };    /* F_SETDELEG, since Linux 6.19 */
-enum { FORKED_NO_EXEC = 0x40 };    /* PF_FORKNOEXEC of include/linux/sched.h */
+enum { IS_EXITING = 4 };           /* PF_EXITING of include/linux/sched.h */
+enum { PROCESS_NAME_BYTES = 16 };  /* TASK_COMM_LEN, with the end of the string */
 
 /* ==== The protocol, which engine/jobinit.py mirrors ====
  *
@@ -201,6 +203,7 @@ struct job {
 	int group_fd;             /* pidfd of a reaped leader whose group lives on */
 	int wait_status, error;
 	uint32_t item;            /* as in `struct failed` */
+	char newborn_name[PROCESS_NAME_BYTES]; /* see the proof of the exec */
 	uint8_t state, step;
 	uint8_t owes;             /* what the server is yet to be told */
 	bool is_owing;            /* in that queue */
@@ -1451,16 +1454,32 @@ static _Noreturn void become_job(const struct request *request, const struct end
 /* ==== The proof of the exec ====
  *
  * The status pipe brings the step that failed, or ends. It ends at the exec; but also when the
- * child is killed before, and only /proc can tell these apart, until the child is reaped. */
+ * child is killed before, and only /proc can tell these apart, until the child is reaped: who
+ * does not exit has executed. Who does, and has the name that it was born with, never has: an
+ * exec gives another one, and no program can know that. (PF_FORKNOEXEC would not do: each new
+ * thread has it, and one that executes has the process' own number before it loses it.) */
 
 enum proof { NOT_YET, PROVED, DISPROVED };
 
-/* Returns 1 or 0, or -1 where /proc does not tell. */
-static int has_execed(pid_t pid)
+/* For all that is forked from now on, until `prctl` gives jobinit its own name again. */
+static void name_newborn(char name[PROCESS_NAME_BYTES])
 {
-	char path[32], text[1024], *place;
+	uint64_t number;
+
+	if (getrandom(&number, sizeof number, GRND_NONBLOCK) != sizeof number)
+		number = now_ns(); /* the machine has just started */
+	snprintf(name, PROCESS_NAME_BYTES, "%015llx", (unsigned long long)number >> 4);
+	prctl(PR_SET_NAME, name);
+}
+
+/* Of one whose status pipe has ended, or that is dead. Returns 1 or 0, or -1 where /proc does not
+ * tell. */
+static int has_execed(pid_t pid, const char *newborn_name)
+{
+	char path[32], text[1024], *name, *place;
 	unsigned flags;
 	ssize_t size;
+	char state;
 	int fd;
 
 	snprintf(path, sizeof path, "/proc/%d/stat", pid);
@@ -1470,19 +1489,23 @@ static int has_execed(pid_t pid)
 	size = read(fd, text, sizeof text - 1);
 	close(fd);
 	text[size > 0 ? size : 0] = '\0';
+	name = strchr(text, '(');
 	place = strrchr(text, ')'); /* the name before it may hold anything */
 	/* proc_pid_stat(5): state ppid pgrp session tty_nr tpgid flags */
-	if (!place || sscanf(place + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) != 1) {
+	if (!name || !place
+	    || sscanf(place + 1, " %c %*d %*d %*d %*d %*d %u", &state, &flags) != 2) {
 		errno = EBADMSG;
 		return -1;
 	}
-	return !(flags & FORKED_NO_EXEC);
+	*place = '\0';
+	return !(state == 'Z' || state == 'X' || flags & IS_EXITING) || strcmp(name + 1, newborn_name);
 }
 
 /* is_dead: it is not reaped yet, and writes nothing any more. That the pipe has not ended says
  * nothing then: the first process of some namespace, which copies and closes jobinit's
  * descriptors, has its other end for a moment. */
-static enum proof prove_exec(int status_fd, pid_t pid, bool is_dead, struct step_failure *failure)
+static enum proof prove_exec(int status_fd, pid_t pid, const char *newborn_name, bool is_dead,
+			     struct step_failure *failure)
 {
 	ssize_t size = read(status_fd, failure, sizeof *failure);
 	int answer;
@@ -1491,7 +1514,7 @@ static enum proof prove_exec(int status_fd, pid_t pid, bool is_dead, struct step
 		return NOT_YET;
 	if (size == sizeof *failure)
 		return DISPROVED;
-	answer = has_execed(pid);
+	answer = has_execed(pid, newborn_name);
 	if (answer > 0)
 		return PROVED;
 	*failure = (struct step_failure){STEP_EXEC, answer < 0 ? errno : 0, 0};
@@ -2183,10 +2206,14 @@ static void start_job(struct job *job, const struct request *request)
 	pid_t pid = -1;
 
 	if (make_pipes(&pipes, request->merge_output)
-	    && watch(EPOLL_CTL_ADD, pipes.status[0], EPOLLIN, (uintptr_t)job))
+	    && watch(EPOLL_CTL_ADD, pipes.status[0], EPOLLIN, (uintptr_t)job)) {
+		name_newborn(job->newborn_name);
 		pid = request->is_confined ? fork_confined(request, &job->first, &step) : fork();
+	}
 	if (pid < 0) {
 		int error = errno;
+
+		prctl(PR_SET_NAME, "jobinit");
 
 		close_pipes(&pipes);
 		fail_start(job, step, error);
@@ -2200,6 +2227,7 @@ static void start_job(struct job *job, const struct request *request)
 	};
 	if (pid == 0)
 		become_job(request, &theirs);
+	prctl(PR_SET_NAME, "jobinit");
 	job->state = STARTING;
 	job->step = STEP_EXEC; /* where nothing else is reported */
 	job->has_cgroup = *request->cgroup;
@@ -2216,7 +2244,7 @@ static void start_job(struct job *job, const struct request *request)
 static void resolve_start(struct job *job, bool is_dead)
 {
 	struct step_failure failure;
-	enum proof proof = prove_exec(job->status_fd, job->pid, is_dead, &failure);
+	enum proof proof = prove_exec(job->status_fd, job->pid, job->newborn_name, is_dead, &failure);
 
 	if (proof == NOT_YET)
 		return;
@@ -3073,11 +3101,11 @@ static int wait_by_hand(pid_t pid, const sigset_t *signals)
 	return status;
 }
 
-static int report_by_hand(int status_fd, pid_t pid, const char *command)
+static int report_by_hand(int status_fd, pid_t pid, const char *newborn_name, const char *command)
 {
 	struct step_failure failure;
 
-	if (prove_exec(status_fd, pid, false, &failure) == PROVED)
+	if (prove_exec(status_fd, pid, newborn_name, false, &failure) == PROVED)
 		return 0;
 	if (failure.error == 0)
 		say("%s: killed before its exec", command);
@@ -3096,6 +3124,7 @@ static int run_by_hand(const char *cgroup, char **arguments)
 		.environment = environ,
 	};
 	struct ends theirs = {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO, -1};
+	char newborn_name[PROCESS_NAME_BYTES];
 	int status_pipe[2], failed, status;
 	sigset_t signals;
 	pid_t pid;
@@ -3108,13 +3137,14 @@ static int run_by_hand(const char *cgroup, char **arguments)
 	sigprocmask(SIG_BLOCK, &signals, NULL);
 	default_signals();
 	getrlimit(RLIMIT_NOFILE, &original_open_files);
+	name_newborn(newborn_name);
 	if (pipe2(status_pipe, O_CLOEXEC) < 0 || (pid = fork()) < 0)
 		die("fork");
 	theirs.status = status_pipe[1];
 	if (pid == 0)
 		become_job(&request, &theirs);
 	close(status_pipe[1]);
-	failed = report_by_hand(status_pipe[0], pid, arguments[0]);
+	failed = report_by_hand(status_pipe[0], pid, newborn_name, arguments[0]);
 	status = wait_by_hand(pid, &signals);
 	if (failed)
 		return failed;

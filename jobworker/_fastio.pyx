@@ -458,7 +458,9 @@ cdef void serve_pipe(LogState *log, int stream, bint draining) noexcept nogil:
     cdef int64_t waiting, moved
     cdef bint over = False
     cdef bint refused = False
+    cdef bint has_eaten = False
     cdef int error = 0
+    cdef int events
     cdef Files files
     files.first = 0
     files.segment = files.index = -1
@@ -472,8 +474,14 @@ cdef void serve_pipe(LogState *log, int stream, bint draining) noexcept nogil:
                 log.drain_left[stream] = waiting
             waiting = min(waiting, <int64_t> log.drain_left[stream])
         if waiting == 0:
-            over = draining or is_hung_up(pipe)
-            break
+            events = poll_pipe(pipe)
+            over = draining or events == POLLHUP
+            if over or has_eaten or not events & POLLIN:
+                break
+            # A byte has come since, or there is a buffer without any: Linux before 6.14 keeps one
+            # for a write from what cannot be read, and would tell of it again and again.
+            has_eaten = True
+            waiting = DEFAULT_PIPE_BYTES
         moved = take_bytes(log, stream, min(waiting, left), &files, &error)
         if moved == -EAGAIN or moved == -EINTR:
             continue
@@ -829,11 +837,17 @@ cdef int64_t bytes_waiting(int pipe) noexcept nogil:
 
 cdef bint is_hung_up(int pipe) noexcept nogil:
     """True once nobody can write any more and nothing is left to read."""
+    return poll_pipe(pipe) == POLLHUP
+
+
+cdef int poll_pipe(int pipe) noexcept nogil:
+    """POLLIN: there is something to read. POLLHUP: nobody can write any more."""
     cdef pollfd asked
     asked.fd = pipe
     asked.events = POLLIN
     asked.revents = 0
-    return poll(&asked, 1, 0) > 0 and asked.revents & POLLHUP and not asked.revents & POLLIN
+    poll(&asked, 1, 0)
+    return asked.revents & (POLLIN | POLLHUP)
 
 
 cdef void enlarge_pipe(LogState *log, int stream) noexcept nogil:

@@ -467,6 +467,39 @@ def test_killed_before_the_exec_is_told_apart(
     launcher.run(scenario)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may have the kernel wait for its memory")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_who_executes_again_from_a_thread_has_executed(
+    launcher: Launcher, cgroup: Path, tmp_path: Path, is_killed: bool
+) -> None:
+    """That thread has the number, and a flag of the kernel's as who never has: PF_FORKNOEXEC."""
+    program = tmp_path / "exec_from_thread"
+    source = Path(__file__).parents[1] / "exec_from_thread.c"
+    subprocess.run(["gcc", "-o", program, source], check=True)
+
+    def is_late() -> bool:
+        (pid,) = (cgroup / "cgroup.procs").read_text().split()
+        return Path(f"/proc/{pid}/wchan").read_text() == "handle_userfault"
+
+    async def scenario(server: Server) -> None:
+        (cgroup / "cgroup.freeze").write_text("1")
+        request = server.start(str(program), job_id=100, cgroup=str(cgroup))
+        starting = asyncio.create_task(request)
+        await asyncio.to_thread(_wait_until, lambda: (cgroup / "cgroup.procs").read_text() != "")
+        os.kill(server.pid, signal.SIGSTOP)
+        (cgroup / "cgroup.freeze").write_text("0")
+        await asyncio.to_thread(_wait_until, is_late)
+        if is_killed:
+            (cgroup / "cgroup.kill").write_text("1")
+        os.kill(server.pid, signal.SIGCONT)
+        started = await starting
+        server.release(started)
+        (cgroup / "cgroup.kill").write_text("1")
+        assert (await server.wait_exit(100)).wait_status == signal.SIGKILL
+
+    launcher.run(scenario)
+
+
 @sees_descriptors
 def test_that_another_holds_the_status_pipe_does_not_matter(
     launcher: Launcher, cgroup: Path
