@@ -161,6 +161,14 @@ class Cgroup:
         except OSError as error:
             if not _is_gone(error):
                 raise CgroupError(f"cannot kill {self.path}: {error.strerror}") from error
+        self._lift_disk_limits()
+
+    def _lift_disk_limits(self) -> None:
+        """No process ends while the kernel holds back what it has asked a disk for."""
+        for line in (self._read("io.max") or "").splitlines():
+            disk = line.split()[0]
+            with contextlib.suppress(OSError):  # gone
+                _write(f"{self.path}/io.max", f"{disk} rbps=max wbps=max")
 
     def is_populated(self) -> bool:
         """Whether a process is alive in it or below."""

@@ -231,6 +231,19 @@ def test_the_io_limit_is_of_the_disk_that_the_job_is_on(client: Client) -> None:
     assert seconds_of(run(client, dd, maxIOBPS=MIB, working_directory=str(DISK))) < 1.6
 
 
+def test_who_waits_for_a_disk_at_its_limit_can_be_ended(client: Client) -> None:
+    """A request of 4 MiB at 20 kB/s, through which the kernel lets no signal."""
+    dd = ["bs=4M", "count=1", "oflag=direct", "conv=notrunc", "if=/dev/zero", f"of={DATA}"]
+    fields = {"maxIOBPS": 20_000, "working_directory": str(DISK)}
+    stopped = client.create("dd", *dd, **fields)
+    late = client.create("dd", *dd, timeout_milliseconds=500, **fields)
+    time.sleep(1)
+    assert client.stop(stopped.id, grace_milliseconds=0).status == "STOPPED"
+    ended = client.wait(late.id)
+    assert ended.cause == pb.TIMED_OUT
+    assert (ended.end_time_ns - ended.start_time_ns) / 1e9 < 20
+
+
 def seconds_of(job: pb.Job) -> float:
     assert job.status == "COMPLETED", job
     return (job.end_time_ns - job.start_time_ns) / 1e9
@@ -243,6 +256,32 @@ def test_an_io_limit_where_there_is_no_disk_is_refused(client: Client) -> None:
     assert code is grpc.StatusCode.FAILED_PRECONDITION
     assert message.startswith("maxIOBPS needs the cgroup controller 'io'")
     assert "/mnt is on hostfs" in message
+
+
+# Older kernels keep a buffer in the pipe for a write from memory that cannot be read.
+EMPTY_BUFFER = """
+import ctypes, time
+print("written", flush=True)
+time.sleep(0.5)  # until that is taken
+ctypes.CDLL(None).write(1, ctypes.c_void_p(16), 10)
+time.sleep(1000)
+"""
+
+
+def test_a_buffer_of_no_bytes_takes_no_time(server: Server, client: Client) -> None:
+    job = client.create(*python(EMPTY_BUFFER))
+    assert next(client.stream(job.id)).payload == b"written\n"
+    time.sleep(1)
+    before = server_seconds(server)
+    time.sleep(3)
+    assert server_seconds(server) - before < 0.5
+    client.stop(job.id, grace_milliseconds=0)
+
+
+def server_seconds(server: Server) -> float:
+    pid = server.process.pid
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_fork_bomb_is_contained(client: Client) -> None:
