@@ -435,7 +435,7 @@ def in_moments(tmp_path: Path) -> Callable[[str], str]:
     def run(program: str) -> str:
         return subprocess.run(
             [sys.executable, "-c", IN_MOMENTS + program, library, folder],
-            env={**os.environ, "LD_PRELOAD": str(library)},
+            env={**os.environ, "LD_PRELOAD": f"{os.environ.get('LD_PRELOAD', '')} {library}"},
             stdout=subprocess.PIPE,
             text=True,
             timeout=30,
