@@ -2209,11 +2209,11 @@ static void start_job(struct job *job, const struct request *request)
 	    && watch(EPOLL_CTL_ADD, pipes.status[0], EPOLLIN, (uintptr_t)job)) {
 		name_newborn(job->newborn_name);
 		pid = request->is_confined ? fork_confined(request, &job->first, &step) : fork();
+		if (pid != 0)
+			prctl(PR_SET_NAME, "jobinit");
 	}
 	if (pid < 0) {
 		int error = errno;
-
-		prctl(PR_SET_NAME, "jobinit");
 
 		close_pipes(&pipes);
 		fail_start(job, step, error);
@@ -2227,7 +2227,6 @@ static void start_job(struct job *job, const struct request *request)
 	};
 	if (pid == 0)
 		become_job(request, &theirs);
-	prctl(PR_SET_NAME, "jobinit");
 	job->state = STARTING;
 	job->step = STEP_EXEC; /* where nothing else is reported */
 	job->has_cgroup = *request->cgroup;

@@ -266,11 +266,10 @@ def _files(settings: Settings) -> Files:
     links = [*settings.cert_path.glob("*.pem"), *settings.state_dir.glob("*")]
     hidden += _linked_from(links)
     code = [Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent]
+    code += _imported_from(code)
     if os.geteuid() != 0:  # its jobs have its own user
         hidden += [settings.cgroup_base, *_homes()]
         code.append(Path(sys.base_prefix))
-    code += _imported_from(code)
-    if os.geteuid() != 0:
         started = [Path(sys.executable), Path(sys.argv[0]).absolute()]
         code += _own_above([*hidden, *links, *code, *started])
     return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), tuple(code))

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobworker.cli import display
-from jobworker.cli.connection import DEFAULT_CERTS, VALUES, choose, flags_of, server_options
+from jobworker.cli.connection import (
+    DEFAULT_CERTS,
+    VALUES,
+    Function,
+    choose,
+    flags_of,
+    server_options,
+)
 from jobworker.cli.display import coloured, json_option, printable
 
 if TYPE_CHECKING:
@@ -35,6 +42,20 @@ folder_argument = click.argument(
     type=click.Path(file_okay=False, path_type=Path),
     callback=lambda _ctx, _param, value: value or _default_folder(),
 )
+
+
+def names_option(default: str = "") -> Callable[[Function], Function]:
+    """Of a server's certificate. default: what it has without, for the help."""
+    return click.option(
+        "--name",
+        "names",
+        multiple=True,
+        metavar="HOST",
+        help="A name or address by which clients reach the server, beside localhost and this "
+        f"host's own; may be given again.{default}",
+    )
+
+
 force_option = click.option("--force", is_flag=True, help="Replaces files that are there.")
 
 FOLDER_TEXT = "FOLDER is $JOB_WORKER_CERT_PATH, or ./certs, if it is not given."
@@ -42,14 +63,7 @@ FOLDER_TEXT = "FOLDER is $JOB_WORKER_CERT_PATH, or ./certs, if it is not given."
 
 @certs_command.command("init", epilog=FOLDER_TEXT)
 @folder_argument
-@click.option(
-    "--name",
-    "names",
-    multiple=True,
-    metavar="HOST",
-    help="A name or address by which clients reach the server, beside localhost and this host's "
-    "own; may be given again.",
-)
+@names_option()
 @click.option(
     "--force",
     is_flag=True,
@@ -76,14 +90,7 @@ def init(folder: Path, names: tuple[str, ...], force: bool, as_json: bool) -> No
 
 @certs_command.command("server", epilog=FOLDER_TEXT)
 @folder_argument
-@click.option(
-    "--name",
-    "names",
-    multiple=True,
-    metavar="HOST",
-    help="A name or address by which clients reach the server, beside localhost and this host's "
-    "own; may be given again. Without it, those of the certificate that is there.",
-)
+@names_option(" Without it, those of the certificate that is there.")
 @json_option
 def server(folder: Path, names: tuple[str, ...], as_json: bool) -> None:
     """Makes the server's certificate anew, with the CA that is there.
