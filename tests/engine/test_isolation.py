@@ -301,18 +301,27 @@ def test_what_a_job_sees(tmp_path: Path) -> None:
     assert isolation.choose("none", "").find("/srv/hidden")
 
 
+def running_cat(user: int | None = None) -> subprocess.Popen[bytes]:
+    """A cat that has answered: Popen returns while the exec may still have to set the name."""
+    cat = subprocess.Popen(["cat"], user=user, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert cat.stdin and cat.stdout
+    os.write(cat.stdin.fileno(), b"\n")
+    assert cat.stdout.read(1) == b"\n"
+    return cat
+
+
 def test_what_is_seen_of_a_job_whose_record_is_lost() -> None:
-    with subprocess.Popen(["sleep", "60"]) as process:
+    with running_cat() as process:
         seen = Isolation("none").seen(process.pid)
         process.kill()
-    assert seen == JobSpec("sleep", user=own_user().name)
+    assert seen == JobSpec("cat", user=own_user().name)
     assert Isolation("none").seen(process.pid) == NOTHING_SEEN
 
 
 @as_root
 def test_the_user_of_a_strict_job_whose_record_is_lost_is_no_other_ones() -> None:
     isolation = Isolation("strict", strict_uids=range(3_000_000, 3_000_002))
-    with subprocess.Popen(["sleep", "60"], user=3_000_000) as process:
+    with running_cat(user=3_000_000) as process:
         seen = isolation.seen(process.pid)
         process.kill()
     assert (seen.user, seen.profile) == ("3000000", Profile.STRICT)
