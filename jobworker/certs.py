@@ -239,16 +239,19 @@ def check_server_files(folder: Path) -> None:
     _check_chain(folder, chain, authorities)
 
 
-def notice_of_end(folder: Path) -> str:
-    """That the server's certificate ends soon, and what to do; empty where it does not. Raises
-    CertificateError."""
-    path = folder / SERVER_CERT
-    first = min(_read_certificates(path), key=lambda each: each.not_valid_after_utc)
-    if first.not_valid_after_utc - datetime.now(UTC) >= SERVER_NOTICE:
+def end_of_server(folder: Path) -> datetime:
+    """When the first of the certificates that a server shows ends. Raises CertificateError."""
+    return min(each.not_valid_after_utc for each in _read_certificates(folder / SERVER_CERT))
+
+
+def notice_of_end(folder: Path, end: datetime) -> str:
+    """That the server's certificate ends soon, and what to do; empty where it does not. end: of
+    `end_of_server`."""
+    if end - datetime.now(UTC) >= SERVER_NOTICE:
         return ""
     return (
-        f"{path} expires on {first.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, and then no client "
-        "can connect; renew it: `jobworker certs server` where the CA's key is kept"
+        f"{folder / SERVER_CERT} expires on {end:%Y-%m-%d %H:%M} UTC, and then no client can "
+        "connect; renew it: `jobworker certs server` where the CA's key is kept"
     )
 
 

@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,19 +20,19 @@ import uvloop
 
 from jobworker import __version__
 from jobworker.certs import check_server_files
-from jobworker.config import PROFILES, Settings
+from jobworker.config import PROFILES, Settings, options
 from jobworker.engine.cgroup import CgroupTree
-from jobworker.engine.files import MOST_LINKS, Allowed
-from jobworker.engine.isolation import Files, Isolation, Profile
+from jobworker.engine.files import Allowed
+from jobworker.engine.isolation import Isolation, Profile
 from jobworker.engine.jobinit import Held
 from jobworker.engine.jobinits import Jobinits
 from jobworker.engine.manager import Manager, Policy
 from jobworker.engine.output import Output
 from jobworker.engine.retention import Keep, Retention
 from jobworker.engine.store import Store
-from jobworker.engine.user import own_user
 from jobworker.errors import JobinitError, SettingError, StartupError, StateFolderError
 from jobworker.job import Limits, LogPolicy
+from jobworker.own_files import files_of_jobs
 from jobworker.roles import Clients
 
 log = logging.getLogger(__name__)
@@ -51,15 +51,16 @@ DISK_RESERVE_SHARE = 0.02
 # any: at 700, as by default, to look takes a twentieth of the server's time where jobs come fast.
 COLLECTED_OBJECTS = 20_000
 
-SHARED_FOLDERS = {"/", "/etc", "/home", "/opt", "/srv", "/usr", "/var"}
+# Settings of what takes other users' rights.
+FOR_ROOT = {"job_user", "users_allowed", "strict_uids", "roots_allowed", "binds_allowed"}
 
 # Calls that wait for a job to end are answered before the server goes.
 ANSWER_SECONDS = 2.0
 
 
-def main(settings: Settings) -> int:
-    """Runs the server until SIGTERM or SIGINT. Returns the exit code: 0 after a clean end,
-    1 where it could not start."""
+def main(settings: Settings, when_ready: Callable[[], None] = lambda: None) -> int:
+    """Runs the server until SIGTERM or SIGINT. when_ready: is called once clients can connect.
+    Returns the exit code: 0 after a clean end, 1 where it could not start."""
     _set_up_logging(settings.log_level)
     os.umask(0o077)
     try:
@@ -67,6 +68,7 @@ def main(settings: Settings) -> int:
         lock = _lock_state_folder(settings.state_dir)
         # Once there is that folder, which is to be hidden.
         isolation = _isolation(settings)
+        _report_without_effect(settings)
         check_server_files(settings.cert_path)
         jobinits = Jobinits(
             settings.state_dir,
@@ -78,7 +80,7 @@ def main(settings: Settings) -> int:
         jobinits.prepare()
         _raise_open_files_limit()
         _prepare_grpc()
-        uvloop.run(_serve(settings, jobinits, isolation, clients))
+        uvloop.run(_serve(settings, jobinits, isolation, clients, when_ready))
     except (StartupError, JobinitError) as error:
         log.error("cannot start: %s", error)
         return 1
@@ -88,7 +90,11 @@ def main(settings: Settings) -> int:
 
 
 async def _serve(
-    settings: Settings, jobinits: Jobinits, isolation: Isolation, clients: Clients
+    settings: Settings,
+    jobinits: Jobinits,
+    isolation: Isolation,
+    clients: Clients,
+    when_ready: Callable[[], None],
 ) -> None:
     """Whatever is opened here is closed in the opposite order, also where the start fails."""
     from jobworker.rpc.audit import AuditLog
@@ -137,6 +143,7 @@ async def _serve(
         await _try_isolation(isolation, jobinits, held, store)
         await manager.recover(held)
         await server.start()
+        when_ready()
         _leave_be_what_stays()
         host = settings.address.rpartition(":")[0]
         log.info("ready: listening on %s:%d", host, server.port)
@@ -253,88 +260,9 @@ def _isolation(settings: Settings) -> Isolation:
         settings.job_user,
         settings.users_allowed,
         settings.strict_uids,
-        _files(settings),
+        files_of_jobs(settings),
         Allowed(settings.roots_allowed, settings.binds_allowed),
     )
-
-
-def _files(settings: Settings) -> Files:
-    """What is the server's own is hidden, or can at least not be changed."""
-    hidden = [settings.state_dir, *settings.hidden, *_private_files(settings.cert_path)]
-    own = (settings.file, settings.clients, settings.revoked, settings.audit_log)
-    hidden += [file for file in own if file]
-    links = [*settings.cert_path.glob("*.pem"), *settings.state_dir.glob("*")]
-    hidden += _linked_from(links)
-    code = [Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent]
-    code += _imported_from(code)
-    if os.geteuid() != 0:  # its jobs have its own user
-        hidden += [settings.cgroup_base, *_homes()]
-        code.append(Path(sys.base_prefix))
-        started = [Path(sys.executable), Path(sys.argv[0]).absolute()]
-        code += _own_above([*hidden, *links, *code, *started])
-    return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), tuple(code))
-
-
-def _imported_from(code: Iterable[Path]) -> list[Path]:
-    """Where else this program looks for modules when it starts: PYTHONPATH, .pth files, and with
-    `python -m` the working directory."""
-    installed = [*code, Path(sys.base_prefix)]
-    places = {Path(place).absolute() for place in (*sys.path, sys.pycache_prefix) if place}
-    return [
-        place
-        for place in sorted(places - {Path("/")})
-        if place.exists() and not any(place.is_relative_to(folder) for folder in installed)
-    ]
-
-
-def _linked_from(paths: Iterable[Path]) -> list[Path]:
-    """Files elsewhere, to which those of these lead that are links."""
-    return [path.resolve() for path in paths if path.is_symlink() and path.exists()]
-
-
-def _own_above(paths: Iterable[Path]) -> set[Path]:
-    """For each the outermost folder that this user may change: who renames what is in there puts
-    other files where the next server looks for its own."""
-    found: set[Path] = set()
-    for path in paths:
-        for way in _ways_to(path):
-            found.update([folder for folder in way.parents if _may_change(folder)][-1:])
-    return found
-
-
-def _ways_to(path: Path) -> list[Path]:
-    """The absolute path, and that with its first symbolic link followed, and so on to the end."""
-    ways = [path.absolute()]
-    while link := next((each for each in _from_root(ways[-1]) if each.is_symlink()), None):
-        target = Path(os.path.normpath(link.parent / link.readlink()))
-        ways.append(target / ways[-1].relative_to(link))
-        if len(ways) > MOST_LINKS:
-            break
-    return [*ways, path.resolve()]
-
-
-def _from_root(path: Path) -> list[Path]:
-    return [*reversed(path.parents), path]
-
-
-def _may_change(folder: Path) -> bool:
-    """Also one without its write bit: who owns it may set that."""
-    try:
-        return os.access(folder, os.W_OK) or folder.stat().st_uid == os.geteuid()
-    except OSError:  # not there, or not within reach
-        return False
-
-
-def _homes() -> list[Path]:
-    """Of this process' user: keys are there, and what others of its programs run when they start.
-    Not what is only called so, as /usr/sbin is daemon's."""
-    homes = {Path(home) for home in (own_user().home, os.environ.get("HOME", "")) if home}
-    return [home for home in homes - {Path("/")} if home.is_dir() and _may_change(home)]
-
-
-def _private_files(folder: Path) -> list[Path]:
-    """All of the certificates' folder, unless jobs cannot do without."""
-    return list(folder.glob("*.pem")) if str(folder.resolve()) in SHARED_FOLDERS else [folder]
 
 
 async def _has_confined(held: Iterable[Held], store: Store) -> bool:
@@ -387,6 +315,18 @@ def _reserve() -> int:
 def _instance(state_folder: Path) -> str:
     """Names this server's cgroups, so that its next start finds what this one left behind."""
     return sha256(os.fsencode(state_folder.resolve())).hexdigest()[:8]
+
+
+def _report_without_effect(settings: Settings) -> None:
+    """Nothing is silently ignored."""
+    for each, option in options():
+        value = getattr(settings, each.name)
+        if each.name in FOR_ROOT and value != each.default and os.geteuid() != 0:
+            log.warning("%s has no effect: the server is not root", option.variable)
+    binds = (bind.removesuffix(":ro") for bind in settings.binds_allowed)
+    for path in (*settings.roots_allowed, *map(Path, binds)):
+        if not path.exists():
+            log.warning("jobs are allowed %s as root or bind, but it is not there", path)
 
 
 def _report_cgroups(cgroups: CgroupTree, settings: Settings) -> None:

@@ -281,11 +281,12 @@ def test_what_renews_a_certificate_that_has_expired(
 
 
 def test_a_notice_of_the_end_of_the_servers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert certs.notice_of_end(folder) == ""
+    assert certs.notice_of_end(folder, certs.end_of_server(folder)) == ""
     monkeypatch.setattr(certs, "LIFETIME", timedelta(days=13))
     certs.make_server(folder)
-    assert "server-cert.pem expires on" in certs.notice_of_end(folder)
-    assert "`jobworker certs server`" in certs.notice_of_end(folder)
+    notice = certs.notice_of_end(folder, certs.end_of_server(folder))
+    assert "server-cert.pem expires on" in notice
+    assert "`jobworker certs server`" in notice
 
 
 def test_a_client_needs_the_key_of_the_ca(folder: Path) -> None:

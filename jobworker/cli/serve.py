@@ -57,7 +57,12 @@ def serve_command(dev: bool, config_file: Path | None, **flags: Any) -> None:
     # Late: what it imports takes longer than reading the settings.
     from jobworker import daemon
 
-    code = daemon.main(settings)
+    def leave_record() -> None:
+        """By which commands find the server."""
+        if dev:
+            write_dev_record(os.environ, settings.address, settings.cert_path)
+
+    code = daemon.main(settings, leave_record)
     logging.shutdown()
     sys.stdout.flush()
     # Without waiting for threads: one may look at a filesystem that does not answer.
@@ -84,10 +89,9 @@ def _load(given: Mapping[str, str], config_file: Path | None, *, is_development:
 
 
 def _prepare_development(settings: Settings) -> None:
-    """Certificates, if there are none, and a record by which commands find the server."""
+    """Certificates, if there are none."""
     from jobworker import certs
 
     make_dev_folder(os.environ)
     if not (settings.cert_path / certs.CA_CERT).exists():
         certs.make_all(settings.cert_path)
-    write_dev_record(os.environ, settings.address, settings.cert_path)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from jobworker.certs import CA_CERT, SERVER_CERT, SERVER_KEY, check_server_files, notice_of_end
+from jobworker.certs import (
+    CA_CERT,
+    SERVER_CERT,
+    SERVER_KEY,
+    check_server_files,
+    end_of_server,
+    notice_of_end,
+)
 from jobworker.errors import CertificateError
 from jobworker.rpc.watch import WatchedFiles
 
 log = logging.getLogger(__name__)
+
+NOTICE_SECONDS = 86400.0  # from one notice of the end to the next
 
 
 class Credentials:
@@ -34,6 +45,7 @@ class Credentials:
         self._on_handshake = on_handshake
         self._current: grpc.ServerCertificateConfiguration | None = None
         self._new: grpc.ServerCertificateConfiguration | None = None
+        self._noticed_at = -NOTICE_SECONDS
         paths = [folder / name for name in (CA_CERT, SERVER_CERT, SERVER_KEY)]
         self.files = WatchedFiles("server's certificates", paths, self._load, self._use, on_outcome)
 
@@ -45,20 +57,30 @@ class Credentials:
             self._current, fetch, require_client_authentication=True
         )
 
-    def _load(self) -> grpc.ServerCertificateConfiguration:
-        check_server_files(self._folder)
-        if notice := notice_of_end(self._folder):
+    def look(self) -> None:
+        """Tells of the end of the server's certificate, once a day from some time before it."""
+        if time.monotonic() < self._noticed_at + NOTICE_SECONDS:
+            return
+        if notice := notice_of_end(self._folder, self._end):
             log.warning("%s", notice)
+            self._noticed_at = time.monotonic()
+
+    def _load(self) -> tuple[grpc.ServerCertificateConfiguration, datetime]:
+        check_server_files(self._folder)
+        end = end_of_server(self._folder)
         try:
             authority, certificate, key = (
                 (self._folder / name).read_bytes() for name in (CA_CERT, SERVER_CERT, SERVER_KEY)
             )
         except OSError as error:  # gone since the check
             raise CertificateError(self._folder, f"cannot be read: {error}", "try again") from error
-        return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], authority), end
 
-    def _use(self, configuration: grpc.ServerCertificateConfiguration) -> None:
+    def _use(self, loaded: tuple[grpc.ServerCertificateConfiguration, datetime]) -> None:
+        configuration, self._end = loaded
         self._current = self._new = configuration
+        self._noticed_at = -NOTICE_SECONDS
+        self.look()
 
     def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
         """None: no change. gRPC keeps what it was given last."""

@@ -131,7 +131,7 @@ class RpcServer:
             self._watch.add(self._roles(settings.clients, clients))
         if settings.revoked:
             self._watch.add(self._revocation(settings.revoked, settings.cert_path / certs.CA_CERT))
-        for function in (self._audit.look, self._gate.look, Memory().look):
+        for function in (self._audit.look, self._gate.look, credentials.look, Memory().look):
             self._watch.at_each_look(function)
         options = [*OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections)]
         self._server = grpc.aio.server(options=options)

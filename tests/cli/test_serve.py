@@ -87,6 +87,13 @@ def test_dev_without_a_home_that_can_be_written(newcomer: Program) -> None:
     assert "set XDG_DATA_HOME, or HOME, to a folder" in answer.stderr
 
 
+def test_dev_that_does_not_start_leaves_the_record_of_one_that_runs(newcomer: Program) -> None:
+    with serving(newcomer, "--dev", "--addr", f"127.0.0.1:{unused_port()}"):
+        second = newcomer("serve", "--dev", "--addr", f"127.0.0.1:{unused_port()}")
+        assert "in use by another server" in second.stderr
+        assert newcomer("list").returncode == 0
+
+
 @pytest.mark.parametrize("address", ["0.0.0.0:50051", "192.0.2.1:50099", ":50099", "127.0.0.1:0"])
 @pytest.mark.parametrize("place", ["flag", "environment"])
 def test_dev_is_for_this_machine_only(newcomer: Program, address: str, place: str) -> None:

@@ -34,6 +34,7 @@ from functional.http2 import (
 from functional.server import DEADLINE_SECONDS, Client, Server, channel, slow_path, wait_until
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
+from jobworker.rpc.watch import LOOK_SECONDS
 
 NOTICED_SECONDS = 5
 QUIET_SECONDS = 10  # before what a list of revoked certificates has no longer is accepted
@@ -125,6 +126,18 @@ def test_the_servers_is_renewed_by_hand_and_its_end_told_before(
     wait_until(lambda: shown_serial(server) == new, NOTICED_SECONDS)
     assert server.log.count("expires on") == 1
     assert "ERROR" not in server.log
+
+
+def test_the_end_of_the_servers_is_told_while_it_runs(
+    start: StartServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soon = certs.SERVER_NOTICE + datetime.timedelta(seconds=5)
+    monkeypatch.setattr(certs, "LIFETIME", soon)
+    certs.make_server(folder)
+    server = start()
+    wait_until(lambda: "server-cert.pem expires on" in server.log)
+    time.sleep(3 * LOOK_SECONDS)
+    assert server.log.count("expires on") == 1
 
 
 def handshake(server: Server, context: ssl.SSLContext) -> None:

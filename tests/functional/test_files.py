@@ -384,3 +384,9 @@ def test_the_server_tells_what_is_allowed(client: Client, place: Place) -> None:
     info = client.info()
     assert f"{place.root.parent}/roots" in info.roots_allowed
     assert f"{place.shared}:ro" in info.binds_allowed
+
+
+def test_what_is_allowed_and_not_there_is_told_at_the_start(place: Place) -> None:
+    folder = place.root.parent
+    told = re.findall(r"allowed (\S+) as root or bind, but it is not there", place.server.log)
+    assert told == [f"{folder}/roots", f"{folder}/file-of-its-own"]

@@ -386,6 +386,9 @@ def test_files_are_not_arranged(start_other: StartServer, fields: dict[str, Any]
         client.call("CreateJob", pb.CreateJobReq(command="true", **fields))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "the server is not root" in (caught.value.details() or "")
+    for name in ("ROOTS_ALLOWED", "BINDS_ALLOWED"):
+        assert f"JOB_WORKER_{name} has no effect: the server is not root" in server.log
+    assert "JOB_USER" not in server.log
 
 
 def test_where_the_kernel_allows_none_it_says_so(certificates: Path) -> None:
