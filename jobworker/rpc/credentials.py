@@ -45,7 +45,8 @@ class Credentials:
         self._on_handshake = on_handshake
         self._current: grpc.ServerCertificateConfiguration | None = None
         self._new: grpc.ServerCertificateConfiguration | None = None
-        self._noticed_at = -NOTICE_SECONDS
+        self._end: datetime  # of the server's certificate
+        self._noticed_at: float
         paths = [folder / name for name in (CA_CERT, SERVER_CERT, SERVER_KEY)]
         self.files = WatchedFiles("server's certificates", paths, self._load, self._use, on_outcome)
 
