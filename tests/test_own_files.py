@@ -1,0 +1,61 @@
+"""What of the machine's files is the server's own. That jobs neither see nor change it is in
+functional/test_escapes.py and functional/test_isolation_without_root.py."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobworker
+from jobworker.config import Settings
+from jobworker.own_files import files_of_jobs
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    for name in ("certs", "state"):
+        (tmp_path / name).mkdir()
+    return Settings(cert_path=tmp_path / "certs", state_dir=tmp_path / "state", hidden=())
+
+
+def test_what_is_named_in_its_settings_is_hidden(settings: Settings, tmp_path: Path) -> None:
+    assert {settings.cert_path, settings.state_dir} <= set(files_of_jobs(settings).hidden)
+    for name in ("file", "clients", "revoked", "audit_log"):
+        path = tmp_path / name
+        named: Any = {name: path}
+        assert path not in files_of_jobs(settings).hidden
+        assert path in files_of_jobs(replace(settings, **named)).hidden
+
+
+def test_what_links_among_its_files_lead_to_is_hidden(settings: Settings, tmp_path: Path) -> None:
+    for number, folder in enumerate([settings.cert_path, settings.state_dir]):
+        elsewhere = tmp_path / f"elsewhere{number}"
+        elsewhere.touch()
+        (folder / "some.pem").symlink_to(elsewhere)
+        (folder / "broken.pem").symlink_to(tmp_path / "none")
+        assert elsewhere in files_of_jobs(settings).hidden
+    assert tmp_path / "none" not in files_of_jobs(settings).hidden
+
+
+def test_a_folder_that_jobs_cannot_do_without_is_not(settings: Settings) -> None:
+    files = files_of_jobs(replace(settings, cert_path=Path("/etc")))
+    assert Path("/etc") not in files.hidden
+    assert set(Path("/etc").glob("*.pem")) <= set(files.hidden)
+
+
+def test_what_it_imports_from_is_read_only(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("modules", "bytecode"):
+        (tmp_path / name).mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "none"), ""])
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "bytecode"))
+    read_only = files_of_jobs(settings).read_only
+    code = {Path(sys.prefix), Path(jobworker.__file__).parent}
+    assert code | {tmp_path / "modules", tmp_path / "bytecode"} <= set(read_only)
+    assert tmp_path / "none" not in read_only
