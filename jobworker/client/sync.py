@@ -204,22 +204,25 @@ class Client:
         job_id. The job is also stopped where this is interrupted. (`time_limit` is kept by the
         server, and such a job has its ending with the cause TIMED_OUT.)
         """
-        with ThreadPoolExecutor(1) as executor:  # where it goes on though this is interrupted
-            creating = executor.submit(self.create, command, *args, **options)
-            try:
-                job = creating.result()
-            except BaseException as error:
-                if error is not creating.exception():
-                    with contextlib.suppress(CallError):
-                        self.stop(creating.result().id)
-                raise
+        created: list[Job] = []
+
+        def create() -> None:
+            created.append(self.create(command, *args, **options))
+
         try:
-            return self._collect(Reading(job.id, Patience(self._patience_seconds, timeout)))
+            # In a thread, where it goes on though this is interrupted, and is waited for.
+            with ThreadPoolExecutor(1) as executor:
+                # The thread runs, then: who is interrupted while it starts, forgets it.
+                executor.submit(int).result()
+                executor.submit(create).result()
+            patience = Patience(self._patience_seconds, timeout)
+            return self._collect(Reading(created[0].id, patience))
         except BaseException as error:
-            with contextlib.suppress(CallError):
-                self.stop(job.id)
-            if isinstance(error, DeadlineError):
-                raise failures.late(error, job.id) from error
+            for job in created:
+                with contextlib.suppress(CallError):
+                    self.stop(job.id)
+            if created and isinstance(error, DeadlineError):
+                raise failures.late(error, created[0].id) from error
             raise
 
     def info(self) -> ServerInfo:
