@@ -354,10 +354,10 @@ def test_no_ending_is_made_of_what_the_end_cut_off(
 def test_the_end_stops_the_jobs_and_says_so(start_server: StartServer, number: int) -> None:
     server = start_server()
     with server.connect() as client:
-        job = client.create("sleep", "60")
+        job = client.shell("echo ready; exec sleep 60")
         pid = int(client.output(client.shell("echo $PPID").id))  # jobinit's
         stream = client.stream(job.id)
-        next(iter([stream]))
+        assert next(stream).payload == b"ready\n"  # one that comes later may have the whole output
         assert server.stop(number) == 0
         with pytest.raises(grpc.RpcError) as caught:
             list(stream)
