@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobworker import _fastio
+from jobworker.engine.mounts import Mount, read_mounts
 from jobworker.errors import CgroupError, LimitUnavailableError
 from jobworker.job import Accounting, Limits, OomKills
 
@@ -309,7 +310,7 @@ def _watch() -> _Watch:
 
 def _find_v2(base: Path) -> tuple[Mount, str]:
     """The cgroup v2 mount, and the directory in it that is the base."""
-    mounts = _mounts()
+    mounts = read_mounts()
     found = ""
     for directory in (base, base / "unified"):
         try:
@@ -471,18 +472,6 @@ def _why_absent(level: str, name: str) -> str:
 # Disks
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
-    """One line of /proc/self/mountinfo (man 5 proc)."""
-
-    device: str  # major:minor; major 0 is no block device
-    root: str  # what of the filesystem is mounted
-    point: str
-    filesystem: str
-    source: str
-    options: Mapping[str, str]  # of the filesystem; "" for those without a value
-
-
 # Filesystems that are on no disk. Others without a block device are served by processes or
 # machines for which the job's limit does not count.
 DISKLESS = frozenset(
@@ -499,7 +488,7 @@ MOST_OVERLAYS = 2
 def disks_behind(directories: Iterable[str]) -> tuple[list[str], list[str]]:
     """The disks (major:minor, as io.max takes them) that hold these directories, each once;
     and why those of some directories cannot be limited. What is no directory has none."""
-    mounts = _mounts()
+    mounts = read_mounts()
     disks: list[str] = []
     problems: list[str] = []
     for directory in directories:
@@ -511,41 +500,6 @@ def disks_behind(directories: Iterable[str]) -> tuple[list[str], list[str]]:
         except (CgroupError, OSError) as error:
             problems.append(str(error))
     return list(dict.fromkeys(disks)), list(dict.fromkeys(problems))
-
-
-def parse_mountinfo(text: str) -> dict[int, Mount]:
-    """By id."""
-    mounts = {}
-    for line in text.splitlines():
-        before, _, after = line.partition(" - ")
-        mount_id, _, device, root, point, *_ = before.split(" ")
-        filesystem, source, options = after.split(" ", 2)
-        mounts[int(mount_id)] = Mount(
-            device,
-            _unescape(root),
-            _unescape(point),
-            filesystem,
-            _unescape(source),
-            _parse_options(options),
-        )
-    return mounts
-
-
-def _parse_options(text: str) -> dict[str, str]:
-    options = {}
-    for option in text.split(","):
-        name, _, value = option.partition("=")
-        options[name] = _unescape(value)
-    return options
-
-
-def _unescape(text: str) -> str:
-    """The kernel writes spaces, commas and the like as \\040."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
-
-
-def _mounts() -> dict[int, Mount]:
-    return parse_mountinfo(Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape"))
 
 
 def _mount_of(directory: str, mounts: Mapping[int, Mount]) -> Mount:

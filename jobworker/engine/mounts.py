@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import select
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,62 @@ LOCAL = frozenset(
 )
 # The kernel's own, where no command is; systemd keeps an autofs in one of them.
 KERNELS = ("/proc", "/sys", "/dev")
+MOUNTINFO = "/proc/self/mountinfo"
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo (man 5 proc)."""
+
+    device: str  # major:minor; major 0 is no block device
+    root: str  # what of the filesystem is mounted
+    point: str
+    filesystem: str
+    source: str
+    options: Mapping[str, str]  # of the filesystem; "" for those without a value
+
+
+def read_mounts() -> dict[int, Mount]:
+    """All that this process sees, by id."""
+    return parse_mountinfo(os.fsdecode(Path(MOUNTINFO).read_bytes()))
+
+
+def parse_mountinfo(text: str) -> dict[int, Mount]:
+    """By id."""
+    mounts = {}
+    for line in text.split("\n")[:-1]:  # names of files may have what else ends a line
+        before, _, after = line.partition(" - ")
+        mount_id, _, device, root, point, *_ = before.split(" ")
+        filesystem, source, options = after.split(" ", 2)
+        mounts[int(mount_id)] = Mount(
+            device,
+            _unescape(root),
+            _unescape(point),
+            filesystem,
+            _unescape(source),
+            _parse_options(options),
+        )
+    return mounts
+
+
+def _parse_options(text: str) -> dict[str, str]:
+    options = {}
+    for option in text.split(","):
+        name, _, value = option.partition("=")
+        options[name] = _unescape(value)
+    return options
+
+
+def _unescape(text: str) -> str:
+    """The kernel writes spaces, commas and the like as \\040."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 class Mounts:
     """As this process sees them."""
 
     def __init__(self) -> None:
-        self._file = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._file = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
         self._changes = select.poll()
         # So the kernel tells of a change (man 5 proc); once it has been asked, of the next one.
         self._changes.register(self._file, select.POLLPRI)
@@ -36,26 +85,24 @@ class Mounts:
     def are_local(self) -> bool:
         """All of them."""
         if self._changes.poll(0) or not self._is_known:
-            self._are_local = all(map(_is_local, self._lines()))
+            self._are_local = all(map(_is_local, self._read().values()))
             self._is_known = True
         return self._are_local
 
     def close(self) -> None:
         os.close(self._file)
 
-    def _lines(self) -> list[str]:
+    def _read(self) -> dict[int, Mount]:
         os.lseek(self._file, 0, os.SEEK_SET)
         text = b""
         while piece := os.read(self._file, 64 << 10):
             text += piece
-        return os.fsdecode(text).splitlines()
+        return parse_mountinfo(os.fsdecode(text))
 
 
-def _is_local(line: str) -> bool:
-    """line: of mountinfo."""
-    before, _, after = line.partition(" - ")
-    point, filesystem = before.split(" ")[4], after.split(" ")[0]
-    return filesystem in LOCAL or f"{point}/".startswith(tuple(f"{top}/" for top in KERNELS))
+def _is_local(mount: Mount) -> bool:
+    is_kernels = f"{mount.point}/".startswith(tuple(f"{top}/" for top in KERNELS))
+    return is_kernels or mount.filesystem in LOCAL
 
 
 def other_places(paths: Iterable[str]) -> set[str]:
@@ -65,34 +112,14 @@ def other_places(paths: Iterable[str]) -> set[str]:
     The paths are without symbolic links. What is mounted somewhere else only in part is not meant:
     who did that meant it to be there.
     """
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        mounts = list(map(_mount, file))
+    mounts = list(read_mounts().values())
     found = {each.point for each in mounts if each.filesystem == "proc" and each.point != "/proc"}
     for path in paths:
         found.update(_other_places(path, mounts))
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Mount:
-    device: str
-    root: str  # what of its filesystem is mounted
-    point: str
-    filesystem: str
-
-
-def _mount(line: str) -> _Mount:
-    before, _, after = line.partition(" - ")
-    _, _, device, root, point, *_ = before.split(" ")
-    return _Mount(device, _unescaped(root), _unescaped(point), after.split(" ")[0])
-
-
-def _unescaped(text: str) -> str:
-    """As in proc_pid_mountinfo(5): \\040 is a space."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
-
-
-def _other_places(path: str, mounts: list[_Mount]) -> Iterator[str]:
+def _other_places(path: str, mounts: list[Mount]) -> Iterator[str]:
     # The last one at a point is in sight.
     above = (each for each in reversed(mounts) if _below(path, each.point) is not None)
     own = max(above, key=lambda each: len(each.point), default=None)

@@ -20,7 +20,8 @@ import uvloop
 from engine.cgroups import make_cgroup
 from epolls import EPOLL, nested_epolls
 from jobworker.engine import cgroup as module
-from jobworker.engine.cgroup import Cgroup, CgroupTree, disks_behind, parse_mountinfo
+from jobworker.engine.cgroup import Cgroup, CgroupTree, disks_behind
+from jobworker.engine.mounts import parse_mountinfo
 from jobworker.errors import CgroupError, LimitUnavailableError
 from jobworker.job import Limits, OomKills
 
@@ -476,17 +477,6 @@ MOUNTINFO = r"""
 70 27 0:60 / /box rw - overlay overlay rw,lowerdir=/l1:/l2,upperdir=/gone/a\054b,workdir=/w
 71 27 0:61 / /seen ro - overlay overlay ro,lowerdir=/l1:/l2
 """.lstrip("\n")
-
-
-def test_mountinfo() -> None:
-    mounts = parse_mountinfo(MOUNTINFO)
-
-    assert len(mounts) == len(MOUNTINFO.splitlines())
-    assert (mounts[27].device, mounts[27].point, mounts[27].filesystem) == ("254:0", "/", "ext4")
-    assert (mounts[36].root, mounts[36].source) == ("/mnt1", "/dev/root")
-    assert (mounts[40].point, mounts[40].source) == ("/srv/with space", r"/dev/mapper/vg\x")
-    assert mounts[31].options == {"rw": "", "size": "4k", "mode": "755"}
-    assert mounts[70].options["upperdir"] == "/gone/a,b"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,27 @@ from typing import Any
 
 import pytest
 
-from jobworker.engine.mounts import Mounts, _is_local
+from jobworker.engine.mounts import Mounts, _is_local, parse_mountinfo, read_mounts
+
+MOUNTINFO = r"""
+27 1 254:0 / / rw,relatime - ext4 /dev/vda rw,discard,resuid=65534
+31 23 0:28 / /tmp rw,nosuid shared:5 - tmpfs tmpfs rw,size=4k,mode=755
+36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue
+40 27 259:2 / /srv/with\040space rw - xfs /dev/mapper/vg\134x rw,attr2
+70 27 0:60 / /box rw - overlay overlay rw,lowerdir=/l1:/l2,upperdir=/gone/a\054b,workdir=/w
+""".lstrip("\n")
+
+
+def test_mountinfo() -> None:
+    mounts = parse_mountinfo(MOUNTINFO)
+
+    assert list(mounts) == [27, 31, 36, 40, 70]
+    assert (mounts[27].device, mounts[27].point, mounts[27].filesystem) == ("254:0", "/", "ext4")
+    assert (mounts[36].root, mounts[36].source) == ("/mnt1", "/dev/root")
+    assert (mounts[40].point, mounts[40].source) == ("/srv/with space", r"/dev/mapper/vg\x")
+    assert mounts[31].options == {"rw": "", "size": "4k", "mode": "755"}
+    assert mounts[70].options["upperdir"] == "/gone/a,b"
+
 
 # In a mount namespace of its own, where it changes the mounts. Its argument: a folder.
 SCRIPT = """
@@ -46,13 +66,14 @@ print(json.dumps(seen))
     ],
 )
 def test_what_is_local(line: str, is_local: bool) -> None:
-    assert _is_local(line) is is_local
+    (mount,) = parse_mountinfo(line + "\n").values()
+    assert _is_local(mount) is is_local
 
 
 def test_this_machines_are_read_to_the_end() -> None:
     mounts = Mounts()
-    with open("/proc/self/mountinfo") as file:
-        assert mounts._lines() == file.read().splitlines()
+    assert mounts._read() == read_mounts()
+    assert len(read_mounts()) == Path("/proc/self/mountinfo").read_bytes().count(b"\n")
     mounts.close()
 
 
@@ -91,6 +112,7 @@ before = other_places([f"{here}/disk/home/one"])
 mount("--bind", f"{here}/disk", f"{here}/all of it")
 mount("--bind", f"{here}/disk/home", f"{here}/homes")
 mount("--bind", f"{here}/disk/home/one", f"{here}/one")
+mount("--bind", f"{here}/disk/home/one", f"{here}/a\\r\\f\\u2028b")
 mount("--bind", f"{here}/disk/home/one/part", f"{here}/part")
 mount("--bind", f"{here}/disk", f"{here}/covered")
 mount("-t", "tmpfs", "none", f"{here}/covered/home")
@@ -104,6 +126,6 @@ print(json.dumps([sorted(os.path.relpath(path, here) for path in each) for each 
 
 def test_where_else_it_is_mounted(tmp_path: Path) -> None:
     original, other, root = answer_of(OTHER_PLACES, tmp_path)
-    assert original == ["all of it/home/one", "homes/one", "one", "proc"]
-    assert other == ["all of it/home/one", "disk/home/one", "one", "proc"]
+    assert original == ["a\r\f\u2028b", "all of it/home/one", "homes/one", "one", "proc"]
+    assert other == ["a\r\f\u2028b", "all of it/home/one", "disk/home/one", "one", "proc"]
     assert root == ["proc"]
