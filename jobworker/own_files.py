@@ -17,6 +17,7 @@ from jobworker.engine.files import MOST_LINKS
 from jobworker.engine.isolation import Files
 from jobworker.engine.user import own_user
 
+ROOT = Path("/")
 # Folders that jobs cannot do without.
 SHARED_FOLDERS = {"/", "/etc", "/home", "/opt", "/srv", "/usr", "/var"}
 
@@ -40,13 +41,13 @@ def files_of_jobs(settings: Settings) -> Files:
 
 def _imported_from(code: Iterable[Path]) -> list[Path]:
     """Where else this program looks for modules when it starts: PYTHONPATH, .pth files, and with
-    `python -m` the working directory."""
+    `python -m` the working directory. Some may not be there yet."""
     installed = [*code, Path(sys.base_prefix)]
     places = {Path(place).absolute() for place in (*sys.path, sys.pycache_prefix) if place}
     return [
         place
-        for place in sorted(places - {Path("/")})
-        if place.exists() and not any(place.is_relative_to(folder) for folder in installed)
+        for place in sorted(places - {ROOT})
+        if not any(place.is_relative_to(folder) for folder in installed)
     ]
 
 
@@ -61,7 +62,9 @@ def _own_above(paths: Iterable[Path]) -> set[Path]:
     found: set[Path] = set()
     for path in paths:
         for way in _ways_to(path):
-            found.update([folder for folder in way.parents if _may_change(folder)][-1:])
+            own = [folder for folder in way.parents if _may_change(folder)]
+            # `/` covers only what is mounted there.
+            found.update(own[-2:] if own[-1:] == [ROOT] else own[-1:])
     return found
 
 
@@ -92,7 +95,7 @@ def _homes() -> list[Path]:
     """Of this process' user: keys are there, and what others of its programs run when they start.
     Not what is only called so, as /usr/sbin is daemon's."""
     homes = {Path(home) for home in (own_user().home, os.environ.get("HOME", "")) if home}
-    return [home for home in homes - {Path("/")} if home.is_dir() and _may_change(home)]
+    return [home for home in homes - {ROOT} if home.is_dir() and _may_change(home)]
 
 
 def _private_files(folder: Path) -> list[Path]:

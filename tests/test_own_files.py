@@ -3,6 +3,7 @@ functional/test_escapes.py and functional/test_isolation_without_root.py."""
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 import jobworker
 from jobworker.config import Settings
-from jobworker.own_files import files_of_jobs
+from jobworker.own_files import _own_above, files_of_jobs
 
 
 @pytest.fixture
@@ -57,5 +58,10 @@ def test_what_it_imports_from_is_read_only(
     monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "bytecode"))
     read_only = files_of_jobs(settings).read_only
     code = {Path(sys.prefix), Path(jobworker.__file__).parent}
-    assert code | {tmp_path / "modules", tmp_path / "bytecode"} <= set(read_only)
-    assert tmp_path / "none" not in read_only
+    assert code | {tmp_path / name for name in ("modules", "bytecode", "none")} <= set(read_only)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's is /")
+def test_whose_root_folder_is_the_servers_needs_one_below_as_well(tmp_path: Path) -> None:
+    """Another file system may be mounted there."""
+    assert _own_above([tmp_path / "code"]) == {Path("/"), Path(*tmp_path.parts[:2])}

@@ -42,10 +42,8 @@ class Files:
 
     def view(self) -> View:
         """What is hidden, or must not be changed, is so wherever else it is mounted, too."""
-        hidden = _outermost(self.hidden)
-        hidden = _outermost([*hidden, *other_places([*REPLACED, *hidden])])
-        read_only = _outermost(self.read_only)
-        read_only = _outermost([*read_only, *other_places(read_only)])
+        hidden = _outermost(_everywhere(self.hidden, REPLACED))
+        read_only = _outermost(_everywhere(self.read_only))
         return View(
             number=VIEW_NUMBER,
             tmp_bytes=self.tmp_bytes,
@@ -55,11 +53,19 @@ class Files:
         )
 
 
-def _outermost(paths: Iterable[Path | str]) -> tuple[str, ...]:
-    """Without what is not there for a confined job anyhow; symbolic links followed."""
+def _everywhere(paths: Iterable[Path], more: Iterable[str] = ()) -> set[str]:
+    """Where these are, without symbolic links, and wherever else; also what is in another of them,
+    which may be mounted elsewhere by itself. more: where else these are, too."""
+    real_paths = {os.path.realpath(path) for path in paths}
+    return real_paths | other_places([*real_paths, *more])
+
+
+def _outermost(paths: Iterable[str]) -> tuple[str, ...]:
+    """Without what is not there for a confined job anyhow. `/` stands for what is in it alone:
+    jobinit leaves other file systems on it as they are."""
     found: list[str] = []
-    for path in sorted({os.path.realpath(path) for path in paths}):
-        if not is_in_any(path, (*REPLACED, *found)):
+    for path in sorted(paths):
+        if not is_in_any(path, (*REPLACED, *(each for each in found if each != "/"))):
             found.append(path)
     return tuple(found)
 

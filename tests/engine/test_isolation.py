@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine.own_mounts import answer_of
 from jobworker.engine.isolation import NOTHING_SEEN, Files, Isolation, Profile
 from jobworker.engine.user import own_user
 from jobworker.errors import InvalidRequestError, ResourceExhaustedError, SettingError
@@ -286,6 +288,41 @@ def test_of_hidden_paths_the_outermost_count(tmp_path: Path) -> None:
     view = files.view()
     assert view.hidden == ("/srv/a", "/srv/ab")
     assert view.read_only == ("/opt/code",)
+
+
+def test_the_root_folder_stands_for_itself_alone() -> None:
+    """jobinit leaves other file systems that are mounted on it writable."""
+    assert Files(read_only=(Path("/"), Path("/opt"), Path("/opt/x"))).view().read_only == (
+        "/",
+        "/opt",
+    )
+
+
+# In a mount namespace of its own. Its argument: a folder.
+ELSEWHERE = """
+import json, os, subprocess, sys
+from pathlib import Path
+from jobworker.engine.isolation import Files
+here = sys.argv[1]
+def mount(*arguments):
+    os.makedirs(arguments[-1], exist_ok=True)
+    subprocess.run(["mount", *arguments], check=True)
+mount("-t", "tmpfs", "none", "/run")
+os.makedirs(f"{here}/home/state")
+os.makedirs("/run/service/state")
+mount("--bind", f"{here}/home/state", f"{here}/bound/state")
+mount("--bind", "/run/service", f"{here}/bound/service")
+hidden = Files(hidden=(*map(Path, [f"{here}/home", f"{here}/home/state", "/run/service/state"]),))
+print(json.dumps([os.path.relpath(path, here) for path in hidden.view().hidden]))
+"""
+
+
+@as_root
+def test_what_is_in_a_hidden_folder_may_be_mounted_elsewhere_by_itself(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/var") as folder:
+        hidden = answer_of(ELSEWHERE, Path(folder))
+    assert {"bound/service/state", "bound/state", "home"} <= set(hidden)
+    assert "home/state" not in hidden
 
 
 @as_root

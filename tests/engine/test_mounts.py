@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from engine.own_mounts import answer_of
 from jobworker.engine.mounts import Mounts, _is_local, parse_mountinfo, read_mounts
 
 MOUNTINFO = r"""
@@ -75,21 +71,6 @@ def test_this_machines_are_read_to_the_end() -> None:
     assert mounts._read() == read_mounts()
     assert len(read_mounts()) == Path("/proc/self/mountinfo").read_bytes().count(b"\n")
     mounts.close()
-
-
-def answer_of(script: str, folder: Path) -> Any:
-    """Of a script that may mount, in a mount namespace of its own; its argument is the folder."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount")
-    alone = ["unshare", "--mount", "--propagation=private"]
-    answer = subprocess.run(
-        [*alone, sys.executable, "-c", script, folder],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd="/",
-    )
-    return json.loads(answer.stdout)
 
 
 def test_a_change_is_seen_at_once(tmp_path: Path) -> None:
