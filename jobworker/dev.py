@@ -22,14 +22,22 @@ def make_dev_folder(environ: Mapping[str, str]) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        problem = f"cannot be made: {error.strerror}"
-        remedy = "set XDG_DATA_HOME, or HOME, to a folder where you may write"
-        raise SettingError("the folder of --dev", folder, problem, remedy) from error
+        raise _problem_with(folder, f"cannot be made: {error.strerror}") from error
     return folder
 
 
 def write_dev_record(environ: Mapping[str, str], address: str, certs: Path) -> None:
-    (dev_folder(environ) / "server").write_text(f"{address}\n{certs}\n", "utf-8")
+    """Raises SettingError."""
+    folder = dev_folder(environ)
+    try:
+        (folder / "server").write_text(f"{address}\n{certs}\n", "utf-8")
+    except OSError as error:
+        raise _problem_with(folder, f"cannot be written to: {error.strerror}") from error
+
+
+def _problem_with(folder: Path, problem: str) -> SettingError:
+    remedy = "set XDG_DATA_HOME, or HOME, to a folder where you may write"
+    return SettingError("the folder of --dev", folder, problem, remedy)
 
 
 def dev_record(environ: Mapping[str, str]) -> dict[str, str]:

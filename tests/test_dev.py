@@ -35,6 +35,12 @@ def test_a_folder_that_cannot_be_made() -> None:
         make_dev_folder({"XDG_DATA_HOME": "/dev/null"})
 
 
+def test_a_record_that_cannot_be_written(environ: dict[str, str]) -> None:
+    (make_dev_folder(environ) / "server").symlink_to("/dev/full")
+    with pytest.raises(SettingError, match="cannot be written to: No space left on device; set"):
+        write_dev_record(environ, "127.0.0.1:7001", Path("/dev-certs"))
+
+
 def test_a_client_finds_the_development_server(environ: dict[str, str], server: Server) -> None:
     make_dev_folder(environ)
     write_dev_record(environ, server.address, server.certs)
