@@ -452,6 +452,7 @@ class Manager:
             assert held is not None and held.started is not None
             self._follow(live, held.started, held.ending, extent)
         elif decision is Decision.AWAIT:
+            self._go_on_ending(live)
             self._spawn(self._await_start(live))
         elif decision is Decision.NEVER_RAN:
             assert held is not None and isinstance(held.ending, Failed)
@@ -477,12 +478,15 @@ class Manager:
         if isinstance(ending, Exited):
             self.on_exit(ending)
             return
+        self._go_on_ending(live)
+        self._set_timeout(live)
+
+    def _go_on_ending(self, live: _LiveJob) -> None:
+        """Its grace begins anew: nobody knows how much of it was over."""
         if live.job.end_requested is not None:
-            # Its grace begins anew: nobody knows how much of it was over.
             self._request_end(
                 live, live.job.end_requested, signal.SIGTERM, self.policy.stop_grace_seconds
             )
-        self._set_timeout(live)
 
     async def _await_start(self, live: _LiveJob) -> None:
         try:
@@ -850,6 +854,7 @@ class Manager:
         if live.job.status is Status.RUNNING:
             self._send_stop(live)
         else:
+            self._spawn(self._store_running(live))  # also for the next server
             self._set_kill_timer(live)  # its exec may hang, as where a disk does not answer
         return is_news
 

@@ -263,6 +263,26 @@ def test_a_stop_stays_the_cause(start_server: StartServer, tmp_path: Path) -> No
         assert (ended.status, ended.cause) == ("STOPPED", pb.STOPPED)
 
 
+def test_a_stop_of_what_starts_is_kept(start_server: StartServer) -> None:
+    """Its start hangs, and goes on under the next server."""
+    server = start_server(STOP_JOBS="no")
+    with server.connect() as client:
+        cgroup = Path(client.info().cgroup)
+        (cgroup / "cgroup.freeze").write_text("1")
+        calls = [client.create_soon("sh", "-c", "sleep 3; exit 3")]
+        wait_for(cgroup / "job-1")
+        calls.append(client.stop_soon("1"))
+        time.sleep(0.3)
+        server.stop(signal.SIGKILL)
+        for call in calls:
+            assert call.exception() is not None
+    with start_server(STOP_JOBS="no").connect() as client:
+        assert client.get("1").status == "INITIALIZING"
+        (cgroup / "cgroup.freeze").write_text("0")
+        ended = client.wait("1")
+        assert (ended.cause, ended.signal) == (pb.STOPPED, signal.SIGTERM)
+
+
 def stop_quietly(client: Client, job_id: str, grace_milliseconds: int = 60_000) -> None:
     with contextlib.suppress(grpc.RpcError):
         client.stop(job_id, grace_milliseconds=grace_milliseconds)
