@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 import socket
+import stat
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -270,9 +271,11 @@ def sealed_copy(binary: Path) -> Iterator[Path]:
     """In memory, where nobody can change it. For a moment each job is a copy of jobinit, and its
     command may be a script with /proc/self/exe as its interpreter: so it comes to the file that
     jobinit runs from, and past its view, as by a mount of the machine. Were that the file on disk,
-    a job with its owner's user could change it. Raises StartupError."""
+    a job with its owner's user could change it. Another user's cannot even execute it. Raises
+    StartupError."""
     try:
         memfd = _executable_memfd(binary.read_bytes())
+        os.fchmod(memfd, stat.S_IRUSR | stat.S_IXUSR)
     except OSError as error:
         if error.errno == errno.EACCES and os.geteuid() == 0:
             log.warning("jobinit runs from its file, as vm.memfd_noexec leaves no other way")

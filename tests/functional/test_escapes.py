@@ -36,6 +36,7 @@ from escapes.stage import (
 )
 from functional.server import Server
 from jobworker.engine.isolation import Profile
+from jobworker.pb import job_worker_pb2 as pb
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only a root server confines its jobs")
 
@@ -123,6 +124,16 @@ def test_a_command_that_is_none_of_its_own(stage: Stage, profile: str, command: 
     with pytest.raises(grpc.RpcError) as caught:
         stage.client.create(command.format(**stage.places()), profile=profile)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+def test_a_job_does_not_become_jobinit(stage: Stage, profile: str) -> None:
+    """By a script whose interpreter is the program that a job is until its own is executed."""
+    script = Path(stage.places()["link"]).parent / "script"
+    script.write_text("#!/proc/self/exe\n")
+    script.chmod(0o755)
+    job = stage.client.wait(stage.client.create(str(script), profile=profile).id)
+    assert (job.cause, job.failed_step) == (pb.START_FAILED, "exec"), job.exitCode
 
 
 # How each burden ends: the exit code, or None where it is to be stopped.
