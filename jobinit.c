@@ -1095,11 +1095,14 @@ static bool bind_mount(const char *from, const char *to)
 
 /* Shows the job's own processes only, and of these not the first: that is in the machine's mounts
  * and network, and the kernel shows both to whoever sees it. All of it is read-only, as most files
- * in it are the machine's. Those are hidden that tell all users what is no job's business, and the
- * machine's memory. */
+ * in it are the machine's. Those are hidden that tell all users what is no job's business, the
+ * machine's memory, and its file locks: while somebody goes through these, a job's many among them,
+ * nobody else takes or releases one. */
 static bool mount_proc(void)
 {
-	static const char *const hidden[] = {"/proc/kcore", "/proc/keys", "/proc/key-users", NULL};
+	static const char *const hidden[] = {
+		"/proc/kcore", "/proc/keys", "/proc/key-users", "/proc/locks", NULL,
+	};
 	const char *const *path;
 
 	/* ptraceable: also from who is in root's group (Linux 5.8 and later). */

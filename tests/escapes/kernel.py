@@ -77,6 +77,14 @@ def read_addresses_of_the_kernel(scene: Scene) -> str:
     return f"the first is {address}"
 
 
+@attack(shown_as="user")
+def go_through_all_file_locks(scene: Scene) -> str:
+    """Its own are there, of which it may have many. Nobody takes or releases one meanwhile."""
+    with tempfile.TemporaryFile() as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        return read_attempt("/proc/locks")
+
+
 @attack(is_harmful=True)
 def write_core_pattern(scene: Scene) -> str:
     Path("/proc/sys/kernel/core_pattern").write_text("|/bin/false taken\n")
