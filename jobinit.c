@@ -1441,15 +1441,17 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	/* Before the uid changes: afterwards nothing can be dropped. */
 	if (request->is_confined && !has_renounced)
 		must(renounce_privileges(), STEP_PRIVILEGES);
+	/* Before the uid changes, too: of what filters are compiled to the machine has a certain
+	 * amount (net.core.bpf_jit_limit), which jobs can use up for all that have no rights. */
+	if (request->is_confined)
+		must(install_filter(), STEP_CALL_FILTER);
+	/* From here on with nothing that it refuses. */
 	if (request->set_user)
 		must(become_user(request), STEP_USER);
 	else if (request->is_confined)
 		must(drop_capabilities(), STEP_PRIVILEGES);
 	/* Last, as with the rights and the view of the job. Both may hang, for long. */
 	must(chdir(request->directory) == 0, STEP_DIRECTORY);
-	/* Nothing but the exec may come after it. */
-	if (request->is_confined)
-		must(install_filter(), STEP_CALL_FILTER);
 	execve(request->executable, request->arguments, request->environment);
 	fail_step(REPORT_FD, STEP_EXEC);
 }

@@ -721,7 +721,7 @@ def test_a_job_has_the_usual_oom_score(launcher: Launcher, tmp_path: Path) -> No
     launcher.run(scenario, likely)
 
 
-CAP_SYS_RESOURCE = 24
+CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24
 
 
 def _has_capability(number: int) -> bool:
@@ -780,6 +780,47 @@ def test_one_that_confines_all_has_no_privileges_to_hand_down(launcher: Launcher
             await server.start("/bin/true")
 
     launcher.run(scenario, confines_all=True)
+
+
+# As a kernel does of whose net.core.bpf_jit_limit nothing is left.
+NO_FILTERS_FOR_THE_UNPRIVILEGED = """
+#include <errno.h>
+#include <linux/capability.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int __real_prctl(int option, ...);
+
+int __wrap_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
+{
+	struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+	struct __user_cap_data_struct own[2];
+
+	syscall(SYS_capget, &header, own);
+	if (option == PR_SET_SECCOMP && !(own[0].effective & 1 << CAP_SYS_ADMIN)) {
+		errno = 524; /* ENOTSUPP */
+		return -1;
+	}
+	return __real_prctl(option, a, b, c, d);
+}
+"""
+
+
+@pytest.mark.skipif(not _has_capability(CAP_SYS_ADMIN), reason="takes root, with CAP_SYS_ADMIN")
+@pytest.mark.parametrize("confines_all", [False, True])
+def test_others_may_use_up_what_filters_are_compiled_to(
+    launcher: Launcher, tmp_path: Path, confines_all: bool
+) -> None:
+    around, binary = tmp_path / "around.c", tmp_path / "jobinit"
+    around.write_text(NO_FILTERS_FOR_THE_UNPRIVILEGED)
+    subprocess.run(["gcc", "-static", "-Wl,--wrap=prctl", SOURCE, around, "-o", binary], check=True)
+
+    async def scenario(server: Server) -> None:
+        identity = Identity(65534, 65534, (65534,))
+        await server.start("/bin/true", is_confined=True, identity=identity)
+
+    launcher.run(scenario, binary, confines_all=confines_all)
 
 
 def test_a_job_is_born_in_its_cgroup(launcher: Launcher, cgroup: Path) -> None:
