@@ -130,12 +130,14 @@ class JobFiles:
         if self._is_hidden(path):
             raise InvalidRequestError(field, f"{path!r} is not there: {NOT_SEEN}")
         try:
-            os.stat(path)
-            real_path = os.path.realpath(path)  # raises, too, where a link goes meanwhile
+            # First, as where a link leads is nothing to be told of. It raises, too, where one goes.
+            is_link = os.path.realpath(path) != path
+            if not is_link:
+                os.stat(path)
         except OSError as error:
             problem = f"{path!r}: {error.strerror}; give a path that the job's user can reach"
             raise InvalidRequestError(field, problem) from error
-        if real_path != path:
+        if is_link:
             problem = f"{path!r} leads through a symbolic link, which is not followed"
             raise InvalidRequestError(field, f"{problem}; give what it leads to")
 

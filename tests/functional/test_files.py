@@ -196,6 +196,8 @@ def test_a_command_is_looked_up_in_what_is_bound(client: Client, place: Place) -
         ("{data}/closed/file", "/mnt", "Permission denied"),
         ("{data}/out", "/mnt", "symbolic link"),
         ("{data}/out/file", "/mnt", "symbolic link"),
+        # Nor is it told which names there are where a link leads, as to the server's descriptors.
+        ("{data}/out/none", "/mnt", "symbolic link"),
         ("{data}", "/", "is /"),
         ("{data}", "/proc", "its own"),
         ("{data}", "/dev/shm", "its own"),
