@@ -39,6 +39,8 @@ MOST_FOLDERS = 100  # of a PATH: each is a look, or several, at the machine
 # Of this thread's CPU, for all folders of a PATH: mostly some 2 ms, but links that lead through
 # links make a single look take 3 ms.
 LONGEST_SEARCH_SECONDS = 0.05
+# Above a path that is not there; each look may take as long, and a path can have 2,000 parts.
+MOST_LOOKS_ABOVE = 4
 LONGEST_PATH_BYTES = 4095
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -185,13 +187,15 @@ def _see(
 
 
 def _place_of_missing(path: str, look: Look) -> str:
-    """Where it would be: of what the job does not see, it is not told which names there are."""
-    above: Seen | OSError = OSError()
+    """Where it would be: of what the job does not see, it is not told which names there are.
+    Raises BlockingIOError, also where that would take long."""
     end = len(path)
-    while not isinstance(above, Seen):
+    for _ in range(MOST_LOOKS_ABOVE):
         end = path.rindex("/", 0, end)
         above = _try(look, path[:end] or "/")
-    return above.place.rstrip("/") + path[end:]
+        if isinstance(above, Seen):
+            return above.place.rstrip("/") + path[end:]
+    raise BlockingIOError
 
 
 def _try(look: Look, path: str) -> Seen | OSError:

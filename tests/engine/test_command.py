@@ -208,6 +208,20 @@ def test_what_is_not_there_is_known_too(program: Path) -> None:
         resolve(path, {}, "/", look=patient_look)
 
 
+def test_what_many_parts_of_are_not_there_is_left_to_a_thread(tmp_path: Path) -> None:
+    """It takes many looks, and each may be slow."""
+    path = slow_way(tmp_path / "links") + "/x" * 1000
+    began = time.monotonic()
+    for _ in range(3):  # once the kernel knows
+        with pytest.raises(BlockingIOError):
+            resolve(path, {}, "/", look=look_in_memory)
+        with contextlib.suppress(OSError):
+            look_on_disk(path)
+    assert time.monotonic() - began < 1
+    with pytest.raises(InvalidRequestError, match="does not exist"):
+        resolve(path, {}, "/")
+
+
 @pytest.mark.parametrize("look", [look_on_disk, patient_look])
 def test_it_is_not_told_which_names_are_in_what_the_job_does_not_see(look: Look) -> None:
     with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:  # not in /tmp
