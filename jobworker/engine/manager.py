@@ -86,6 +86,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+Turn = contextlib.AbstractAsyncContextManager[None]
+ALWAYS_FREE: Turn = contextlib.nullcontext()
+
 # With these a job that is recorded fails to start. InvalidRequestError: what was there when
 # the request was checked is there no longer.
 START_ERRORS = (StartFailedError, CgroupError, JobinitError, InvalidRequestError, OSError)
@@ -247,12 +250,14 @@ class Manager:
         task.add_done_callback(self._creates.discard)
         return asyncio.shield(task)
 
-    async def get(self, job_id: int, *, brief: bool = False) -> Job:
-        """brief: what is long in a large record may be left out, and is quick then."""
+    async def get(self, job_id: int, *, brief: bool = False, turn: Turn = ALWAYS_FREE) -> Job:
+        """brief: what is long in a large record may be left out, and is quicker then. turn: what
+        a record is read within, as others wait so long."""
         live = self._live.get(job_id)
         if live:
             return live.snapshot()
-        job = await self._store.get(job_id, brief=brief)
+        async with turn:
+            job = await self._store.get(job_id, brief=brief)
         if job is None:
             raise JobNotFoundError(str(job_id))
         return job
@@ -307,12 +312,12 @@ class Manager:
         found = itertools.islice((each for each in newest_first if matches(each.job)), count)
         return [each.snapshot() for each in found]
 
-    async def wait(self, job_id: int, *, brief: bool = False) -> Job:
-        """The job once it has ended. brief: as of `get`."""
+    async def wait(self, job_id: int, *, brief: bool = False, turn: Turn = ALWAYS_FREE) -> Job:
+        """The job once it has ended. brief, turn: as of `get`."""
         live = self._live.get(job_id)
         if live:
             return await asyncio.shield(live.over)
-        return await self.get(job_id, brief=brief)
+        return await self.get(job_id, brief=brief, turn=turn)
 
     async def stop(
         self,
@@ -320,11 +325,12 @@ class Manager:
         signal_number: int = 0,
         grace_seconds: float | None = None,
         client: Caller | None = None,
+        turn: Turn = ALWAYS_FREE,
     ) -> Stopping:
-        """Ends a job. Raises JobStateError if it had ended before."""
+        """Ends a job. turn: as of `get`. Raises JobStateError if it had ended before."""
         live = self._live.get(job_id)
         if live is None:
-            job = await self.get(job_id, brief=True)
+            job = await self.get(job_id, brief=True, turn=turn)
             raise JobStateError(job_id, job.status, "stop")
         if grace_seconds is None:
             grace_seconds = self.policy.stop_grace_seconds
@@ -334,13 +340,16 @@ class Manager:
         )
         return Stopping(asyncio.shield(live.over), is_news)
 
-    async def read(self, job_id: int, offset: int, stream: int, follow: bool) -> tuple[Reader, str]:
-        """A reader of the job's output, which the caller closes, and whose the job is."""
+    async def read(
+        self, job_id: int, offset: int, stream: int, follow: bool, turn: Turn = ALWAYS_FREE
+    ) -> tuple[Reader, str]:
+        """A reader of the job's output, which the caller closes, and whose the job is. turn: as
+        of `get`."""
         live = self._live.get(job_id)
         if live:
             await asyncio.shield(live.begun)
         open_log = live.log if live else None
-        job = await self.get(job_id, brief=True)
+        job = await self.get(job_id, brief=True, turn=turn)
         end = open_log.end if open_log else job.output_bytes
         if offset > end:
             raise OffsetOutOfRangeError(job_id, offset, end)
@@ -359,16 +368,16 @@ class Manager:
         if packed:
             reader.use_packed(Packed(*packed))
 
-    async def delete(self, job_id: int) -> asyncio.Future[None]:
+    async def delete(self, job_id: int, turn: Turn = ALWAYS_FREE) -> asyncio.Future[None]:
         """Begins to forget an ended job, and what it has written; that ends also where the client
-        goes away. Raises JobStateError for one that has not ended."""
+        goes away. turn: as of `get`. Raises JobStateError for one that has not ended."""
         live = self._live.get(job_id)
         if live:
             if not live.job.is_ended:
                 raise JobStateError(job_id, live.job.status, "delete")
             # GetJob shows the ending already; its last steps are under way.
             await asyncio.shield(live.over)
-        return self._retention.delete([await self.get(job_id, brief=True)])
+        return self._retention.delete([await self.get(job_id, brief=True, turn=turn)])
 
     # From the start of the server to its end
 

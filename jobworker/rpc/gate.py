@@ -60,6 +60,9 @@ MOST_UNTAKEN_BYTES = 32 << 20
 MOST_RECEIVED = 32  # requests of one client that come in at once; others wait for these
 # Answers of one client that are made at once, of those that count as untaken afterwards.
 MOST_ANSWERED = 16
+# Records that are read for one client at once, but for lists: a large one takes a hundredth of a
+# second.
+MOST_READ = 4
 # Endings of jobs that are larger than the first bytes of any stream, at the end of streams of one
 # client that have not taken them. Others wait for these, and hold nothing.
 MOST_LARGE_ENDINGS = 32
@@ -107,6 +110,7 @@ class _Client:
     receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_RECEIVED))
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
     answering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ANSWERED))
+    reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_READ))
     ending: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LARGE_ENDINGS))
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
     large_job: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -187,6 +191,8 @@ class Entry:
     # For a stream: whether its caller may have it, asked now and whenever roles have changed.
     # Until then only the rule of its RPC counts. Raises what that raises.
     keep_asking: Callable[[StillMay], None]
+    # Within it, a job's record is read, which may be large.
+    reading: Callable[[], asyncio.Semaphore]
     # For a stream: within it, a large last message is made and written.
     large_ending: Callable[[], asyncio.Semaphore]
     # Within it, a job that is large is read and made a message: of each client one at once, as
@@ -248,6 +254,7 @@ class Gate:
                 functools.partial(self._admit_part, call),
                 functools.partial(self._note_part, call),
                 functools.partial(self._keep_asking, call),
+                lambda: _client_of(call).reading,
                 lambda: _client_of(call).ending,
                 lambda: _client_of(call).large_job,
             )

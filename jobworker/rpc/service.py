@@ -117,8 +117,11 @@ class JobService:
         spec = convert.spec_from(request)
         return self._manager.create(spec, request.stdin, lambda: entry.admit().caller)
 
-    async def delete_job(self, request: pb.DeleteJobReq, access: Access) -> pb.DeleteJobRes:
-        deleting = await self._manager.delete(await self._within_reach(request.id, access))
+    async def delete_job(
+        self, request: pb.DeleteJobReq, entry: Entry, _context: Context
+    ) -> pb.DeleteJobRes:
+        job_id = await self._within_reach(request.id, entry.access())
+        deleting = await self._manager.delete(job_id, entry.reading())
         try:
             await deleting
         except asyncio.CancelledError:
@@ -128,14 +131,17 @@ class JobService:
     async def get_job(self, request: pb.GetJobReq, entry: Entry, _context: Context) -> pb.Job:
         access = entry.access()
         job_id = await self._within_reach(request.id, access)
-        job = await self._manager.get(job_id, brief=True)
+        job = await self._manager.get(job_id, brief=True, turn=entry.reading())
         if not job.is_large:
             return _shown(job, access)
         del job
         async with entry.large_job():
             return _shown(await self._manager.get(job_id), access)
 
-    async def stop_job(self, request: pb.StopJobReq, access: Access) -> pb.StopJobRes:
+    async def stop_job(
+        self, request: pb.StopJobReq, entry: Entry, _context: Context
+    ) -> pb.StopJobRes:
+        access = entry.access()
         grace_seconds = None
         if request.HasField("grace_milliseconds"):
             grace_seconds = request.grace_milliseconds / 1000
@@ -143,7 +149,9 @@ class JobService:
             problem = f"{request.signal} is no signal; use 1 to {signal.NSIG - 1}, 0 for SIGTERM"
             raise InvalidRequestError("signal", problem)
         job_id = await self._within_reach(request.id, access)
-        stopping = await self._manager.stop(job_id, request.signal, grace_seconds, access.caller)
+        stopping = await self._manager.stop(
+            job_id, request.signal, grace_seconds, access.caller, entry.reading()
+        )
         try:
             return convert.stop_result_to(await stopping.over)
         except asyncio.CancelledError:
@@ -262,7 +270,7 @@ class JobService:
         job_id = await self._within_reach(request.id, entry.access())
         follow = not request.no_follow
         reader, owner = await self._manager.read(
-            job_id, request.from_offset, request.stream, follow
+            job_id, request.from_offset, request.stream, follow, entry.reading()
         )
         try:
             entry.keep_asking(partial(_require_reach, job_id, owner))
@@ -277,7 +285,7 @@ class JobService:
         self, job_id: int, reader: Reader, follow: bool, entry: Entry, context: Context
     ) -> None:
         ending = self._manager.wait if follow else self._manager.get
-        job = await ending(job_id, brief=True)
+        job = await ending(job_id, brief=True, turn=entry.reading())
         if not job.is_ended:
             return
         if not job.is_large:
@@ -370,8 +378,6 @@ class ServiceHandler(grpc.GenericRpcHandler):
 
     def __init__(self, service: JobService, gate: Gate) -> None:
         unary: list[tuple[str, UnaryMethod, Any]] = [
-            ("DeleteJob", service.delete_job, pb.DeleteJobReq),
-            ("StopJob", service.stop_job, pb.StopJobReq),
             ("GetJobs", service.get_jobs, pb.EmptyRequest),
             ("ListJobs", service.list_jobs, pb.ListJobsReq),
             ("GetServerInfo", service.get_server_info, pb.EmptyRequest),
@@ -382,6 +388,8 @@ class ServiceHandler(grpc.GenericRpcHandler):
         methods = {rpc: _unary(gate, rpc, *rest) for rpc, *rest in unary}
         methods |= {rpc: _stream(gate, rpc, *rest) for rpc, *rest in streams}
         methods["GetJob"] = _whole(gate, "GetJob", service.get_job, pb.GetJobReq)
+        methods["StopJob"] = _whole(gate, "StopJob", service.stop_job, pb.StopJobReq)
+        methods["DeleteJob"] = _whole(gate, "DeleteJob", service.delete_job, pb.DeleteJobReq)
         methods["CreateJob"] = _whole(gate, "CreateJob", service.create_job, pb.CreateJobReq)
         methods["CreateJobs"] = _whole(gate, "CreateJobs", service.create_jobs, pb.CreateJobsReq)
         if methods.keys() != RULES.keys():

@@ -400,6 +400,24 @@ def test_many_lists_of_jobs_with_many_variables(start_server: StartServer, mallo
         assert server.peak_bytes() - before < 100 * MEBIBYTE
 
 
+@pytest.mark.parametrize("rpc", ["StopJob", "GetJobsStream"])
+def test_many_calls_about_a_large_job(start_server: StartServer, mallory: str, rpc: str) -> None:
+    """Few look at its record at once, and others in between."""
+    server = start_server()
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as client:
+        # 3 MB in the record.
+        job, small = client.create("true", *["\1" * 127_000] * 4), client.create("true")
+        client.wait(job.id)
+        client.wait(small.id)
+        method: Any = opened.unary_stream(f"/job_worker.JobService/{rpc}")
+        request = pb.GetJobReq(id=job.id).SerializeToString()  # as that of either
+        calls = [method(request, timeout=DEADLINE_SECONDS) for _ in range(300)]
+        time.sleep(0.3)
+        assert seconds_of_get(client, small.id) < 1
+        for call in calls:
+            call.cancel()
+
+
 def test_many_calls_about_a_job_with_many_variables(
     start_server: StartServer, mallory: str
 ) -> None:
