@@ -155,6 +155,7 @@ class _LiveJob:
     log: Log | None = None
     exited: Exited | OrphanExited | None = None
     unsent: list[int] = field(default_factory=list)  # signals, until the end asked for is stored
+    is_end_stored: bool | None = False  # that it was asked for; None: is being stored
     asked: frozenset[tuple[str, int]] = frozenset()  # to end, by whom and with which signal
     kill_at: float | None = None  # on the loop's clock; None: nobody asked for the end
     kill_timer: asyncio.TimerHandle | None = None
@@ -883,7 +884,8 @@ class Manager:
 
     def _send_stop(self, live: _LiveJob) -> None:
         assert live.kill_at is not None
-        if live.exited is None and live.kill_at > self._loop.time():
+        is_under_way = live.is_end_stored is None  # and sends all signals afterwards
+        if live.exited is None and live.kill_at > self._loop.time() and not is_under_way:
             self._spawn(self._store_and_signal(live))
         self._set_kill_timer(live)
 
@@ -896,8 +898,13 @@ class Manager:
     async def _store_and_signal(self, live: _LiveJob) -> None:
         """In this order: what it dies of would else look like another cause to the next
         server."""
-        with contextlib.suppress(JobWorkerError):
-            await self._store.put(live.job)
+        if not live.is_end_stored:  # else it says nothing new, and may be large
+            live.is_end_stored = None
+            try:
+                await self._store.put(live.job)
+                live.is_end_stored = True
+            except JobWorkerError:
+                live.is_end_stored = False
         # Others may have asked meanwhile: all get theirs, in their order.
         signals, live.unsent = live.unsent, []
         for number in signals if live.exited is None else ():

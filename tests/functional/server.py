@@ -146,6 +146,11 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) << 10
 
+    def written_bytes(self) -> int:
+        """To any file."""
+        counters = Path(f"/proc/{self.process.pid}/io").read_text()
+        return int(re.findall(r"wchar: (\d+)", counters)[0])
+
     def jobinit_pid(self) -> int:
         """The one that starts jobs now."""
         return int(re.findall(r"jobinit is process (\d+)", self.log)[-1])

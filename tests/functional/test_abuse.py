@@ -12,6 +12,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,35 @@ def test_many_calls_about_a_large_job(start_server: StartServer, mallory: str, r
         assert seconds_of_get(client, small.id) < 1
         for call in calls:
             call.cancel()
+
+
+def test_stops_of_large_jobs_that_do_not_mind(start_server: StartServer, mallory: str) -> None:
+    """What says nothing new is not written again."""
+    server = start_server()
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as client:
+        script = 'trap "echo no" TERM; echo up; while :; do sleep 0.05; done'
+        large = ["\1" * 127_000] * 4  # 3 MB in the record
+        jobs = [client.create("sh", "-c", script, *large).id for _ in range(4)]
+        method: Any = opened.unary_unary("/job_worker.JobService/StopJob")
+        stops = [pb.StopJobReq(id=each, grace_milliseconds=600_000) for each in jobs]
+        # So that each has its trap.
+        for each in jobs:
+            wait_until(partial(has_told_more, client, each, 0))
+        written, calls = [], []
+        for _ in range(8):
+            told = [client.get(each).stdout_bytes for each in jobs]
+            written.append(server.written_bytes())
+            calls += [method.future(each.SerializeToString(), timeout=60) for each in stops]
+            for each, before in zip(jobs, told, strict=True):
+                wait_until(partial(has_told_more, client, each, before))
+        assert written[-1] - written[1] < 10 * MEBIBYTE
+        for each in jobs:
+            client.stop(each, grace_milliseconds=0)
+        assert {call.code() for call in calls} == {grpc.StatusCode.OK}
+
+
+def has_told_more(client: Client, job_id: str, than: int) -> bool:
+    return client.get(job_id).stdout_bytes > than
 
 
 def test_many_calls_about_a_job_with_many_variables(
