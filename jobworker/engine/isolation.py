@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import os
 import pwd
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,7 +135,7 @@ class Isolation:
         if Profile.STRICT in self.profiles and strict_uids is None:
             problem = "none are set, but profile strict takes them"
             raise SettingError("JOB_WORKER_STRICT_UIDS", "", problem, "give FIRST-LAST")
-        self._uids_in_use: set[int] = set()
+        self._uids_in_use: Counter[int] = Counter()  # those of profile strict
         self._last_uid = 0
         self._view = files.view()
         self._files = JobFiles(self._view.hidden)
@@ -311,7 +312,7 @@ class Isolation:
 
     def hold(self, spec: JobSpec) -> None:
         """The job lives; its user is given to no other one."""
-        self._uids_in_use |= _own_uids(spec)
+        self._uids_in_use.update(self._strict_uids_of(spec))
 
     def seen(self, pid: int) -> JobSpec:
         """What can be seen of a job whose record is lost, by its main process. Not its arguments:
@@ -329,7 +330,13 @@ class Isolation:
 
     def release(self, spec: JobSpec) -> None:
         """All of the job is gone."""
-        self._uids_in_use -= _own_uids(spec)
+        for uid in self._strict_uids_of(spec):
+            self._uids_in_use[uid] -= 1
+            if self._uids_in_use[uid] <= 0:
+                del self._uids_in_use[uid]
+
+    def _strict_uids_of(self, spec: JobSpec) -> set[int]:
+        return {uid for uid in _uids_that_may_be_strict(spec) if uid in (self._strict_uids or ())}
 
     def _check_strict_uids(self, uids: range) -> None:
         """A job of profile strict would not be alone with a user that others have too. Raises
@@ -405,12 +412,13 @@ IS_ROOT = "is root, as which no job is confined"
 NO_OTHER_USERS = "the server is not root, so it has no other users for its jobs"
 
 
-def _own_uids(spec: JobSpec) -> set[int]:
-    """The one that is the job's own; nobody's where it has none, or its user is there no longer."""
-    if spec.profile != Profile.STRICT:
-        return set()
+def _uids_that_may_be_strict(spec: JobSpec) -> set[int]:
+    """The job's user: of profile strict, or one without a name, which may have been an earlier
+    server's JOB_WORKER_JOB_USER. Empty where it is there no longer."""
     if spec.user.isdigit():
         return {int(spec.user)}
+    if spec.profile != Profile.STRICT:
+        return set()
     try:
         return {find_user(spec.user).uid}
     except LookupError:

@@ -226,6 +226,22 @@ def test_users_of_jobs_of_an_earlier_server_are_taken() -> None:
 
 
 @as_root
+def test_also_those_that_had_another_profile_there() -> None:
+    """As its JOB_WORKER_JOB_USER was; several had that one."""
+    isolation = strict()
+    others = [JobSpec("true", user="3000000", profile="default")] * 2
+    outside = JobSpec("true", user="3000003", profile="strict")
+    for spec in (*others, outside):
+        isolation.hold(spec)
+    assert [give(isolation).user for _ in range(2)] == ["3000001", "3000002"]
+    isolation.release(others[0])
+    with pytest.raises(ResourceExhaustedError):
+        give(isolation)
+    isolation.release(others[1])
+    assert give(isolation).user == "3000000"
+
+
+@as_root
 def test_without_users_there_is_no_profile_strict() -> None:
     with pytest.raises(SettingError, match="STRICT_UIDS"):
         strict(None)
