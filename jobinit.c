@@ -1866,10 +1866,9 @@ static void write_own(const char *path, const char *text)
 
 /* For who is not root: in it this process may mount, and nothing outside of it may it do that it
  * could not before. Users and groups keep their numbers; those of others have none. */
-static int enter_user_namespace(void)
+static void make_user_namespace(void)
 {
 	char uid[32], gid[32];
-	int fd;
 
 	snprintf(uid, sizeof uid, "%u %u 1", (unsigned)geteuid(), (unsigned)geteuid());
 	snprintf(gid, sizeof gid, "%u %u 1", (unsigned)getegid(), (unsigned)getegid());
@@ -1881,13 +1880,10 @@ static int enter_user_namespace(void)
 	write_own("/proc/self/setgroups", "deny");
 	write_own("/proc/self/gid_map", gid);
 	prctl(PR_SET_DUMPABLE, 0);
-	fd = open("/proc/self/ns/user", O_RDONLY | O_CLOEXEC);
-	need(fd >= 0, "open", "/proc/self/ns/user");
-	return fd;
 }
 
 /* The steps, in an order that matters. */
-static _Noreturn void build_view(const struct view_request *request)
+static _Noreturn void build_view(const struct view_request *request, bool has_user_namespace)
 {
 	char resolver[PATH_MAX];
 	int namespaces[VIEW_NAMESPACES] = {-1, -1}, resolver_fd = -1, found[NODES];
@@ -1895,8 +1891,12 @@ static _Noreturn void build_view(const struct view_request *request)
 
 	umask(0);
 	/* It owns what is made from here on. */
-	if (geteuid() != 0)
-		namespaces[1] = enter_user_namespace();
+	if (geteuid() != 0) {
+		if (!has_user_namespace)
+			make_user_namespace();
+		namespaces[1] = open("/proc/self/ns/user", O_RDONLY | O_CLOEXEC);
+		need(namespaces[1] >= 0, "open", "/proc/self/ns/user");
+	}
 	/* Before anything is mounted, nothing of it may reach the machine: not as this process is
 	 * in its namespace, and not as mounts propagate. */
 	need(unshare(CLONE_NEWNS) == 0, "unshare", "the mounts");
@@ -1927,7 +1927,6 @@ static _Noreturn void build_view(const struct view_request *request)
 static void fail_view(struct view *view, int error, const char *problem)
 {
 	close_fd(&view->fd); /* what an older one shows may not be what is wanted now */
-	close_fd(&view->user_fd);
 	view->error = error;
 	snprintf(view->problem, sizeof view->problem, "%s", problem);
 	view->is_owed = server_fd >= 0;
@@ -1951,11 +1950,17 @@ static void make_view(const struct view_request *request)
 	if (watch(EPOLL_CTL_ADD, ends[0], EPOLLIN, FIRST_VIEW_EVENT + asked->number - 1))
 		pid = fork();
 	if (pid == 0) {
+		if (dup2(ends[1], REPORT_FD) < 0)
+			_exit(OWN_FAILURE);
+		/* In it are the jobs of older views: the kernel counts by it what its processes may
+		 * have, which is to be for them and those to come together. */
+		need(view->user_fd < 0 || setns(view->user_fd, CLONE_NEWUSER) == 0, "enter",
+		     "the user namespace");
 		/* The older view is kept: see report_view. */
-		if (dup2(ends[1], REPORT_FD) < 0 || (view->fd >= 0 && dup2(view->fd, VIEW_FD) < 0)
+		if ((view->fd >= 0 && dup2(view->fd, VIEW_FD) < 0)
 		    || syscall(CALL_CLOSE_RANGE, view->fd < 0 ? VIEW_FD : VIEW_FD + 1, ~0u, 0) < 0)
 			_exit(OWN_FAILURE);
-		build_view(request);
+		build_view(request, view->user_fd >= 0);
 	}
 	close(ends[1]);
 	view->report_fd = ends[0];
@@ -1995,6 +2000,7 @@ static void take_view(struct view *view)
 	} else {
 		fail_view(view, 0, "");
 		memcpy(&view->fd, CMSG_DATA(header), sizeof view->fd);
+		close_fd(&view->user_fd); /* the same one */
 		if (header->cmsg_len == CMSG_LEN(VIEW_NAMESPACES * sizeof(int)))
 			memcpy(&view->user_fd, CMSG_DATA(header) + sizeof(int), sizeof(int));
 	}

@@ -53,6 +53,12 @@ def server(start: StartServer) -> Server:
     return start(PROFILE="", PROFILES_ALLOWED="none,strict")
 
 
+@pytest.fixture
+def start_other(certificates: Path) -> Iterator[StartServer]:
+    with public_folder() as folder, servers(folder, certificates) as start:
+        yield start
+
+
 # Whom it runs as
 
 
@@ -302,6 +308,18 @@ def test_it_leaves_others_some_of_what_the_user_may_have(
         ]
 
 
+def test_also_where_the_server_has_been_started_anew(start_other: StartServer) -> None:
+    """The kernel counts processes by the user namespace that they are in."""
+    namespaces = set()
+    for _ in range(2):
+        server = start_other(PROFILE="default", STOP_JOBS="no")
+        with server.connect() as client:
+            job = client.shell("readlink /proc/self/ns/user; sleep 1000")
+            namespaces.add(next(client.stream(job.id)).payload)
+        server.stop()
+    assert len(namespaces) == 1
+
+
 # How it ends
 
 
@@ -326,12 +344,6 @@ def test_a_program_that_is_none_fails_to_start(client: Client, folder: Path) -> 
 
 
 # The server's start
-
-
-@pytest.fixture
-def start_other(certificates: Path) -> Iterator[StartServer]:
-    with public_folder() as folder, servers(folder, certificates) as start:
-        yield start
 
 
 @pytest.mark.parametrize("has_link", [False, True])
