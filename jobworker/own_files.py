@@ -1,42 +1,72 @@
 """The server's own files: its jobs do not see them, or can at least not change them.
 
-Keys, records and sockets are hidden; the program and what it imports is read-only. Where the
-server is not root its jobs have its own user, so that this takes more: its homes are hidden, and
-whatever the way to all of these leads through cannot be changed.
+Keys, records and sockets are hidden; the program and what it imports is read-only, and so is what
+the way to all of these leads through, where users of jobs could change it. Where the server is not
+root its jobs have its own user, so that its homes are hidden, too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import re
+import stat
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from jobworker.config import Settings
-from jobworker.engine.files import MOST_LINKS
+from jobworker.engine.files import MOST_LINKS, is_in_any
 from jobworker.engine.isolation import Files
-from jobworker.engine.user import own_user
+from jobworker.engine.user import User, find_user, own_user
+
+log = logging.getLogger(__name__)
 
 ROOT = Path("/")
+# What the loader of programs, and OpenSSL, take from elsewhere.
+LIBRARY_VARIABLES = ("LD_LIBRARY_PATH", "OPENSSL_CONF", "OPENSSL_ENGINES", "OPENSSL_MODULES")
 # Folders that jobs cannot do without.
 SHARED_FOLDERS = {"/", "/etc", "/home", "/opt", "/srv", "/usr", "/var"}
 
 
 def files_of_jobs(settings: Settings) -> Files:
     """What confined jobs see of this machine's files."""
-    hidden = [settings.state_dir, *settings.hidden, *_private_files(settings.cert_path)]
+    hidden = [settings.state_dir, *_private_files(settings.cert_path)]
     own = (settings.file, settings.clients, settings.revoked, settings.audit_log)
     hidden += [file for file in own if file]
     links = [*settings.cert_path.glob("*.pem"), *settings.state_dir.glob("*")]
     hidden += _linked_from(links)
     code = [Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent]
     code += _imported_from(code)
-    if os.geteuid() != 0:  # its jobs have its own user
-        hidden += [settings.cgroup_base, *_homes()]
-        code.append(Path(sys.base_prefix))
-        started = [Path(sys.executable), Path(sys.argv[0]).absolute()]
-        code += _own_above([*hidden, *links, *code, *started])
-    return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), tuple(code))
+    base = Path(sys.base_prefix)
+    loaded = _loaded_from([*code, base])
+    users = _job_users(settings)
+    is_root = os.geteuid() == 0
+    if not is_root:  # its jobs have its own user
+        hidden += [settings.cgroup_base, *settings.hidden, *_homes()]
+        code.append(base)
+    code += [path for path in (base, *loaded) if any(_may_change(path, user) for user in users)]
+    started = [base, *loaded, Path(sys.executable), Path(sys.argv[0]).absolute()]
+    around = {
+        each for user in users for each in _own_above([*hidden, *links, *code, *started], user)
+    }
+    if is_root:
+        hidden += settings.hidden  # they are theirs, maybe
+        for folder in sorted(around):
+            log.warning("%s is read-only for jobs: they could change what the server uses", folder)
+    return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), (*code, *around))
+
+
+def _job_users(settings: Settings) -> list[User]:
+    """Who has confined jobs, but those of profile strict, which own nothing."""
+    if os.geteuid() != 0:
+        return [own_user()]
+    users = []
+    for name in (settings.job_user, *settings.users_allowed):
+        with contextlib.suppress(LookupError):  # that is told elsewhere
+            users.append(find_user(name))
+    return [user for user in users if user.uid != 0]
 
 
 def _imported_from(code: Iterable[Path]) -> list[Path]:
@@ -51,18 +81,37 @@ def _imported_from(code: Iterable[Path]) -> list[Path]:
     ]
 
 
+def _loaded_from(installed: Iterable[Path]) -> list[Path]:
+    """What of this program is elsewhere: libraries, and modules to which links lead. With what is
+    loaded later, as far as one look at the folders of modules shows it."""
+    modules = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    mapped = re.findall(r" (/.*)$", os.fsdecode(Path("/proc/self/maps").read_bytes()), re.MULTILINE)
+    named = ":".join(os.environ.get(name, "") for name in LIBRARY_VARIABLES).split(":")
+    links = [entry.path for place in sys.path for entry in _entries(place) if entry.is_symlink()]
+    paths = {os.path.abspath(path) for path in (*modules, *mapped, *named, *links) if path}
+    folders = [os.path.realpath(folder) for folder in installed]
+    return [Path(path) for path in sorted(paths) if not is_in_any(os.path.realpath(path), folders)]
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(folder))
+    except OSError:  # not there, or an archive
+        return []
+
+
 def _linked_from(paths: Iterable[Path]) -> list[Path]:
     """Files elsewhere, to which those of these lead that are links."""
     return [path.resolve() for path in paths if path.is_symlink() and path.exists()]
 
 
-def _own_above(paths: Iterable[Path]) -> set[Path]:
+def _own_above(paths: Iterable[Path], user: User) -> set[Path]:
     """For each the outermost folder that this user may change: who renames what is in there puts
     other files where the next server looks for its own."""
     found: set[Path] = set()
     for path in paths:
         for way in _ways_to(path):
-            own = [folder for folder in way.parents if _may_change(folder)]
+            own = [folder for folder in way.parents if _may_change(folder, user)]
             # `/` covers only what is mounted there.
             found.update(own[-2:] if own[-1:] == [ROOT] else own[-1:])
     return found
@@ -83,19 +132,27 @@ def _from_root(path: Path) -> list[Path]:
     return [*reversed(path.parents), path]
 
 
-def _may_change(folder: Path) -> bool:
+def _may_change(path: Path, user: User) -> bool:
     """Also one without its write bit: who owns it may set that."""
     try:
-        return os.access(folder, os.W_OK) or folder.stat().st_uid == os.geteuid()
+        status = path.stat()
+        if status.st_uid == user.uid:
+            return True
+        if user.uid == os.geteuid():
+            return os.access(path, os.W_OK)
     except OSError:  # not there, or not within reach
         return False
+    # In /tmp and the like others have only what is theirs.
+    is_groups = status.st_gid in user.groups
+    writable = stat.S_IWGRP if is_groups else stat.S_IWOTH
+    return bool(status.st_mode & writable) and not status.st_mode & stat.S_ISVTX
 
 
 def _homes() -> list[Path]:
     """Of this process' user: keys are there, and what others of its programs run when they start.
     Not what is only called so, as /usr/sbin is daemon's."""
     homes = {Path(home) for home in (own_user().home, os.environ.get("HOME", "")) if home}
-    return [home for home in homes - {ROOT} if home.is_dir() and _may_change(home)]
+    return [home for home in homes - {ROOT} if home.is_dir() and _may_change(home, own_user())]
 
 
 def _private_files(folder: Path) -> list[Path]:

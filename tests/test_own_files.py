@@ -13,7 +13,10 @@ import pytest
 
 import jobworker
 from jobworker.config import Settings
-from jobworker.own_files import _own_above, files_of_jobs
+from jobworker.engine.user import User, own_user
+from jobworker.own_files import _loaded_from, _may_change, _own_above, files_of_jobs
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has other users, and /")
 
 
 @pytest.fixture
@@ -61,7 +64,45 @@ def test_what_it_imports_from_is_read_only(
     assert code | {tmp_path / name for name in ("modules", "bytecode", "none")} <= set(read_only)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root's is /")
+def test_what_it_has_loaded_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("modules", "libraries", "cache"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "modules" / "later").symlink_to(tmp_path / "cache")
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"/none:{tmp_path}/libraries")
+    named = {Path("/none"), tmp_path / "libraries", tmp_path / "modules" / "later"}
+    code = Path(jobworker.__file__).parent
+    loaded = set(_loaded_from([Path(sys.prefix), Path(sys.base_prefix), code]))
+    assert named <= loaded
+    assert any(path.name.startswith("libc.") for path in loaded)
+    assert not any(path.is_relative_to(code) for path in loaded)
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("mode", "owner", "may_change"),
+    [
+        (0o555, 4711, True),
+        (0o755, 0, False),
+        (0o775, 0, True),
+        (0o757, 0, False),  # its group has less than others
+        (0o1777, 0, False),
+    ],
+)
+def test_what_a_jobs_user_may_change(
+    tmp_path: Path, mode: int, owner: int, may_change: bool
+) -> None:
+    os.chown(tmp_path, owner, 4712)
+    tmp_path.chmod(mode)
+    user = User("some", 4711, 4712, (4712,), "/")
+    assert _may_change(tmp_path, user) is may_change
+
+
+def test_what_is_not_there_nobody_may_change(tmp_path: Path) -> None:
+    assert not _may_change(tmp_path / "none", own_user())
+
+
+@as_root
 def test_whose_root_folder_is_the_servers_needs_one_below_as_well(tmp_path: Path) -> None:
     """Another file system may be mounted there."""
-    assert _own_above([tmp_path / "code"]) == {Path("/"), Path(*tmp_path.parts[:2])}
+    assert _own_above([tmp_path / "code"], own_user()) == {Path("/"), Path(*tmp_path.parts[:2])}

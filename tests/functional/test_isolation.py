@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
 import uuid
@@ -426,6 +427,27 @@ def test_the_servers_code_cannot_be_changed(client: Client) -> None:
             assert covering in REPLACED, path
         else:
             assert "ro" in mounts[covering][1], path
+
+
+@pytest.mark.parametrize("setting", ["JOB_USER", "USERS_ALLOWED"])
+def test_nothing_is_put_in_the_place_of_what_the_server_uses(
+    tmp_path: Path, certificates: Path, setting: str
+) -> None:
+    """Where a folder above belongs to the user of a job."""
+    with public_folder() as place:
+        own = place / "own"
+        shutil.copytree(certificates, own / "folder" / "certs")
+        for path in (own, own / "folder"):
+            os.chown(path, 4711, 4711)
+        settings: dict[str, Any] = {"PROFILE": "default", setting: "4711"}
+        server = Server(tmp_path, own / "folder" / "certs", **settings)
+        try:
+            with server.connect() as client:
+                job = client.create("mv", f"{own}/folder", f"{own}/old", user="4711")
+                assert b"Read-only" in client.output(job.id)
+            assert f"{own} is read-only for jobs" in server.log
+        finally:
+            server.stop()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+import uvloop
 
 from escapes.stage import (
     AREA_NAMES,
@@ -222,21 +223,38 @@ def test_signals_do_nothing_to_the_first_process_of_its_namespace(client: Client
     assert (job.exitCode, output) == (0, b"goes on\n")
 
 
-def test_it_changes_nothing_that_the_server_is_made_of(certificates: Path) -> None:
-    """Also where that is found by PYTHONPATH: the next start would run what is put there."""
+@pytest.mark.parametrize("variable", ["PYTHONPATH", "LD_LIBRARY_PATH"])
+def test_it_changes_nothing_that_the_server_is_made_of(certificates: Path, variable: str) -> None:
+    """Also where that is found by its environment: the next start would run what is put there."""
     with public_folder() as folder, public_folder() as other:
         library = other / "library"
         library.mkdir()
         for path in (other, library):
             os.chown(path, USER, USER)
         with (
-            servers(folder, certificates, ["env", f"PYTHONPATH={library}"]) as start,
+            servers(folder, certificates, ["env", f"{variable}={library}"]) as start,
             start(PROFILE="").connect() as client,
         ):
             for command in (f"touch {library}/uvloop.py", f"mv {library} {other}/old"):
                 job, output = client.run(command)
                 assert job.exitCode != 0
                 assert b"Read-only" in output or b"busy" in output
+
+
+def test_nor_what_links_among_its_modules_lead_to(certificates: Path) -> None:
+    """As an installer makes them that keeps what it has in a cache."""
+    with public_folder() as folder, public_folder() as library, public_folder() as cache:
+        installed = Path(uvloop.__file__).parent
+        shutil.copytree(installed, cache / "uvloop", ignore=shutil.ignore_patterns("*.pyx", "*.c"))
+        (library / "uvloop").symlink_to(cache / "uvloop")
+        for path in cache.rglob("*"):
+            os.chown(path, USER, USER)
+        with (
+            servers(folder, certificates, ["env", f"PYTHONPATH={library}"]) as start,
+            start(PROFILE="").connect() as client,
+        ):
+            _, output = client.run(f"echo 1 >> {cache}/uvloop/__init__.py")
+            assert b"Read-only" in output
 
 
 def test_what_links_lead_to_is_the_servers_too(certificates: Path) -> None:
