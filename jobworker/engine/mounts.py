@@ -112,27 +112,43 @@ def other_places(paths: Iterable[str]) -> set[str]:
     The paths are without symbolic links. What is mounted somewhere else only in part is not meant:
     who did that meant it to be there.
     """
-    mounts = list(read_mounts().values())
-    found = {each.point for each in mounts if each.filesystem == "proc" and each.point != "/proc"}
+    mounts = read_mounts()
+    found = {
+        each.point
+        for each in mounts.values()
+        if each.filesystem == "proc" and each.point != "/proc"
+    }
     for path in paths:
         found.update(_other_places(path, mounts))
     return found
 
 
-def _other_places(path: str, mounts: list[Mount]) -> Iterator[str]:
-    # The last one at a point is in sight.
-    above = (each for each in reversed(mounts) if _below(path, each.point) is not None)
-    own = max(above, key=lambda each: len(each.point), default=None)
-    if own is None:  # in a chroot, where / need not be a mount
+def _other_places(path: str, mounts: Mapping[int, Mount]) -> Iterator[str]:
+    own = mounts.get(_mount_of(path))
+    if own is None:  # not there; or in a chroot, where / need not be a mount
         return
     inside = own.root.rstrip("/") + (_below(path, own.point) or "")
-    for each in mounts:
+    for each in mounts.values():
         rest = _below(inside, each.root) if each.device == own.device else None
         if rest is not None and (place := each.point.rstrip("/") + rest or "/") != path:
             # Something else may be mounted over it.
             with contextlib.suppress(OSError):
                 if Path(place).samefile(path):
                     yield place
+
+
+def _mount_of(path: str) -> int:
+    """The id of the one in sight there: it may be none of those with the longest point, as others
+    are mounted over folders above them. 0: none."""
+    try:
+        file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        info = Path(f"/proc/self/fdinfo/{file}").read_text()
+    finally:
+        os.close(file)
+    return int(info.partition("mnt_id:")[2].split()[0])
 
 
 def _below(path: str, folder: str) -> str | None:

@@ -99,14 +99,19 @@ mount("--bind", f"{here}/disk", f"{here}/covered")
 mount("-t", "tmpfs", "none", f"{here}/covered/home")
 os.mkdir(f"{here}/covered/home/one")
 mount("-t", "proc", "proc", f"{here}/proc")
-places = [f"{here}/disk/home/one", f"{here}/homes/one", "/"]
+mount("-t", "tmpfs", "none", f"{here}/twice/folder")
+mount("-t", "tmpfs", "none", f"{here}/twice")
+os.makedirs(f"{here}/twice/folder/state")
+mount("--bind", f"{here}/twice", f"{here}/twice again")
+places = [f"{here}/disk/home/one", f"{here}/homes/one", "/", f"{here}/twice/folder/state"]
 found = [other_places([path]) - before for path in places]
 print(json.dumps([sorted(os.path.relpath(path, here) for path in each) for each in found]))
 """
 
 
 def test_where_else_it_is_mounted(tmp_path: Path) -> None:
-    original, other, root = answer_of(OTHER_PLACES, tmp_path)
+    original, other, root, over_another = answer_of(OTHER_PLACES, tmp_path)
     assert original == ["a\r\f\u2028b", "all of it/home/one", "homes/one", "one", "proc"]
     assert other == ["a\r\f\u2028b", "all of it/home/one", "disk/home/one", "one", "proc"]
     assert root == ["proc"]
+    assert over_another == ["proc", "twice again/folder/state"]
