@@ -150,9 +150,14 @@ def _may_change(path: Path, user: User) -> bool:
 
 def _homes() -> list[Path]:
     """Of this process' user: keys are there, and what others of its programs run when they start.
-    Not what is only called so, as /usr/sbin is daemon's."""
-    homes = {Path(home) for home in (own_user().home, os.environ.get("HOME", "")) if home}
-    return [home for home in homes - {ROOT} if home.is_dir() and _may_change(home, own_user())]
+    What is only called so, as /usr/sbin is daemon's, is in sight but for what programs look for
+    there."""
+    user = own_user()
+    homes = {Path(home) for home in (user.home, os.environ.get("HOME", "")) if home}
+    hidden: list[Path] = []
+    for home in homes - {ROOT}:
+        hidden += [home] if home.is_dir() and _may_change(home, user) else home.glob(".*")
+    return hidden
 
 
 def _private_files(folder: Path) -> list[Path]:

@@ -130,6 +130,22 @@ def test_what_is_the_servers_is_hidden(client: Client, server: Server, folder: P
     assert (job.exitCode, output.count(b"Permission denied")) == (1, 3), output
 
 
+def test_what_programs_have_in_a_home_that_is_another_users_is_hidden(certificates: Path) -> None:
+    """As root owns one for sftp."""
+    with public_folder() as other, servers(other, certificates) as start:
+        home = other / "home"
+        (home / ".ssh").mkdir()
+        (home / ".ssh" / "id_ed25519").write_text("secret")
+        os.chown(home / ".ssh", USER, USER)
+        os.chown(home, 0, 0)
+        home.chmod(0o755)
+        (home / "data").write_text("data")
+        with start(PROFILE="").connect() as client:
+            _, output = client.run(f"cat {home}/.ssh/id_ed25519; touch {home}/.ssh/x")
+            assert output.count(b"Permission denied") == 2, output
+            assert client.run(f"cat {home}/data")[1] == b"data"
+
+
 def test_nothing_is_put_in_the_place_of_the_servers_files(client: Client, server: Server) -> None:
     """Whose folder belongs to the user, too: renamed, the next server would find others."""
     around = server.state.parent
