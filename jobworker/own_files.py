@@ -8,6 +8,7 @@ root its jobs have its own user, so that its homes are hidden, too.
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import re
@@ -33,8 +34,8 @@ SHARED_FOLDERS = {"/", "/etc", "/home", "/opt", "/srv", "/usr", "/var"}
 def files_of_jobs(settings: Settings) -> Files:
     """What confined jobs see of this machine's files."""
     hidden = [settings.state_dir, *_private_files(settings.cert_path)]
-    own = (settings.file, settings.clients, settings.revoked, settings.audit_log)
-    hidden += [file for file in own if file]
+    hidden += [file for file in (settings.file, settings.clients, settings.revoked) if file]
+    hidden += _with_rotated(settings.audit_log) if settings.audit_log else []
     links = [*settings.cert_path.glob("*.pem"), *settings.state_dir.glob("*")]
     hidden += _linked_from(links)
     code = [Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent]
@@ -163,3 +164,13 @@ def _homes() -> list[Path]:
 def _private_files(folder: Path) -> list[Path]:
     """All of the certificates' folder, unless jobs cannot do without."""
     return list(folder.glob("*.pem")) if str(folder.resolve()) in SHARED_FOLDERS else [folder]
+
+
+def _with_rotated(log_file: Path) -> list[Path]:
+    """What rotations have left of it beside; all of its folder where nothing else is in there, for
+    those to come."""
+    folder = log_file.parent
+    others = [each for each in folder.glob("*") if not each.name.startswith(log_file.name)]
+    if others or str(folder.resolve()) in SHARED_FOLDERS:
+        return [log_file, *folder.glob(f"{glob.escape(log_file.name)}?*")]
+    return [folder]

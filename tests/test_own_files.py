@@ -35,6 +35,18 @@ def test_what_is_named_in_its_settings_is_hidden(settings: Settings, tmp_path: P
         assert path in files_of_jobs(replace(settings, **named)).hidden
 
 
+def test_a_log_is_hidden_with_what_rotations_leave(settings: Settings, tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for name in ("audit.log", "audit.log.1", "audit.log-20261129.gz"):
+        (logs / name).touch()
+    settings = replace(settings, audit_log=logs / "audit.log")
+    assert logs in files_of_jobs(settings).hidden
+    (logs / "another.log").touch()
+    hidden = {path for path in files_of_jobs(settings).hidden if path.is_relative_to(logs)}
+    assert hidden == {path for path in logs.iterdir() if path.name != "another.log"}
+
+
 def test_what_links_among_its_files_lead_to_is_hidden(settings: Settings, tmp_path: Path) -> None:
     for number, folder in enumerate([settings.cert_path, settings.state_dir]):
         elsewhere = tmp_path / f"elsewhere{number}"
