@@ -155,7 +155,8 @@ class _LiveJob:
     log: Log | None = None
     exited: Exited | OrphanExited | None = None
     unsent: list[int] = field(default_factory=list)  # signals, until the end asked for is stored
-    is_end_stored: bool | None = False  # that it was asked for; None: is being stored
+    is_end_stored: bool = False  # that it was asked for
+    is_storing_end: bool = False
     asked: frozenset[tuple[str, int]] = frozenset()  # to end, by whom and with which signal
     kill_at: float | None = None  # on the loop's clock; None: nobody asked for the end
     kill_timer: asyncio.TimerHandle | None = None
@@ -884,8 +885,8 @@ class Manager:
 
     def _send_stop(self, live: _LiveJob) -> None:
         assert live.kill_at is not None
-        is_under_way = live.is_end_stored is None  # and sends all signals afterwards
-        if live.exited is None and live.kill_at > self._loop.time() and not is_under_way:
+        is_late = live.exited is not None or live.kill_at <= self._loop.time()
+        if not is_late and not live.is_storing_end:  # which sends all signals afterwards
             self._spawn(self._store_and_signal(live))
         self._set_kill_timer(live)
 
@@ -899,12 +900,13 @@ class Manager:
         """In this order: what it dies of would else look like another cause to the next
         server."""
         if not live.is_end_stored:  # else it says nothing new, and may be large
-            live.is_end_stored = None
+            live.is_storing_end = True
             try:
-                await self._store.put(live.job)
-                live.is_end_stored = True
-            except JobWorkerError:
-                live.is_end_stored = False
+                with contextlib.suppress(JobWorkerError):
+                    await self._store.put(live.job)
+                    live.is_end_stored = True
+            finally:
+                live.is_storing_end = False
         # Others may have asked meanwhile: all get theirs, in their order.
         signals, live.unsent = live.unsent, []
         for number in signals if live.exited is None else ():
