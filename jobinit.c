@@ -645,7 +645,8 @@ enum { LAST_REVIEWED_CALL = 469 };
 
 enum verdict {
 	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LEASES,
-	NO_MODULES, VERDICTS,
+	NO_MODULES, PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2, PLAIN_MODE_ELSEWHERE,
+	VERDICTS,
 };
 
 struct rule { unsigned call; enum verdict verdict; };
@@ -691,6 +692,12 @@ static struct rule rules[] = {
 	{SYS_fcntl, NO_LEASES},
 	/* For some it looks for modules, as for sockets that it does not know. */
 	{SYS_ioctl, NO_MODULES},
+	/* A program with the set-user-ID bit, that another user of the machine runs outside of any job:
+	 * matters where jobs have jobinit's user. The numbers are those of the mode's argument, from
+	 * 0 on, or of the flags before it; openat2 has both in memory. */
+	{SYS_fchmod, PLAIN_MODE_1}, {SYS_fchmodat, PLAIN_MODE_2}, {SYS_mknodat, PLAIN_MODE_2},
+	{452 /* fchmodat2 */, PLAIN_MODE_2}, {SYS_openat, PLAIN_OPEN_2},
+	{437 /* openat2 */, PLAIN_MODE_ELSEWHERE},
 	/* Keys, which no namespace separates */
 	{SYS_keyctl, FORBID}, {SYS_add_key, FORBID}, {SYS_request_key, FORBID},
 	/* The machine as a whole */
@@ -703,6 +710,8 @@ static struct rule rules[] = {
 #ifdef __x86_64__
 	{SYS_iopl, FORBID}, {SYS_ioperm, FORBID}, {SYS_uselib, FORBID}, {SYS__sysctl, FORBID},
 	{SYS_modify_ldt, FORBID},
+	{SYS_chmod, PLAIN_MODE_1}, {SYS_creat, PLAIN_MODE_1}, {SYS_mknod, PLAIN_MODE_1},
+	{SYS_open, PLAIN_OPEN_1},
 #endif
 };
 
@@ -878,6 +887,24 @@ static unsigned make_ioctl_filter(void)
 	return first;
 }
 
+/* Returns where it begins. flags: the number of the argument that says whether there is a mode; 0:
+ * there always is. */
+static unsigned make_mode_filter(unsigned mode, unsigned flags)
+{
+	const unsigned size = sizeof(((struct seccomp_data *)0)->args[0]);
+	const unsigned place = offsetof(struct seccomp_data, args), first = filter_size;
+
+	if (flags) {
+		emit(BPF_LD | BPF_W | BPF_ABS, place + flags * size, 0, 0);
+		emit(BPF_JMP | BPF_JSET | BPF_K, O_CREAT | (O_TMPFILE & ~O_DIRECTORY), 0, 2);
+	}
+	emit(BPF_LD | BPF_W | BPF_ABS, place + mode * size, 0, 0);
+	emit(BPF_JMP | BPF_JSET | BPF_K, S_ISUID, 1, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
+	return first;
+}
+
 static unsigned char jump_to(unsigned char jump, const unsigned targets[], unsigned from)
 {
 	return jump < FIRST_VERDICT ? jump : targets[jump - FIRST_VERDICT] - from - 1;
@@ -907,6 +934,15 @@ static void make_filter(void)
 	targets[KNOWN_SOCKETS] = make_socket_filter();
 	targets[NO_LEASES] = make_lease_filter();
 	targets[NO_MODULES] = make_ioctl_filter();
+	for (i = PLAIN_MODE_1; i <= PLAIN_MODE_ELSEWHERE; i++)
+		targets[i] = targets[ALLOW];
+	if (geteuid() != 0) {
+		targets[PLAIN_MODE_1] = make_mode_filter(1, 0);
+		targets[PLAIN_MODE_2] = make_mode_filter(2, 0);
+		targets[PLAIN_OPEN_1] = make_mode_filter(2, 1);
+		targets[PLAIN_OPEN_2] = make_mode_filter(3, 2);
+		targets[PLAIN_MODE_ELSEWHERE] = targets[UNKNOWN];
+	}
 	for (i = tree; i < tree_end; i++) {
 		filter[i].jt = jump_to(filter[i].jt, targets, i);
 		filter[i].jf = jump_to(filter[i].jf, targets, i);

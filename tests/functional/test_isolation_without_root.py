@@ -319,6 +319,66 @@ def test_a_root_folder_that_is_its_users(certificates: Path) -> None:
         assert client.run(f"cat {folder}/certs/server-key.pem || exit 7")[0].exitCode == 7
 
 
+SET_USER_ID = """
+import ctypes, errno, os, platform, struct
+os.umask(0)
+libc = ctypes.CDLL(None, use_errno=True)
+def file(mode=0o755):
+    return os.open("made", os.O_CREAT | os.O_WRONLY, mode)
+def open_without_a_mode():
+    openat = 257 if platform.machine() == "x86_64" else 56
+    libc.syscall(openat, -100, b"/", os.O_RDONLY | os.O_DIRECTORY, 0o4755)
+def openat2():
+    how = struct.pack("QQQ", os.O_CREAT | os.O_WRONLY, 0o4755, 0)
+    if libc.syscall(437, -100, b"made", how, len(how)) < 0:
+        raise OSError(ctypes.get_errno(), "")
+def unnamed():
+    os.fstat(os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o4755))
+attempts = {
+    "chmod": lambda: os.chmod("made", 0o4755),
+    "fchmod": lambda: os.fchmod(file(), 0o4755),
+    "fchmodat": lambda: os.chmod("made", 0o4755, dir_fd=os.open(".", os.O_RDONLY)),
+    "create": lambda: file(0o4755),
+    "unnamed": unnamed,
+    "mknod": lambda: os.mknod("node", 0o104755),
+    "openat2": openat2,
+    "plain": lambda: os.chmod("made", 0o2755),
+    "without": open_without_a_mode,
+}
+file()
+for name, attempt in attempts.items():
+    try:
+        attempt()
+    except OSError as error:
+        print(name, errno.errorcode[error.errno])
+    else:
+        print(name, "worked")
+"""
+
+
+def test_it_leaves_no_program_by_which_others_have_its_user(certificates: Path) -> None:
+    """Whose home, keys and state would be theirs."""
+    with public_folder() as other, servers(other, certificates) as start, public_folder() as place:
+        os.chown(place, USER, USER)
+        with start(PROFILE="", PROFILES_ALLOWED="none").connect() as client:
+            answers = []
+            for profile in ("none", ""):
+                job = client.create(
+                    *PYTHON,
+                    stdin=SET_USER_ID.encode(),
+                    working_directory=str(place),
+                    profile=profile,
+                )
+                lines = client.output(job.id).decode().splitlines()
+                answers.append(dict(line.split() for line in lines))
+                for path in place.iterdir():
+                    path.unlink()
+        assert set(answers[0].values()) == {"worked"}
+        worked = {"plain": "worked", "without": "worked"}
+        refused = dict.fromkeys(answers[0], "EPERM") | {"openat2": "ENOSYS"}
+        assert answers[1] == refused | worked
+
+
 # What it shares with the server, as the kernel counts by user
 
 
