@@ -146,6 +146,17 @@ def test_what_programs_have_in_a_home_that_is_another_users_is_hidden(certificat
             assert client.run(f"cat {home}/data")[1] == b"data"
 
 
+def test_that_users_mail_is_hidden(certificates: Path) -> None:
+    mail = "mount -t tmpfs -o mode=755 none /var/mail && echo secret > /var/mail/user"
+    mail += f' && chown {USER} /var/mail/user && exec "$@"'
+    with (
+        public_folder() as other,
+        servers(other, certificates, ["sh", "-c", mail, "sh"]) as start,
+        start(PROFILE="").connect() as client,
+    ):
+        assert b"Permission denied" in client.run("cat /var/mail/user")[1]
+
+
 def test_nothing_is_put_in_the_place_of_the_servers_files(client: Client, server: Server) -> None:
     """Whose folder belongs to the user, too: renamed, the next server would find others."""
     around = server.state.parent
