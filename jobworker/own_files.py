@@ -54,7 +54,7 @@ def files_of_jobs(settings: Settings) -> Files:
     }
     if is_root:
         hidden += settings.hidden  # they are theirs, maybe
-        for folder in sorted(around):
+        for folder in sorted(path for path in around if around.isdisjoint(path.parents)):
             log.warning("%s is read-only for jobs: they could change what the server uses", folder)
     return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), (*code, *around))
 
@@ -107,15 +107,11 @@ def _linked_from(paths: Iterable[Path]) -> list[Path]:
 
 
 def _own_above(paths: Iterable[Path], user: User) -> set[Path]:
-    """For each the outermost folder that this user may change: who renames what is in there puts
-    other files where the next server looks for its own."""
-    found: set[Path] = set()
-    for path in paths:
-        for way in _ways_to(path):
-            own = [folder for folder in way.parents if _may_change(folder, user)]
-            # `/` covers only what is mounted there.
-            found.update(own[-2:] if own[-1:] == [ROOT] else own[-1:])
-    return found
+    """The folders on the way to each that this user may change: who renames what is in there puts
+    other files where the next server looks for its own. Also those in others of them, which may
+    be mounted elsewhere by themselves."""
+    folders = {folder for path in paths for way in _ways_to(path) for folder in way.parents}
+    return {folder for folder in folders if _may_change(folder, user)}
 
 
 def _ways_to(path: Path) -> list[Path]:

@@ -476,6 +476,24 @@ def test_nothing_is_put_in_the_place_of_what_its_user_could_change(
         assert (own / "certs").exists()
 
 
+def test_nor_by_way_of_another_mount(certificates: Path) -> None:
+    """Of a folder between the outermost one that the user could change, and what is hidden."""
+    with public_folder() as place, public_folder() as again, public_folder() as folder:
+        own = place / "own"
+        shutil.copytree(certificates, own / "folder" / "certs")
+        for each in place.rglob("*"):
+            os.chown(each, USER, USER)
+        launcher = ["sh", "-c", f'mount --bind {own} {again} && exec "$@"', "sh"]
+        place.chmod(0o755)
+        os.chown(place, USER, USER)
+        with (
+            servers(folder, certificates, launcher) as start,
+            start(PROFILE="", CERT_PATH=str(own / "folder" / "certs")).connect() as client,
+        ):
+            _, output = client.run(f"mv {again}/folder {again}/old")
+            assert b"Read-only" in output
+
+
 def test_the_next_server_takes_it_over(start_other: StartServer) -> None:
     server = start_other(PROFILE="default", STOP_JOBS="no")
     with server.connect() as client:
