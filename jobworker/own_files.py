@@ -12,6 +12,7 @@ import glob
 import logging
 import os
 import re
+import site
 import stat
 import sys
 from collections.abc import Iterable
@@ -71,10 +72,11 @@ def _job_users(settings: Settings) -> list[User]:
 
 
 def _imported_from(code: Iterable[Path]) -> list[Path]:
-    """Where else this program looks for modules when it starts: PYTHONPATH, .pth files, and with
-    `python -m` the working directory. Some may not be there yet."""
+    """Where else this program looks for modules when it starts: PYTHONPATH, .pth files, the user's
+    own, and with `python -m` the working directory. Some may not be there yet."""
     installed = [*code, Path(sys.base_prefix)]
-    places = {Path(place).absolute() for place in (*sys.path, sys.pycache_prefix) if place}
+    users = site.getusersitepackages() if site.ENABLE_USER_SITE else None
+    places = {Path(place).absolute() for place in (*sys.path, users, sys.pycache_prefix) if place}
     return [
         place
         for place in sorted(places - {ROOT})

@@ -4,6 +4,7 @@ functional/test_escapes.py and functional/test_isolation_without_root.py."""
 from __future__ import annotations
 
 import os
+import site
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,17 @@ def test_what_it_imports_from_is_read_only(
     read_only = files_of_jobs(settings).read_only
     code = {Path(sys.prefix), Path(jobworker.__file__).parent}
     assert code | {tmp_path / name for name in ("modules", "bytecode", "none")} <= set(read_only)
+
+
+def test_where_modules_of_the_user_would_be_is_read_only(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It need not be there yet."""
+    monkeypatch.setattr(site, "ENABLE_USER_SITE", True)
+    monkeypatch.setattr(site, "USER_SITE", str(tmp_path / "packages"))
+    assert tmp_path / "packages" in files_of_jobs(settings).read_only
+    monkeypatch.setattr(site, "ENABLE_USER_SITE", False)
+    assert tmp_path / "packages" not in files_of_jobs(settings).read_only
 
 
 def test_what_it_has_loaded_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
