@@ -162,10 +162,14 @@ class Cgroup:
         except OSError as error:
             if not _is_gone(error):
                 raise CgroupError(f"cannot kill {self.path}: {error.strerror}") from error
-        self._lift_disk_limits()
+        self._lift_limits()
 
-    def _lift_disk_limits(self) -> None:
-        """No process ends while the kernel holds back what it has asked a disk for."""
+    def _lift_limits(self) -> None:
+        """No process ends while the kernel holds back what it has asked a disk for; and each takes
+        a little of a processor to end."""
+        if not (self._read("cpu.max") or "max").startswith("max"):
+            with contextlib.suppress(OSError):
+                _write(f"{self.path}/cpu.max", "max")
         for line in (self._read("io.max") or "").splitlines():
             disk = line.split()[0]
             with contextlib.suppress(OSError):  # gone

@@ -244,6 +244,27 @@ def test_who_waits_for_a_disk_at_its_limit_can_be_ended(client: Client) -> None:
     assert (ended.end_time_ns - ended.start_time_ns) / 1e9 < 20
 
 
+MANY = """
+import os, time
+for _ in range(25):
+    if os.fork() == 0:
+        break
+else:
+    print("ready", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_many_at_a_low_cpu_limit_can_be_ended(client: Client) -> None:
+    job = client.create(*python(MANY))
+    assert next(client.stream(job.id)).payload == b"ready\n"
+    # Lower than any that can be asked for, so that not as many are needed.
+    (cgroup_of(client, job) / "cpu.max").write_text("1000 1000000")
+    before = time.monotonic()
+    assert client.stop(job.id, grace_milliseconds=0).status == "STOPPED"
+    assert time.monotonic() - before < 3
+
+
 def seconds_of(job: pb.Job) -> float:
     assert job.status == "COMPLETED", job
     return (job.end_time_ns - job.start_time_ns) / 1e9
