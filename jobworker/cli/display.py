@@ -322,7 +322,7 @@ def _padded(text: str, width: int, to_right: bool) -> str:
 def _cut(text: str, room: int | None) -> str:
     if room is None or _columns(text) <= room:
         return text
-    end = len(text)
+    end = room - 1  # more never fits, and a text may be long: nothing is coloured here
     while _columns(text[:end]) > room - 1:
         end -= 1
     return text[:end] + "…"

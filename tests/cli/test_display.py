@@ -265,6 +265,16 @@ def test_a_terminal_gets_lines_that_fit(
     assert 39 <= display._columns(line) <= 40
 
 
+def test_what_is_very_long_is_cut_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(display, "terminal_columns", lambda: 40)
+    began = time.monotonic()
+    display.write_table(["A"], [["世" * 100_000]])
+    assert time.monotonic() - began < 5
+    assert capsys.readouterr().out.splitlines()[1].endswith("世…")
+
+
 def test_fields_without_a_value_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     display.write_fields([("ID", "1"), ("Name", ""), ("Status", "RUNNING")])
     assert capsys.readouterr().out == "ID:     1\nStatus: RUNNING\n"
