@@ -14,7 +14,7 @@ import grpc
 
 from jobworker.client import calls
 from jobworker.client.calls import Call, CreateOptions
-from jobworker.client.failures import ERRORS
+from jobworker.client.failures import ERRORS, printable
 from jobworker.errors import (
     CallError,
     DeadlineError,
@@ -153,4 +153,6 @@ def _created(result: pb.CreateJobsRes.Result) -> Created:
     if result.id:
         return Created(calls.id_from(result.id), Status(result.status))
     code = CODES.get(result.code, grpc.StatusCode.UNKNOWN)
-    return Created(error=ERRORS.get(code, CallError)("CreateJob", code.name, result.error))
+    return Created(
+        error=ERRORS.get(code, CallError)("CreateJob", code.name, printable(result.error))
+    )

@@ -50,7 +50,7 @@ BROKEN = re.compile(r"RST_STREAM|Stream removed")
 
 def error_from(error: grpc.RpcError, rpc: str, target: Target) -> CallError:
     """What the caller gets. Blocks where it has to find out why there is no connection."""
-    code, details = error.code(), _printable(error.details() or "")
+    code, details = error.code(), printable(error.details() or "")
     if BROKEN.search(details):
         code = grpc.StatusCode.UNAVAILABLE
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -95,11 +95,11 @@ def closed(rpc: str) -> CallError:
 
 def unreadable(error: Exception, rpc: str, target: Target) -> CallError:
     """For an answer that is none of this contract."""
-    problem = f"{target.address}: cannot understand the answer to {rpc}: {_printable(str(error))}"
+    problem = f"{target.address}: cannot understand the answer to {rpc}: {printable(str(error))}"
     return CallError(rpc, "INTERNAL", problem)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """In one line: a server's words may end up on a terminal, or in a log."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 

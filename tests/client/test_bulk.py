@@ -92,7 +92,7 @@ def test_the_servers_errors_are_those_of_create() -> None:
     results = [
         pb.CreateJobsRes.Result(code=3, error="command: 'x' was not found"),
         pb.CreateJobsRes.Result(code=8, error="full"),
-        pb.CreateJobsRes.Result(code=99, error="of the future"),
+        pb.CreateJobsRes.Result(code=99, error="\x1b]0;title\x07"),
     ]
     many.take(many.request().read(pb.CreateJobsRes(results=results).SerializeToString()))
     errors = [result.error for result in many.results]
@@ -100,6 +100,7 @@ def test_the_servers_errors_are_those_of_create() -> None:
     assert errors[0]
     assert (errors[0].rpc, errors[0].code) == ("CreateJob", "INVALID_ARGUMENT")
     assert str(errors[0]) == "command: 'x' was not found"
+    assert str(errors[2]) == r"\x1b]0;title\x07"
 
 
 def test_an_answer_that_does_not_fit() -> None:
