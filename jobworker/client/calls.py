@@ -515,6 +515,9 @@ RFC_3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d+))?(?:[Zz]|([+-])(\d\d):(\d\d))"
 )
 
+# Of the years that can be shown, which an offset may lead out of.
+FIRST_SECOND, LAST_SECOND = -62_135_596_800, 253_402_300_799
+
 
 def nanoseconds(text: str) -> int:
     """Since the epoch, for a time such as 2026-01-31T12:00:00.5Z; 0 for none."""
@@ -528,4 +531,6 @@ def nanoseconds(text: str) -> int:
     if sign:
         offset = int(hours) * 3600 + int(minutes) * 60
         seconds -= offset if sign == "+" else -offset
+    if not FIRST_SECOND <= seconds <= LAST_SECOND:
+        raise ValueError(f"{text!r} is not within the years 1 to 9999")
     return seconds * 1_000_000_000 + int((fraction or "")[:9].ljust(9, "0"))
