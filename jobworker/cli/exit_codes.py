@@ -112,7 +112,10 @@ CERTIFICATES_HINT = "jobworker.certificates_hint"
 OF_CERTIFICATES = re.compile(r"certificate|\bCA\b|\.pem\b")
 
 # A command of several words in one, which is what `sh -c` wants and no file's name.
-SHELL_LINE = re.compile(r"command: (['\"]).*[\s|&;<>$].*\1 (was not found|does not exist)")
+# Up to what can begin at one place only: a server's words may be long.
+SHELL_LINE = re.compile(
+    r"command: (['\"])[^\s|&;<>$]*[\s|&;<>$].*\1 (was not found|does not exist)"
+)
 
 
 def message_of(error: errors.JobWorkerError) -> str:

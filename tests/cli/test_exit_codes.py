@@ -30,6 +30,14 @@ def test_each_error_of_a_call_has_its_code(error: type[errors.CallError], code: 
     assert code_of(error("GetJob", "", "no")) == code
 
 
+@pytest.mark.parametrize("space", ["", " " * 1_000_000])
+def test_a_shell_line_is_told_however_long_it_is(space: str) -> None:
+    for end, is_told in (("' was not found", True), ("", False)):
+        text = f"command: 'echo | wc{space}{end}"
+        shown = message_of(errors.RejectedError("CreateJob", "INVALID_ARGUMENT", text))
+        assert shown == text + ("; for a shell line: sh -c '…'" if is_told else "")
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
