@@ -717,7 +717,7 @@ def _read_certificates(path: Path) -> list[x509.Certificate]:
 def _parse_certificates(about: Path | str, pem: bytes) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion) as error:
         raise CertificateError(
             about, "is not a certificate in PEM form", "convert it: openssl x509 -outform pem"
         ) from error

@@ -24,6 +24,7 @@ from cryptography.x509.name import _ASN1Type
 
 from jobworker import certs
 from jobworker.errors import CertificateError, PermissionDeniedError
+from jobworker.rpc.gate import _passport_of
 from jobworker.rpc.identity import identity_of
 
 needs_openssl = pytest.mark.skipif(
@@ -360,6 +361,25 @@ def test_a_subject_that_is_no_text_is_refused(folder: Path, tag: int, content: b
     with pytest.raises(CertificateError, match=r"Mona-cert\.pem has a subject that is no text"):
         certs.describe(path)
     assert certs.make_client(folder, "next", "user")
+
+
+@pytest.mark.parametrize(
+    ("found", "put"),
+    [(b"\xa0\3\2\1\2", b"\xa0\3\2\1\1"), (b"\x0c\4Mona", b"\x13\4Mon\xff")],
+    ids=["of version 2", "letters that are none"],
+)
+def test_what_openssl_takes_and_cannot_be_read_is_refused(
+    folder: Path, found: bytes, put: bytes
+) -> None:
+    certs.make_client(folder, "Mona", "user")
+    path = folder / "Mona-cert.pem"
+    der = x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(serialization.Encoding.DER)
+    assert der.count(found) == 1
+    path.write_bytes(ssl.DER_cert_to_PEM_cert(der.replace(found, put)).encode())
+    with pytest.raises(PermissionDeniedError, match="is not a certificate"):
+        _passport_of(path.read_bytes())
+    with pytest.raises(CertificateError, match=r"Mona-cert\.pem is not a certificate"):
+        certs.describe(path)
 
 
 def test_certificates_made_by_hand_serve(by_hand: Path) -> None:

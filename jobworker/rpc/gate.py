@@ -151,8 +151,9 @@ class Passport:
 
 @functools.lru_cache(maxsize=1024)
 def _passport_of(pem: bytes) -> Passport:
+    identity = identity_of(pem)  # first: what cannot be read is refused
     validity = certs.validity_of(pem)
-    return Passport(identity_of(pem), validity.serial, validity.issuer, validity.expires)
+    return Passport(identity, validity.serial, validity.issuer, validity.expires)
 
 
 @dataclass(slots=True, eq=False)
