@@ -224,6 +224,7 @@ class Gate:
         self._refusals: dict[str, _Refusals] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._shutting: set[str] = set()
+        self._turned_away: list[str] = []  # addresses that the log has not told of
         self.port = 0
 
     def guard(
@@ -312,7 +313,7 @@ class Gate:
         peer = context.peer()
         if peer not in self._shutting:
             self._shutting.add(peer)
-            log.warning("ending a connection of %s with too large headers", peer)
+            self._turned_away.append(connections.address_of(peer))
             self._spawn(self._turn_away(peer))
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the headers are too large")
 
@@ -363,6 +364,9 @@ class Gate:
             peers = {call.peer for call in untaken}
             log.warning("ending %d connections that do not take answers", len(peers))
             self._spawn(self._shut(peers))
+        if told := self._turned_away:
+            log.warning("ended %d connections with too large headers, as of %s", len(told), told[0])
+            self._turned_away = []
         for name, refusals in list(self._refusals.items()):
             if refusals.unwritten:
                 self._audit.write(

@@ -676,6 +676,24 @@ def test_large_headers_of_who_acknowledges_no_settings(
     assert server.rss_bytes() - before < 200 * MEBIBYTE
 
 
+def test_large_headers_are_hardly_said(start_server: StartServer, mallory: str) -> None:
+    """Anybody with a certificate could fill the disk with lines."""
+    server = start_server()
+    headers = headers_of("GetServerInfo")
+    large = headers + b"\xbe" * 24_000
+    for _ in range(30):
+        with connect(server, mallory) as hostile, contextlib.suppress(OSError):
+            hostile.sendall(
+                frame(HEADERS, END_HEADERS | END_STREAM, 1, headers + b"\x40\3x-a\1a")
+                + frame(HEADERS, END_STREAM, 3, large[:16_000])
+                + frame(CONTINUATION, END_HEADERS, 3, large[16_000:])
+            )
+            while hostile.recv(65536):
+                pass
+    wait_until(lambda: "too large headers" in server.log)
+    assert server.log.count("too large headers") < 10
+
+
 def test_what_a_flood_of_calls_took_is_given_back(start_server: StartServer, mallory: str) -> None:
     """Given up at once, each with headers of 8 KiB: they wait until the server comes to them."""
     server = start_server()
