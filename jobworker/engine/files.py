@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from jobworker.job import Bind
 REPLACED = ("/proc", "/dev", "/run", "/tmp", "/var/tmp")  # noqa: S108
 OWN_TMP = "/tmp"  # noqa: S108
 MOST_LINKS = 40  # that one path leads through, as in the kernel
+# Of this thread's CPU, for all binds of a job: some 5 ms for 32 of ordinary depth.
+LONGEST_CHECK_SECONDS = 0.1
 MOST_PARTS = 512  # that are looked at for one path, with those of links, which jobs can make
 
 NOT_SEEN = "this job's profile does not show it"
@@ -102,7 +105,7 @@ class JobFiles:
     def find(self, path: str, place: str = "") -> str | None:
         """Where this process finds what the job would find at an absolute path; of a folder that
         is the job's own, another one of the same kind. None: the job does not see it. place: its
-        real path, where that is known; only of a job that has nothing arranged."""
+        real path, where that is known."""
         place = place or self.real_path(path)
         if not self.is_arranged:
             is_own = place in REPLACED or place.startswith("/dev/")
@@ -122,7 +125,11 @@ class JobFiles:
             self._check_source("root", self.root)
             if not os.path.isdir(self.root):
                 raise InvalidRequestError("root", f"{self.root!r} is not a directory; give one")
+        latest = time.thread_time() + LONGEST_CHECK_SECONDS
         for number, bind in enumerate(self.binds):
+            if time.thread_time() > latest:
+                problem = "take too long to look up; give fewer, or shorter paths"
+                raise InvalidRequestError("binds", problem)
             self._check_source(f"binds[{number}].source", bind.source)
             _check_destination(replace(self, binds=self.binds[:number]), number, bind)
 
@@ -207,7 +214,7 @@ def _check_destination(files: JobFiles, number: int, bind: Bind) -> None:
     if files.real_path(path) != path:
         problem = f"{path!r} leads through a symbolic link, which is not followed"
         raise InvalidRequestError(field, f"{problem}; give what it leads to")
-    found = files.find(path)
+    found = files.find(path, path)
     remedy = "give one that is there, or one below /tmp"
     if found is None:
         raise InvalidRequestError(field, f"{path!r} is not there: {NOT_SEEN}; {remedy}")

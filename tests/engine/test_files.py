@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.engine.files import MOST_LINKS, MOST_PARTS, Allowed, JobFiles
+from jobworker.engine.files import LONGEST_CHECK_SECONDS, MOST_LINKS, MOST_PARTS, Allowed, JobFiles
 from jobworker.errors import InvalidRequestError
 from jobworker.job import Bind
 
@@ -174,6 +174,21 @@ print("goes on", flush=True)
 while True:
     renameat2(-100, sys.argv[1].encode(), -100, sys.argv[2].encode(), 2)
 """
+
+
+@pytest.mark.parametrize(("depth", "is_taken"), [(8, True), (480, False)])
+def test_deep_binds_are_not_looked_up_for_long(depth: int, *, is_taken: bool) -> None:
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as top:  # not in /tmp
+        folder = top + "/x" * depth
+        os.makedirs(folder)
+        files = JobFiles(binds=(Bind(folder, folder),) * 32)
+        began = time.thread_time()
+        if is_taken:
+            files.check()
+        else:
+            with pytest.raises(InvalidRequestError, match="take too long"):
+                files.check()
+        assert time.thread_time() - began < 2 * LONGEST_CHECK_SECONDS
 
 
 def test_a_source_that_somebody_makes_a_link_meanwhile() -> None:
