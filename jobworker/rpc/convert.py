@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -140,12 +141,18 @@ def _count_fields(data: bytes, place: int, end: int, most: int, nested: Nested) 
     try:
         while place < end and count <= most:
             count += 1
-            tag, place = _varint(data, place)
+            tag = data[place]
+            place += 1
+            if tag >= 0x80:
+                tag, place = _varint(data, place - 1)
             kind = tag & 7
             if kind == VARINT:
-                _, place = _varint(data, place)
+                place = _end_of_varint(data, place)
             elif kind == BYTES:
-                size, place = _varint(data, place)
+                size = data[place]  # mostly; what is quick here, others wait the less for
+                place += 1
+                if size >= 0x80:
+                    size, place = _varint(data, place - 1)
                 inner = nested.get(tag >> 3)
                 if inner is not None:
                     inner_end = min(place + size, end)
@@ -159,19 +166,31 @@ def _count_fields(data: bytes, place: int, end: int, most: int, nested: Nested) 
 
 
 VARINT, BYTES = 0, 2
+LONGEST_VARINT = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]")
 FIXED = {1: 8, 5: 4}  # bytes; of a group begin and end count, and what is between
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """And where it ends. Raises IndexError where it does not."""
+    """Of a field or a size, which no parser takes in more than five bytes; and where it ends.
+    Raises IndexError where it does not."""
     number = 0
-    for shift in range(0, 70, 7):
+    for shift in range(0, 35, 7):
         byte = data[place]
         number |= (byte & 0x7F) << shift
         place += 1
         if byte < 0x80:
             return number, place
     raise IndexError
+
+
+def _end_of_varint(data: bytes, place: int) -> int:
+    """Raises IndexError where there is none."""
+    if data[place] < 0x80:
+        return place + 1
+    found = LONGEST_VARINT.match(data, place)
+    if found is None:
+        raise IndexError
+    return found.end()
 
 
 def spec_from(request: pb.CreateJobReq) -> JobSpec:

@@ -153,6 +153,9 @@ def test_too_many_of_something(field: str, request_: pb.CreateJobReq) -> None:
         (b"\x08", 1),  # it ends too early
         (b"\x0a\x05abc", 1),
         (b"\xff" * 1000, 1),  # a number that does not end
+        ((b"\x08" + b"\xff" * 9 + b"\x01") * 3, 3),
+        ((b"\x88\x80\x80\x80\x80\x00" + b"\x01") * 3, 1),  # a tag that no parser takes
+        (b"\x88\x80\x80\x80\x00" + b"\x01", 1),
     ],
 )
 def test_the_fields_of_a_message_are_counted(message: Any, count: int) -> None:
