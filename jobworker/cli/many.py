@@ -94,7 +94,7 @@ class Report:
         if self._as_json:
             display.write_json(_as_json(line, result), compact=True)
         elif result.error:
-            display.remark(f"line {line.number}: {' '.join(str(result.error).split())}")
+            display.remark(f"line {line.number}: {' '.join(_in_keys(result.error).split())}")
         elif not self._is_summary:
             click.echo(result.job_id)
 
@@ -111,8 +111,23 @@ def _as_json(line: Line, result: Created) -> dict[str, Any]:
         "line": line.number,
         "id": result.job_id,
         "status": result.status,
-        "error": str(result.error) if result.error else None,
+        "error": _in_keys(result.error) if result.error else None,
     }
+
+
+# What the file calls otherwise than the protocol, or the SDK, at the beginning of an error.
+FIELDS = {
+    **dict.fromkeys(("maxCPU", "max_cpu"), "cpu_percent"),
+    **dict.fromkeys(("maxMemory", "max_memory"), "memory_mib"),
+    **dict.fromkeys(("maxIOBPS", "max_iobps"), "io_bytes_per_second"),
+    "time_limit": "timeout_seconds",
+}
+
+
+def _in_keys(error: CallError) -> str:
+    """In the words of the file."""
+    field, colon, problem = str(error).partition(": ")
+    return f'"{FIELDS[field]}": {problem}' if field in FIELDS else field + colon + problem
 
 
 # Reading

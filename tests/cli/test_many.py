@@ -169,6 +169,15 @@ def test_a_line_that_is_refused_does_not_keep_the_others(jobworker: Program) -> 
     assert all(result.keys() == {"line", "id", "status", "error"} for result in results)
 
 
+def test_errors_name_what_the_file_calls_it(jobworker: Program) -> None:
+    limits = ("cpu_percent", "memory_mib", "io_bytes_per_second")
+    jobs: list[Any] = [{"command": "true", "limits": {name: -1}} for name in limits]
+    jobs.append({"command": "true", "timeout_seconds": 1e9})
+    lines = jobworker("create", "--from", write(jobworker.folder, *jobs)).stderr.splitlines()
+    for line, name in zip(lines, [*limits, "timeout_seconds"], strict=True):
+        assert f': "{name}": ' in line
+
+
 def test_a_file_that_cannot_be_read_makes_no_job(jobworker: Program) -> None:
     file = write(jobworker.folder, {"command": "true", "name": "never"}, {"command": 7})
     answer = jobworker("create", "--from", file)
