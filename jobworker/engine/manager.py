@@ -814,9 +814,9 @@ class Manager:
 
     def _store_running_soon(self, live: _LiveJob) -> None:
         if not live.job.is_ended:
-            self._spawn(self._store_running(live))
+            self._spawn(self._store_unended(live))
 
-    async def _store_running(self, live: _LiveJob) -> None:
+    async def _store_unended(self, live: _LiveJob) -> None:
         """Asks and puts in one step: a record that waits for its turn could come after that of
         the ending, and stay."""
         if not live.job.is_ended:
@@ -855,6 +855,7 @@ class Manager:
         live.job = transition.request_end(live.job, cause, by)
         now = self._loop.time()
         deadline = now + grace_seconds
+        is_first = live.kill_at is None
         is_news = live.kill_at is None or deadline - now < (live.kill_at - now) / 2
         asked = (by.name if by else "", signal_number)
         is_news |= asked not in live.asked
@@ -865,7 +866,8 @@ class Manager:
         if live.job.status is Status.RUNNING:
             self._send_stop(live)
         else:
-            self._spawn(self._store_running(live))  # also for the next server
+            if is_first:
+                self._spawn(self._store_unended(live))  # also for the next server
             self._set_kill_timer(live)  # its exec may hang, as where a disk does not answer
         return is_news
 
@@ -918,7 +920,7 @@ class Manager:
     async def _kill(self, live: _LiveJob) -> None:
         """All of the job, at once; recorded first, as in `_store_and_signal`."""
         with contextlib.suppress(JobWorkerError):
-            await self._store_running(live)
+            await self._store_unended(live)
         if live.job.is_ended:
             return
         if live.cgroup and live.job.status is Status.RUNNING:
