@@ -66,6 +66,8 @@ MOST_READ = 4
 # Endings of jobs that are larger than the first bytes of any stream, at the end of streams of one
 # client that have not taken them. Others wait for these, and hold nothing.
 MOST_LARGE_ENDINGS = 32
+# For so many times as long as a request took to parse, the client's next waits for others.
+OTHERS_SHARE = 2
 # Of a request that is in memory as long as its call. Those that create jobs may be larger, but not
 # than what can be valid; and of CreateJob, these count as coming in until the job is made.
 LARGEST_LASTING_BYTES = 64 << 10
@@ -719,10 +721,12 @@ async def _receive(call: _Call, context: Context, parse: Parse) -> tuple[Any, Tu
             raise InvalidRequestError("request", "there is none")
         if len(data) <= LARGEST_LASTING_BYTES:
             return parse(data), turn
-        # One after the other, and others come in between: each may take a tenth of a second.
+        # One after the other, and others come in between, for long enough: each may take a tenth
+        # of a second, and gRPC lets in one call in each turn of the loop.
         async with call.client.parsing:
-            await asyncio.sleep(0)
+            began = time.monotonic()
             request = parse(data)
+            await asyncio.sleep(OTHERS_SHARE * (time.monotonic() - began))
         if call.rpc not in LARGE:
             turn = _Acquired(receiving)
         return request, turn
