@@ -46,7 +46,7 @@ def files_of_jobs(settings: Settings) -> Files:
     users = _job_users(settings)
     is_root = os.geteuid() == 0
     if not is_root:  # its jobs have its own user
-        hidden += [settings.cgroup_base, *settings.hidden, *_homes()]
+        hidden += [settings.cgroup_base, *settings.hidden, *_homes(code)]
         code.append(base)
     code += [path for path in (base, *loaded) if any(_may_change(path, user) for user in users)]
     started = [base, *loaded, Path(sys.executable), Path(sys.argv[0]).absolute()]
@@ -147,15 +147,19 @@ def _may_change(path: Path, user: User) -> bool:
     return bool(status.st_mode & writable) and not status.st_mode & stat.S_ISVTX
 
 
-def _homes() -> list[Path]:
+def _homes(code: Iterable[Path]) -> list[Path]:
     """Of this process' user: keys are there, and what others of its programs run when they start.
     What is only called so, as /usr/sbin is daemon's, is in sight but for what programs look for
-    there."""
+    there; and so is the code."""
     user = own_user()
     homes = {Path(home) for home in (user.home, os.environ.get("HOME", "")) if home}
     hidden: list[Path] = []
     for home in homes - {ROOT}:
-        hidden += [home] if home.is_dir() and _may_change(home, user) else home.glob(".*")
+        if home.is_dir() and _may_change(home, user):
+            hidden.append(home)
+        else:
+            parts = {each for path in code for each in _from_root(path)}
+            hidden += [each for each in home.glob(".*") if each not in parts]
     return hidden
 
 

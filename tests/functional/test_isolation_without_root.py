@@ -132,7 +132,10 @@ def test_what_is_the_servers_is_hidden(client: Client, server: Server, folder: P
 
 def test_what_programs_have_in_a_home_that_is_another_users_is_hidden(certificates: Path) -> None:
     """As root owns one for sftp."""
-    with public_folder() as other, servers(other, certificates) as start:
+    with (
+        public_folder() as other,
+        servers(other, certificates, ["env", f"PYTHONPATH={other}/home/.venv/lib"]) as start,
+    ):
         home = other / "home"
         (home / ".ssh").mkdir()
         (home / ".ssh" / "id_ed25519").write_text("secret")
@@ -140,7 +143,9 @@ def test_what_programs_have_in_a_home_that_is_another_users_is_hidden(certificat
         os.chown(home, 0, 0)
         home.chmod(0o755)
         (home / "data").write_text("data")
+        (home / ".venv" / "lib").mkdir(parents=True)
         with start(PROFILE="").connect() as client:
+            assert client.run(f"ls {home}/.venv")[1] == b"lib\n"
             _, output = client.run(f"cat {home}/.ssh/id_ed25519; touch {home}/.ssh/x")
             assert output.count(b"Permission denied") == 2, output
             assert client.run(f"cat {home}/data")[1] == b"data"
