@@ -3,7 +3,7 @@ machine, or for a process, and so for ever; and where the same files are in sigh
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
 import re
 import select
@@ -131,14 +131,10 @@ def _other_places(path: str, mounts: Mapping[int, Mount]) -> Iterator[str]:
     for each in mounts.values():
         rest = _below(inside, each.root) if each.device == own.device else None
         if rest is not None and (place := each.point.rstrip("/") + rest or "/") != path:
-            try:
-                is_same = Path(place).samefile(path)
-            except OSError as error:
-                # A job can have moved it so deep; what no path leads to nobody can hide, and that
-                # is then said. Else something is mounted over it.
-                is_same = error.errno == errno.ENAMETOOLONG
-            if is_same:
-                yield place
+            # Something else may be mounted over it.
+            with contextlib.suppress(OSError):
+                if Path(place).samefile(path):
+                    yield place
 
 
 def _mount_of(path: str) -> int:

@@ -103,11 +103,6 @@ mount("-t", "tmpfs", "none", f"{here}/twice/folder")
 mount("-t", "tmpfs", "none", f"{here}/twice")
 os.makedirs(f"{here}/twice/folder/state")
 mount("--bind", f"{here}/twice", f"{here}/twice again")
-mount("--bind", f"{here}/disk/home/one", f"{here}/deep/place")
-for _ in range(17):
-    os.mkdir(f"{here}/outer")
-    os.rename(f"{here}/deep", f"{here}/outer/{250 * 'd'}")
-    os.rename(f"{here}/outer", f"{here}/deep")
 places = [f"{here}/disk/home/one", f"{here}/homes/one", "/", f"{here}/twice/folder/state"]
 found = [other_places([path]) - before for path in places]
 print(json.dumps([sorted(os.path.relpath(path, here) for path in each) for each in found]))
@@ -116,8 +111,6 @@ print(json.dumps([sorted(os.path.relpath(path, here) for path in each) for each 
 
 def test_where_else_it_is_mounted(tmp_path: Path) -> None:
     original, other, root, over_another = answer_of(OTHER_PLACES, tmp_path)
-    too_deep = [original.pop(2), other.pop(2)]
-    assert all(path.startswith("deep/ddd") and len(path) > 4200 for path in too_deep)
     assert original == ["a\r\f\u2028b", "all of it/home/one", "homes/one", "one", "proc"]
     assert other == ["a\r\f\u2028b", "all of it/home/one", "disk/home/one", "one", "proc"]
     assert root == ["proc"]
