@@ -34,30 +34,21 @@ SHARED_FOLDERS = {"/", "/etc", "/home", "/opt", "/srv", "/usr", "/var"}
 
 def files_of_jobs(settings: Settings) -> Files:
     """What confined jobs see of this machine's files."""
-    hidden = [settings.state_dir, *_private_files(settings.cert_path)]
-    hidden += [file for file in (settings.file, settings.clients, settings.revoked) if file]
-    hidden += _with_rotated(settings.audit_log) if settings.audit_log else []
-    links = [*settings.cert_path.glob("*.pem"), *settings.state_dir.glob("*")]
-    hidden += _linked_from(links)
-    code = [Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent]
-    code += _imported_from(code)
-    base = Path(sys.base_prefix)
-    loaded = _loaded_from([*code, base])
     users = _job_users(settings)
-    is_root = os.geteuid() == 0
-    if not is_root:  # its jobs have its own user
-        hidden += [settings.cgroup_base, *settings.hidden, *_homes(code)]
-        code.append(base)
-    code += [path for path in (base, *loaded) if any(_may_change(path, user) for user in users)]
-    started = [base, *loaded, Path(sys.executable), Path(sys.argv[0]).absolute()]
-    around = {
-        each for user in users for each in _own_above([*hidden, *links, *code, *started], user)
-    }
-    if is_root:
-        hidden += settings.hidden  # they are theirs, maybe
+    links = [*settings.cert_path.glob("*.pem"), *settings.state_dir.glob("*")]
+    code = _code()
+    private = _private(settings, links, code)
+    loaded = _loaded_from(code)
+    changeable = [path for path in loaded if any(_may_change(path, user) for user in users)]
+    started = [Path(sys.executable), Path(sys.argv[0])]
+    used = [*private, *links, *code, *loaded, *started]
+    around = {folder for user in users for folder in _own_above(used, user)}
+    if os.geteuid() == 0:
         for folder in sorted(path for path in around if around.isdisjoint(path.parents)):
             log.warning("%s is read-only for jobs: they could change what the server uses", folder)
-    return Files(settings.tmp_size_bytes, settings.tmp_files, tuple(hidden), (*code, *around))
+    hidden = (*private, *settings.hidden)
+    read_only = (*code, *changeable, *around)
+    return Files(settings.tmp_size_bytes, settings.tmp_files, hidden, read_only)
 
 
 def _job_users(settings: Settings) -> list[User]:
@@ -71,29 +62,83 @@ def _job_users(settings: Settings) -> list[User]:
     return [user for user in users if user.uid != 0]
 
 
-def _imported_from(code: Iterable[Path]) -> list[Path]:
-    """Where else this program looks for modules when it starts: PYTHONPATH, .pth files, the user's
-    own, and with `python -m` the working directory. Some may not be there yet."""
-    installed = [*code, Path(sys.base_prefix)]
+# What jobs do not see
+
+
+def _private(settings: Settings, links: Iterable[Path], code: Iterable[Path]) -> list[Path]:
+    """Keys, records, settings. links: that the server follows; code: what jobs must see."""
+    private = [settings.state_dir, *_certificates(settings.cert_path)]
+    private += [file for file in (settings.file, settings.clients, settings.revoked) if file]
+    private += _with_rotated(settings.audit_log) if settings.audit_log else []
+    private += [link.resolve() for link in links if link.is_symlink() and link.exists()]
+    if os.geteuid() != 0:  # its jobs have its own user
+        private += [settings.cgroup_base, *settings.hidden, *_homes(code)]
+    return private
+
+
+def _certificates(folder: Path) -> list[Path]:
+    """All of the certificates' folder, unless jobs cannot do without."""
+    return list(folder.glob("*.pem")) if str(folder.resolve()) in SHARED_FOLDERS else [folder]
+
+
+def _with_rotated(log_file: Path) -> list[Path]:
+    """What rotations have left of it beside; all of its folder where nothing else is in there, for
+    those to come."""
+    folder = log_file.parent
+    others = [each for each in folder.glob("*") if not each.name.startswith(log_file.name)]
+    if others or str(folder.resolve()) in SHARED_FOLDERS:
+        return [log_file, *folder.glob(f"{glob.escape(log_file.name)}?*")]
+    return [folder]
+
+
+def _homes(code: Iterable[Path]) -> list[Path]:
+    """Of this process' user: keys are there, and what others of its programs run when they start.
+    What is only called so, as /usr/sbin is daemon's, is in sight but for what programs look for
+    there; and so is the code."""
+    user = own_user()
+    homes = {Path(home) for home in (user.home, os.environ.get("HOME", "")) if home}
+    hidden: list[Path] = []
+    for home in homes - {ROOT}:
+        if home.is_dir() and _may_change(home, user):
+            hidden.append(home)
+        else:
+            parts = {each for path in code for each in _from_root(path)}
+            hidden += [each for each in home.glob(".*") if each not in parts]
+    return hidden
+
+
+# What jobs cannot change
+
+
+def _code() -> list[Path]:
+    """This program, and where else it looks for modules when it starts: PYTHONPATH, .pth files,
+    the user's own, and with `python -m` the working directory. Some may not be there yet."""
+    code = [Path(sys.prefix), Path(sys.exec_prefix), Path(__file__).parent]
+    if os.geteuid() != 0:
+        code.append(Path(sys.base_prefix))
     users = site.getusersitepackages() if site.ENABLE_USER_SITE else None
     places = {Path(place).absolute() for place in (*sys.path, users, sys.pycache_prefix) if place}
-    return [
+    installed = [*code, Path(sys.base_prefix)]
+    code += [
         place
         for place in sorted(places - {ROOT})
         if not any(place.is_relative_to(folder) for folder in installed)
     ]
+    return code
 
 
-def _loaded_from(installed: Iterable[Path]) -> list[Path]:
-    """What of this program is elsewhere: libraries, and modules to which links lead. With what is
-    loaded later, as far as one look at the folders of modules shows it."""
+def _loaded_from(code: Iterable[Path]) -> list[Path]:
+    """What of this program is elsewhere: Python, libraries, and modules to which links lead. With
+    what is loaded later, as far as one look at the folders of modules shows it."""
+    base = Path(sys.base_prefix)
     modules = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     mapped = re.findall(r" (/.*)$", os.fsdecode(Path("/proc/self/maps").read_bytes()), re.MULTILINE)
     named = ":".join(os.environ.get(name, "") for name in LIBRARY_VARIABLES).split(":")
     links = [entry.path for place in sys.path for entry in _entries(place) if entry.is_symlink()]
     paths = {os.path.abspath(path) for path in (*modules, *mapped, *named, *links) if path}
-    folders = [os.path.realpath(folder) for folder in installed]
-    return [Path(path) for path in sorted(paths) if not is_in_any(os.path.realpath(path), folders)]
+    known = [os.path.realpath(folder) for folder in (*code, base)]
+    others = [path for path in sorted(paths) if not is_in_any(os.path.realpath(path), known)]
+    return [base, *map(Path, others)]
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -101,11 +146,6 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         return list(os.scandir(folder))
     except OSError:  # not there, or an archive
         return []
-
-
-def _linked_from(paths: Iterable[Path]) -> list[Path]:
-    """Files elsewhere, to which those of these lead that are links."""
-    return [path.resolve() for path in paths if path.is_symlink() and path.exists()]
 
 
 def _own_above(paths: Iterable[Path], user: User) -> set[Path]:
@@ -145,34 +185,3 @@ def _may_change(path: Path, user: User) -> bool:
     is_groups = status.st_gid in user.groups
     writable = stat.S_IWGRP if is_groups else stat.S_IWOTH
     return bool(status.st_mode & writable) and not status.st_mode & stat.S_ISVTX
-
-
-def _homes(code: Iterable[Path]) -> list[Path]:
-    """Of this process' user: keys are there, and what others of its programs run when they start.
-    What is only called so, as /usr/sbin is daemon's, is in sight but for what programs look for
-    there; and so is the code."""
-    user = own_user()
-    homes = {Path(home) for home in (user.home, os.environ.get("HOME", "")) if home}
-    hidden: list[Path] = []
-    for home in homes - {ROOT}:
-        if home.is_dir() and _may_change(home, user):
-            hidden.append(home)
-        else:
-            parts = {each for path in code for each in _from_root(path)}
-            hidden += [each for each in home.glob(".*") if each not in parts]
-    return hidden
-
-
-def _private_files(folder: Path) -> list[Path]:
-    """All of the certificates' folder, unless jobs cannot do without."""
-    return list(folder.glob("*.pem")) if str(folder.resolve()) in SHARED_FOLDERS else [folder]
-
-
-def _with_rotated(log_file: Path) -> list[Path]:
-    """What rotations have left of it beside; all of its folder where nothing else is in there, for
-    those to come."""
-    folder = log_file.parent
-    others = [each for each in folder.glob("*") if not each.name.startswith(log_file.name)]
-    if others or str(folder.resolve()) in SHARED_FOLDERS:
-        return [log_file, *folder.glob(f"{glob.escape(log_file.name)}?*")]
-    return [folder]
