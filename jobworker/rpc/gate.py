@@ -66,7 +66,8 @@ MOST_READ = 4
 # Endings of jobs that are larger than the first bytes of any stream, at the end of streams of one
 # client that have not taken them. Others wait for these, and hold nothing.
 MOST_LARGE_ENDINGS = 32
-# For so many times as long as a request took to parse, the client's next waits for others.
+# For so many times as long as a large request took to parse, it and the client's next large ones
+# wait for others.
 OTHERS_SHARE = 2
 # Of a request that is in memory as long as its call. Those that create jobs may be larger, but not
 # than what can be valid; and of CreateJob, these count as coming in until the job is made.
@@ -725,8 +726,10 @@ async def _receive(call: _Call, context: Context, parse: Parse) -> tuple[Any, Tu
         # of a second, and gRPC lets in one call in each turn of the loop.
         async with call.client.parsing:
             began = time.monotonic()
-            request = parse(data)
-            await asyncio.sleep(OTHERS_SHARE * (time.monotonic() - began))
+            try:
+                request = parse(data)
+            finally:  # what is refused takes as long
+                await asyncio.sleep(OTHERS_SHARE * (time.monotonic() - began))
         if call.rpc not in LARGE:
             turn = _Acquired(receiving)
         return request, turn
