@@ -98,8 +98,8 @@ def _homes(code: Iterable[Path]) -> list[Path]:
     user = own_user()
     homes = {Path(home) for home in (user.home, os.environ.get("HOME", "")) if home}
     hidden: list[Path] = []
-    for home in homes - {ROOT}:
-        if home.is_dir() and _may_change(home, user):
+    for home in filter(os.path.isdir, homes - {ROOT}):
+        if _may_change(home, user):
             hidden.append(home)
         else:
             parts = {each for path in code for each in _from_root(path)}
@@ -159,12 +159,12 @@ def _own_above(paths: Iterable[Path], user: User) -> set[Path]:
 def _ways_to(path: Path) -> list[Path]:
     """The absolute path, and that with its first symbolic link followed, and so on to the end."""
     ways = [path.absolute()]
-    while link := next((each for each in _from_root(ways[-1]) if each.is_symlink()), None):
+    while link := next(filter(os.path.islink, _from_root(ways[-1])), None):
         target = Path(os.path.normpath(link.parent / link.readlink()))
         ways.append(target / ways[-1].relative_to(link))
         if len(ways) > MOST_LINKS:
             break
-    return [*ways, path.resolve()]
+    return [*ways, Path(os.path.realpath(path))]
 
 
 def _from_root(path: Path) -> list[Path]:
