@@ -211,9 +211,7 @@ def default_state_dir() -> Path:
 PROFILES = ("default", "strict", "none")
 
 # Where daemons keep their sockets, and people what is theirs, beside /run.
-HIDDEN = (
-    *("/root", "/boot", "/var/log", "/var/mail", "/var/spool", "/var/lib/docker", "/var/lib/mysql"),
-)
+HIDDEN = "/root, /boot, /var/log, /var/mail, /var/spool, /var/lib/docker, /var/lib/mysql"
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,10 +344,10 @@ class Settings:
     )
     hidden: tuple[Path, ...] = _setting(
         "hidden",
-        tuple(map(Path, HIDDEN)),
+        _parse_paths(HIDDEN),
         _parse_paths,
         "What confined jobs do not see of this machine's files, beside what is the server's own.",
-        shown_default=",".join(HIDDEN),
+        shown_default=HIDDEN,
     )
     tmp_size_bytes: int = _setting(
         "tmp_size",
