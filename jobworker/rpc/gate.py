@@ -368,7 +368,8 @@ class Gate:
             log.warning("ending %d connections that do not take answers", len(peers))
             self._spawn(self._shut(peers))
         if told := self._turned_away:
-            log.warning("ended %d connections with too large headers, as of %s", len(told), told[0])
+            text = "ended %d connections with too large headers, the first from %s"
+            log.warning(text, len(told), told[0])
             self._turned_away = []
         for name, refusals in list(self._refusals.items()):
             if refusals.unwritten:
