@@ -15,7 +15,7 @@ import logging
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -197,6 +197,9 @@ class Entry:
     keep_asking: Callable[[StillMay], None]
     # Within it, a job's record is read, which may be large.
     reading: Callable[[], asyncio.Semaphore]
+    # The same for what goes by an access from before: once its turn has come, the caller must have
+    # the same still. Raises PermissionDeniedError.
+    reading_as: Callable[[Access], Turn]
     # For a stream: within it, a large last message is made and written.
     large_ending: Callable[[], asyncio.Semaphore]
     # Within it, a job that is large is read and made a message: of each client one at once, as
@@ -260,6 +263,7 @@ class Gate:
                 functools.partial(self._note_part, call),
                 functools.partial(self._keep_asking, call),
                 lambda: _client_of(call).reading,
+                functools.partial(self._reading_as, call),
                 lambda: _client_of(call).ending,
                 lambda: _client_of(call).large_job,
             )
@@ -431,6 +435,17 @@ class Gate:
     def _access(self, call: _Call) -> Access:
         assert call.passport is not None
         return authorize(self._roles.caller(call.passport.identity), call.rpc)
+
+    @contextlib.asynccontextmanager
+    async def _reading_as(self, call: _Call, access: Access) -> AsyncIterator[None]:
+        async with _client_of(call).reading:
+            assert call.passport is not None
+            self._require_valid(call.passport)
+            now = self._access(call)
+            if (now.role, now.reach) != (access.role, access.reach):
+                problem = "the roles have changed since this call began; call again"
+                raise PermissionDeniedError(problem)
+            yield
 
     def _keep_asking(self, call: _Call, still_may: StillMay) -> None:
         still_may(self._access(call))

@@ -120,8 +120,9 @@ class JobService:
     async def delete_job(
         self, request: pb.DeleteJobReq, entry: Entry, _context: Context
     ) -> pb.DeleteJobRes:
-        job_id = await self._within_reach(request.id, entry.access())
-        deleting = await self._manager.delete(job_id, entry.reading())
+        access = entry.access()
+        job_id = await self._within_reach(request.id, access)
+        deleting = await self._manager.delete(job_id, entry.reading_as(access))
         try:
             await deleting
         except asyncio.CancelledError:
@@ -131,7 +132,7 @@ class JobService:
     async def get_job(self, request: pb.GetJobReq, entry: Entry, _context: Context) -> pb.Job:
         access = entry.access()
         job_id = await self._within_reach(request.id, access)
-        job = await self._manager.get(job_id, brief=True, turn=entry.reading())
+        job = await self._manager.get(job_id, brief=True, turn=entry.reading_as(access))
         if not job.is_large:
             return _shown(job, access)
         del job

@@ -236,6 +236,39 @@ def test_creates_that_wait_for_looks_go_on_as_their_client_may_now(
         assert codes.keys() == {CODE.OK, code}, codes
 
 
+def test_calls_that_wait_for_their_turn_go_by_what_their_client_may_now(
+    start: Callable[..., Server], file: Path
+) -> None:
+    """Many read the record of a large job, one after the other."""
+    server = start('[cn.alice]\nrole = "admin"\n[cn.bob]\nrole = "user"\n')
+    with (
+        server.connect("alice-build") as alice,
+        server.connect("bob-build") as bob,
+        server.connect() as admin,
+    ):
+        secret = admin.create("true", environment={"TOKEN": "secret"})
+        own, large = bob.create("true"), bob.create("true", *["\1" * 127_000] * 4)
+        for job in (secret, own, large):
+            admin.wait(job.id)
+        others = [each.stop_soon(large.id) for _ in range(200) for each in (alice, bob)]
+        late = [
+            soon(alice, "GetJob", pb.GetJobReq(id=secret.id)),
+            soon(bob, "DeleteJob", pb.DeleteJobReq(id=own.id)),
+        ]
+        before = sum(call.done() for call in others)
+        until(lambda: sum(call.done() for call in others) > before + 20)
+        file.write_text('[cn.alice]\nrole = "user"\n[cn.bob]\nrole = "viewer"\n')
+        server.process.send_signal(signal.SIGHUP)
+        assert {call.code() for call in late} == {CODE.PERMISSION_DENIED}
+        assert {call.code() for call in others} >= {CODE.FAILED_PRECONDITION}
+        assert admin.get(own.id).status == "COMPLETED"
+
+
+def soon(client: Client, rpc: str, request: Any) -> Any:
+    method: Any = client._channel.unary_unary(f"/job_worker.JobService/{rpc}")
+    return method.future(request.SerializeToString(), timeout=WAIT_SECONDS)
+
+
 def has_no_role(client: Client) -> bool:
     try:
         client.info()
