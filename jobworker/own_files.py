@@ -82,13 +82,13 @@ def _certificates(folder: Path) -> list[Path]:
 
 
 def _with_rotated(log_file: Path) -> list[Path]:
-    """What rotations have left of it beside; all of its folder where nothing else is in there, for
-    those to come."""
+    """And what rotations have left of it beside; all of its folder where nothing else is in there,
+    for those to come."""
     folder = log_file.parent
     others = [each for each in folder.glob("*") if not each.name.startswith(log_file.name)]
     if others or str(folder.resolve()) in SHARED_FOLDERS:
         return [log_file, *folder.glob(f"{glob.escape(log_file.name)}?*")]
-    return [folder]
+    return [folder, log_file]  # which may be a link to elsewhere
 
 
 def _homes(code: Iterable[Path]) -> list[Path]:

@@ -317,8 +317,12 @@ def test_what_links_lead_to_is_the_servers_too(certificates: Path) -> None:
         key = folder / "certs" / "server-key.pem"
         kept = Path(shutil.move(key, archive))
         key.symlink_to(kept)
-        with start(PROFILE="").connect() as client:
+        log = other / "logs" / "audit.log"
+        log.parent.mkdir()
+        log.symlink_to(archive / "log")
+        with start(PROFILE="", AUDIT_LOG=str(log)).connect() as client:
             assert client.run(f"cat {kept} {key}")[0].exitCode != 0
+            assert client.run(f"cat {archive}/log || exit 7")[0].exitCode == 7
             assert client.run(f"mv {archive} {other}/old")[0].exitCode != 0
 
 
