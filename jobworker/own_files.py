@@ -133,9 +133,11 @@ def _loaded_from(code: Iterable[Path]) -> list[Path]:
     base = Path(sys.base_prefix)
     modules = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     mapped = re.findall(r" (/.*)$", os.fsdecode(Path("/proc/self/maps").read_bytes()), re.MULTILINE)
-    named = ":".join(os.environ.get(name, "") for name in LIBRARY_VARIABLES).split(":")
+    values = filter(None, map(os.environ.get, LIBRARY_VARIABLES))
+    # An empty one is the working directory.
+    named = [path for value in values for path in re.split("[:;]", value)]
     links = [entry.path for place in sys.path for entry in _entries(place) if entry.is_symlink()]
-    paths = {os.path.abspath(path) for path in (*modules, *mapped, *named, *links) if path}
+    paths = set(map(os.path.abspath, (*filter(None, modules), *mapped, *named, *links)))
     known = [os.path.realpath(folder) for folder in (*code, base)]
     others = [path for path in sorted(paths) if not is_in_any(os.path.realpath(path), known)]
     return [base, *map(Path, others)]

@@ -255,7 +255,15 @@ def test_signals_do_nothing_to_the_first_process_of_its_namespace(client: Client
     assert (job.exitCode, output) == (0, b"goes on\n")
 
 
-@pytest.mark.parametrize("variable", ["PYTHONPATH", "LD_LIBRARY_PATH"])
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "PYTHONPATH={}",
+        "LD_LIBRARY_PATH={}",
+        "LD_LIBRARY_PATH=/none;{}",
+        "LD_LIBRARY_PATH=/none:",  # and the working directory
+    ],
+)
 def test_it_changes_nothing_that_the_server_is_made_of(certificates: Path, variable: str) -> None:
     """Also where that is found by its environment: the next start would run what is put there."""
     with public_folder() as folder, public_folder() as other:
@@ -263,8 +271,9 @@ def test_it_changes_nothing_that_the_server_is_made_of(certificates: Path, varia
         library.mkdir()
         for path in (other, library):
             os.chown(path, USER, USER)
+        launcher = ["env", "-C", str(library), variable.format(library)]
         with (
-            servers(folder, certificates, ["env", f"{variable}={library}"]) as start,
+            servers(folder, certificates, launcher) as start,
             start(PROFILE="").connect() as client,
         ):
             for command in (f"touch {library}/uvloop.py", f"mv {library} {other}/old"):
