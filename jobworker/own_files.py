@@ -55,6 +55,8 @@ def _job_users(settings: Settings) -> list[User]:
     """Who has confined jobs, but those of profile strict, which own nothing."""
     if os.geteuid() != 0:
         return [own_user()]
+    if {settings.profile, *settings.profiles_allowed} == {"none"}:
+        return []
     users = []
     for name in (settings.job_user, *settings.users_allowed):
         with contextlib.suppress(LookupError):  # that is told elsewhere

@@ -127,6 +127,25 @@ def test_what_is_not_there_nobody_may_change(tmp_path: Path) -> None:
 
 
 @as_root
+@pytest.mark.parametrize(("profile", "is_told"), [("default", True), ("none", False)])
+def test_what_is_read_only_is_told_where_it_is_so(
+    settings: Settings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    profile: str,
+    *,
+    is_told: bool,
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    os.chown(own, 4711, 4711)
+    settings = replace(settings, profile=profile, profiles_allowed=("none",))
+    settings = replace(settings, cert_path=own / "certs", job_user="4711")
+    assert (own in files_of_jobs(settings).read_only) is is_told
+    assert (f"{own} is read-only for jobs" in caplog.text) is is_told
+
+
+@as_root
 def test_all_folders_above_count(tmp_path: Path) -> None:
     """Another file system may be mounted in one, and another mount of it be elsewhere."""
     code = tmp_path / "folder" / "code"
