@@ -692,9 +692,9 @@ static struct rule rules[] = {
 	{SYS_fcntl, NO_LEASES},
 	/* For some it looks for modules, as for sockets that it does not know. */
 	{SYS_ioctl, NO_MODULES},
-	/* A program with the set-user-ID bit, that another user of the machine runs outside of any job:
-	 * matters where jobs have jobinit's user. The numbers are those of the mode's argument, from
-	 * 0 on, or of the flags before it; openat2 has both in memory. */
+	/* The set-user-ID bit, where jobs have jobinit's user: another user of the machine who ran
+	 * such a program, outside of any job, would have that user too. The numbers are those of the
+	 * argument that is the mode, from 0 on, or the flags before it; openat2 has both in memory. */
 	{SYS_fchmod, PLAIN_MODE_1}, {SYS_fchmodat, PLAIN_MODE_2}, {SYS_mknodat, PLAIN_MODE_2},
 	{452 /* fchmodat2 */, PLAIN_MODE_2}, {SYS_openat, PLAIN_OPEN_2},
 	{437 /* openat2 */, PLAIN_MODE_ELSEWHERE},
@@ -1477,11 +1477,11 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	/* Before the uid changes: afterwards nothing can be dropped. */
 	if (request->is_confined && !has_renounced)
 		must(renounce_privileges(), STEP_PRIVILEGES);
-	/* Before the uid changes, too: of what filters are compiled to the machine has a certain
-	 * amount (net.core.bpf_jit_limit), which jobs can use up for all that have no rights. */
+	/* Before the uid changes, too: the machine's memory for compiled filters is limited
+	 * (net.core.bpf_jit_limit), and jobs can use up what of it is for those without rights. */
 	if (request->is_confined)
 		must(install_filter(), STEP_CALL_FILTER);
-	/* From here on with nothing that it refuses. */
+	/* What follows makes no call that it refuses. */
 	if (request->set_user)
 		must(become_user(request), STEP_USER);
 	else if (request->is_confined)
@@ -1988,8 +1988,8 @@ static void make_view(const struct view_request *request)
 	if (pid == 0) {
 		if (dup2(ends[1], REPORT_FD) < 0)
 			_exit(OWN_FAILURE);
-		/* In it are the jobs of older views: the kernel counts by it what its processes may
-		 * have, which is to be for them and those to come together. */
+		/* The kernel counts by it how many processes a user has: those of older views and
+		 * those to come are to be counted together. */
 		need(view->user_fd < 0 || setns(view->user_fd, CLONE_NEWUSER) == 0, "enter",
 		     "the user namespace");
 		/* The older view is kept: see report_view. */

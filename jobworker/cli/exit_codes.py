@@ -112,7 +112,8 @@ CERTIFICATES_HINT = "jobworker.certificates_hint"
 OF_CERTIFICATES = re.compile(r"certificate|\bCA\b|\.pem\b")
 
 # A command of several words in one, which is what `sh -c` wants and no file's name.
-# Up to what can begin at one place only: a server's words may be long.
+# The part before the first such character holds none, so that there is but one way to look: a
+# server's words may be long.
 SHELL_LINE = re.compile(
     r"command: (['\"])[^\s|&;<>$]*[\s|&;<>$].*\1 (was not found|does not exist)"
 )

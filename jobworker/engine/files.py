@@ -137,7 +137,7 @@ class JobFiles:
         if self._is_hidden(path):
             raise InvalidRequestError(field, f"{path!r} is not there: {NOT_SEEN}")
         try:
-            # First, as where a link leads is nothing to be told of. It raises, too, where one goes.
+            # First, as of where a link leads nothing is told. Raises, too, where one vanishes.
             is_link = os.path.realpath(path) != path
             if not is_link:
                 os.stat(path)

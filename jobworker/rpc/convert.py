@@ -149,7 +149,7 @@ def _count_fields(data: bytes, place: int, end: int, most: int, nested: Nested) 
             if kind == VARINT:
                 place = _end_of_varint(data, place)
             elif kind == BYTES:
-                size = data[place]  # mostly; what is quick here, others wait the less for
+                size = data[place]  # mostly one byte; quick, as all others wait meanwhile
                 place += 1
                 if size >= 0x80:
                     size, place = _varint(data, place - 1)
@@ -166,7 +166,7 @@ def _count_fields(data: bytes, place: int, end: int, most: int, nested: Nested) 
 
 
 VARINT, BYTES = 0, 2
-LONGEST_VARINT = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]")
+WHOLE_VARINT = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]")
 FIXED = {1: 8, 5: 4}  # bytes; of a group begin and end count, and what is between
 
 
@@ -187,7 +187,7 @@ def _end_of_varint(data: bytes, place: int) -> int:
     """Raises IndexError where there is none."""
     if data[place] < 0x80:
         return place + 1
-    found = LONGEST_VARINT.match(data, place)
+    found = WHOLE_VARINT.match(data, place)
     if found is None:
         raise IndexError
     return found.end()
