@@ -72,7 +72,7 @@ def _private(settings: Settings, links: Iterable[Path], code: Iterable[Path]) ->
     private = [settings.state_dir, *_certificates(settings.cert_path)]
     private += [file for file in (settings.file, settings.clients, settings.revoked) if file]
     private += _with_rotated(settings.audit_log) if settings.audit_log else []
-    private += [link.resolve() for link in links if link.is_symlink() and link.exists()]
+    private += [link.resolve() for link in links if link.is_symlink() and os.path.exists(link)]
     if os.geteuid() != 0:  # its jobs have its own user
         private += [settings.cgroup_base, *settings.hidden, *_homes(code)]
     return private

@@ -299,17 +299,18 @@ def test_nor_what_links_among_its_modules_lead_to(certificates: Path) -> None:
 
 
 def test_what_it_cannot_reach_does_not_keep_it_from_starting(certificates: Path) -> None:
-    """A folder that its environment names; nor does a link among its modules, to itself at last."""
+    """As a key of its CA; nor does a link among its modules, to itself at last."""
     with public_folder() as folder, public_folder() as library, public_folder() as other:
         (other / "closed").mkdir(0o700)
         (other / "loop").symlink_to("loop")
         (library / "link").symlink_to(other / "loop")
         environ = [f"LD_LIBRARY_PATH={other}/closed/folder", f"PYTHONPATH={library}"]
-        with (
-            servers(folder, certificates, ["env", *environ]) as start,
-            start(PROFILE="").connect() as client,
-        ):
-            assert client.run("true")[0].exitCode == 0
+        with servers(folder, certificates, ["env", *environ]) as start:
+            key = folder / "certs" / "ca-key.pem"
+            key.unlink()
+            key.symlink_to(other / "closed" / "ca-key.pem")
+            with start(PROFILE="").connect() as client:
+                assert client.run("true")[0].exitCode == 0
 
 
 def test_what_links_lead_to_is_the_servers_too(certificates: Path) -> None:
