@@ -105,6 +105,32 @@ def test_full_pipes(stage: Stage, profile: str) -> None:
     assert job.status == "COMPLETED" or job.cause == pb.OUT_OF_MEMORY
 
 
+# Each end waits in the other's queue, with memory that both were given.
+SOCKETS_THAT_HOLD_EACH_OTHER = """
+import os, socket
+kept = os.memfd_create("kept")
+for _ in range(20):
+    os.write(kept, bytes(1 << 20))
+ends = socket.socketpair()
+for end in ends:
+    socket.send_fds(end, [b"x"], [kept, *(each.fileno() for each in ends)])
+"""
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+def test_nothing_is_left_in_sockets_that_hold_each_other(stage: Stage, profile: str) -> None:
+    """The kernel lets go of them only when somebody closes a socket, as nobody here does."""
+    before = shared_memory_kib()
+    job = stage.client.create("python3", "-I", "-c", SOCKETS_THAT_HOLD_EACH_OTHER, profile=profile)
+    assert stage.client.wait(job.id).status == "COMPLETED"
+    wait_until(lambda: shared_memory_kib() < before + (10 << 10))
+
+
+def shared_memory_kib() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Shmem:"))
+
+
 @pytest.mark.parametrize("profile", CONFINING)
 def test_signals_upwards(stage: Stage, profile: str) -> None:
     """For real, SIGKILL and SIGSTOP among them: the server and jobinit go on."""
