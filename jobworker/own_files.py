@@ -138,6 +138,7 @@ def _loaded_from(code: Iterable[Path]) -> list[Path]:
     values = filter(None, map(os.environ.get, LIBRARY_VARIABLES))
     # An empty one is the working directory.
     named = [path for value in values for path in re.split("[:;]", value)]
+    named += re.findall("[^ :]*/[^ :]*", os.environ.get("LD_PRELOAD", ""))
     links = [entry.path for place in sys.path for entry in _entries(place) if entry.is_symlink()]
     paths = set(map(os.path.abspath, (*filter(None, modules), *mapped, *named, *links)))
     known = [os.path.realpath(folder) for folder in (*code, base)]
