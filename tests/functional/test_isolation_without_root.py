@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -422,6 +423,58 @@ def test_it_leaves_no_program_by_which_others_have_its_user(certificates: Path) 
         worked = {"plain": "worked", "without": "worked"}
         refused = dict.fromkeys(answers[0], "EPERM") | {"openat2": "ENOSYS"}
         assert answers[1] == refused | worked
+
+
+# $0: a folder for a file system, whose image is $1; $2: certificates. All is a user's.
+OWN_SUBVOLUME = f"""
+set -e
+mount -o loop,user_subvol_rm_allowed "$1" "$0"
+btrfs -q subvolume create "$0/own"
+btrfs -q subvolume create "$0/own/state"
+cp -r "$2" "$0/own/certs"
+mkdir "$0/place"
+chown -R {USER}:{USER} "$0/own" "$0/place"
+shift 2
+exec "$@"
+"""
+
+SNAPSHOTS = """
+import fcntl, os, struct
+own, place = os.open("own", os.O_RDONLY), os.open("place", os.O_RDONLY)
+by_number = 1 << 4
+for request, argument in {
+    0x50009401: struct.pack("q4088s", own, b"first"),
+    0x50009417: struct.pack("qQQ32s4040s", own, 0, 0, b"", b"second"),
+    0x5000943F: struct.pack("qQQ32sQ4032x", 0, 0, by_number, b"", 257),
+}.items():
+    try:
+        fcntl.ioctl(place, request, bytearray(argument))
+    except OSError as error:
+        print(error.strerror)
+print(os.listdir("place"))
+"""
+
+
+def test_no_snapshot_shows_what_is_hidden(certificates: Path) -> None:
+    """Nor is a subvolume removed that is."""
+    if not shutil.which("mkfs.btrfs"):
+        pytest.skip("NOT TESTED: btrfs, as there is no program mkfs.btrfs")
+    with public_folder() as folder, public_folder() as disk:
+        image = folder / "image"
+        with image.open("wb") as file:
+            file.truncate(128 << 20)
+        subprocess.run(["mkfs.btrfs", "-q", image], check=True)
+        mount = ["unshare", "--mount", "mount", "-o", "loop", str(image), str(disk)]
+        if subprocess.run(mount, check=False).returncode != 0:
+            pytest.skip("NOT TESTED: btrfs, which cannot be mounted here")
+        launcher = ["sh", "-c", OWN_SUBVOLUME, str(disk), str(image), str(certificates)]
+        with servers(folder, certificates, launcher) as start:
+            paths = {"STATE_DIR": f"{disk}/own/state", "CERT_PATH": f"{disk}/own/certs"}
+            server = start(PROFILE="", **paths)
+            with server.connect() as client:
+                job = client.create(*PYTHON, stdin=SNAPSHOTS.encode(), working_directory=str(disk))
+                refused = b"Operation not permitted\n" * 3
+                assert client.output(job.id) == refused + b"[]\n"
 
 
 # What it shares with the server, as the kernel counts by user
