@@ -249,23 +249,17 @@ async def measure_unread(findings: Findings, server: Server) -> None:
         *([] if QUICK else [Target("value", "most", 96)]),
     )
     reader = f"a reader beside {count:,} unread streams"
-    findings.add(reader, "MiB/s", beside, floor=alone, floor_name="alone")
+    findings.add(
+        reader,
+        "MiB/s",
+        beside,
+        Target("ratio", "least", 0.9),
+        floor=alone,
+        floor_name="alone",
+    )
     findings.add(
         f"{reader}, grpc.aio", "MiB/s", floor_beside, floor=floor_alone, floor_name="alone"
     )
-    # What gRPC and the machine take from it is no harm of ours.
-    findings.add(
-        f"{reader}, of its rate alone",
-        "×",
-        _quotients(beside, alone),
-        Target("ratio", "least", 0.9),
-        floor=_quotients(floor_beside, floor_alone),
-        floor_name="grpc.aio",
-    )
-
-
-def _quotients(of: list[float], by: list[float]) -> list[float]:
-    return [one / other for one, other in zip(of, by, strict=True)]
 
 
 async def _read_in_turn(*sources: Callable[[], AsyncIterator[bytes]]) -> list[list[float]]:

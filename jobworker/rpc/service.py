@@ -154,7 +154,7 @@ class JobService:
             return _shown(job, access)
         del job
         async with entry.large_job():
-            return _shown(await self._manager.get(job_id), access)
+            return _shown(await self._manager.get(job_id, turn=entry.reading_as(access)), access)
 
     async def stop_job(
         self, request: pb.StopJobReq, entry: Entry, _context: Context
