@@ -1853,6 +1853,12 @@ static void make_run(const char *resolver, int resolver_fd)
 	set_attributes(AT_FDCWD, "/run", WHOLE_TREE, READ_ONLY);
 }
 
+/* What its user cannot reach, a job in a user namespace cannot either. */
+static bool is_out_of_reach(void)
+{
+	return is_absent() || (is_in_user_namespace && errno == EACCES);
+}
+
 static void protect_paths(const struct view_request *request)
 {
 	const char *path = request->read_only;
@@ -1864,7 +1870,7 @@ static void protect_paths(const struct view_request *request)
 		else if (mount(path, path, NULL, MS_BIND | MS_REC, NULL) == 0)
 			make_read_only(path);
 		else
-			need(is_absent(), "mount", path);
+			need(is_out_of_reach(), "mount", path);
 	}
 }
 
@@ -1879,9 +1885,7 @@ static void hide_paths(const struct view_request *request)
 			need(bind_mount(S_ISDIR(info.st_mode) ? HIDDEN_FOLDER : HIDDEN_FILE, path),
 			     "hide", path);
 		else
-			/* What its user cannot reach, a job in a user namespace cannot either. */
-			need(is_absent() || (is_in_user_namespace && errno == EACCES),
-			     "look at", path);
+			need(is_out_of_reach(), "look at", path);
 	}
 }
 

@@ -563,6 +563,18 @@ def test_nothing_is_put_in_the_place_of_what_its_user_could_change(
         assert (own / "certs").exists()
 
 
+def test_what_its_user_cannot_reach_is_left_out(certificates: Path) -> None:
+    """As what is in root's home, where root's environment was kept."""
+    with public_folder() as closed, public_folder() as folder:
+        closed.chmod(0o700)
+        launcher = ["env", f"PYTHONPATH={closed}/modules", f"LD_LIBRARY_PATH={closed}/lib"]
+        with servers(folder, certificates, launcher) as start:
+            (folder / "certs" / "older.pem").symlink_to(closed / "older.pem")
+            (folder / "home").rmdir()
+            (folder / "home").symlink_to(closed / "home")
+            assert "jobinit is process" in start(PROFILE="default").log
+
+
 def test_nor_by_way_of_another_mount(certificates: Path) -> None:
     """Of a folder between the outermost one that the user could change, and what is hidden."""
     with public_folder() as place, public_folder() as again, public_folder() as folder:
