@@ -119,7 +119,9 @@ def _code() -> list[Path]:
     if os.geteuid() != 0:
         code.append(Path(sys.base_prefix))
     users = site.getusersitepackages() if site.ENABLE_USER_SITE else None
-    places = {Path(place).absolute() for place in (*sys.path, users, sys.pycache_prefix) if place}
+    # Others are no folders, but names for the finders of editable installs.
+    found = filter(os.path.isabs, sys.path)
+    places = {Path(place).absolute() for place in (*found, users, sys.pycache_prefix) if place}
     installed = [*code, Path(sys.base_prefix)]
     code += [
         place

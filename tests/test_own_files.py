@@ -64,6 +64,17 @@ def test_a_folder_that_jobs_cannot_do_without_is_not(settings: Settings) -> None
     assert set(Path("/etc").glob("*.pem")) <= set(files.hidden)
 
 
+def test_what_is_no_folder_of_modules_protects_none(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the name that an editable install has there: the working directory may be anything."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "path", ["__editable__.some.finder.__path_hook__", *sys.path])
+    assert not any(path.is_relative_to(work) for path in files_of_jobs(settings).read_only)
+
+
 def test_what_it_imports_from_is_read_only(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
