@@ -93,6 +93,9 @@ ALWAYS_FREE: Turn = contextlib.nullcontext()
 # the request was checked is there no longer.
 START_ERRORS = (StartFailedError, CgroupError, JobinitError, InvalidRequestError, OSError)
 
+# What passes, and must not cost a job its end. RuntimeError: there was no number left for a thread.
+PASSING_ERRORS = (CgroupError, OSError, RuntimeError)
+
 KILLED_SECONDS = 10.0  # what a killed cgroup may take to be empty, before that is worth a line
 LOOK_THREADS = 48
 MOST_LOOKS = 12  # at once, of each client: others find a thread
@@ -995,7 +998,7 @@ class Manager:
             # The other way may take its time: processes are in it that have just been killed.
             if not await self._remover.ask(cgroup):
                 await asyncio.to_thread(cgroup.remove)
-        except (CgroupError, OSError):
+        except PASSING_ERRORS:
             log.exception("cannot remove %s; the next start of the server will", cgroup.path)
 
     async def _record_end(
@@ -1020,12 +1023,12 @@ class Manager:
     async def _certainly(
         self, live: _LiveJob, step: Callable[[], Coroutine[Any, Any, None]]
     ) -> None:
-        """Again, where this process is short of descriptors or the like: the job would wait for
-        its end for ever. All that is done twice then does no harm."""
+        """Again, where this process is short of descriptors, threads or the like: the job would
+        wait for its end for ever. All that is done twice then does no harm."""
         while True:
             try:
                 return await step()
-            except (CgroupError, OSError) as error:
+            except PASSING_ERRORS as error:
                 log.error("the ending of job %d has to wait: %s", live.job.id, error)
                 await asyncio.sleep(END_RETRY_SECONDS)
 

@@ -25,6 +25,8 @@ PRUNE_PAUSE_SECONDS = 1.0
 # So often where none ends, as they grow older all the same.
 AGE_SECONDS = 60.0
 BATCH_JOBS = 200
+# RuntimeError: the machine had no number left for a thread.
+PASSING_ERRORS = (JobWorkerError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Retention:
             # Who came before it was stored reads the files.
             await self._output.wait_unread(job.id)
             await asyncio.to_thread(self._delete_files, [job])
-        except (JobWorkerError, OSError) as error:
+        except PASSING_ERRORS as error:
             log.warning("the output of job %d stays in files: %s", job.id, error)
 
     async def _tidy(self, live_ids: frozenset[int]) -> None:
@@ -146,7 +148,7 @@ class Retention:
                     jobs = [await self._store.get(each.id, brief=True) for each in surplus]
                     await self.delete(job for job in jobs if job)
                     log.info("deleted %d ended jobs, up to job %d", len(jobs), surplus[-1].id)
-            except (JobWorkerError, OSError) as error:
+            except PASSING_ERRORS as error:
                 log.error("ended jobs cannot be deleted: %s", error)
             await asyncio.sleep(PRUNE_PAUSE_SECONDS)
 

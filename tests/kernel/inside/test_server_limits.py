@@ -40,6 +40,15 @@ READ = ["iflag=direct", f"if={DATA}", "of=/dev/null"]
 WRITE = ["oflag=direct", "conv=notrunc", "if=/dev/zero", f"of={DATA}"]
 OTHER_DISK = ["iflag=direct", "if=/dev/ubdb", "of=/dev/null"]
 
+MANY_PROCESSES = """
+import os, signal
+for _ in range(200):
+    if os.fork() == 0:
+        signal.pause()
+print("ready", flush=True)
+signal.pause()
+"""
+
 FORK_BOMB = """
 import os
 while True:
@@ -379,3 +388,24 @@ def test_many_jobs_leave_no_cgroup(
     assert [job.id for job in newest] == ids[::-1]
     assert {job.status for job in newest} == {"COMPLETED"}
     assert [path for path in Path(client.info().cgroup).iterdir() if path.is_dir()] == []
+
+
+def test_jobs_end_where_the_server_can_have_no_other_thread(
+    tmp_path: Path, certificates: Path
+) -> None:
+    """Jobs can leave the machine no number for one. To kill them takes threads, of which there are
+    not enough for all at once."""
+    most = Path("/proc/sys/kernel/pid_max")
+    before = most.read_text()
+    with serving(tmp_path, certificates) as server, server.connect() as client:
+        jobs = [client.create("python3", "-c", MANY_PROCESSES).id for _ in range(8)]
+        for job in jobs:
+            assert next(client.stream(job)).payload == b"ready\n"
+        most.write_text("301")  # fewer than there are
+        try:
+            stops = [client.stop_soon(job, grace_milliseconds=0) for job in jobs]
+            wait_until(lambda: {client.get(job).status for job in jobs} == {"STOPPED"})
+            for stop in stops:
+                stop.result()
+        finally:
+            most.write_text(before)
