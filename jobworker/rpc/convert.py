@@ -20,6 +20,7 @@ from jobworker.job import (
     LONGEST_STDIN_BYTES,
     LONGEST_STRING_BYTES,
     LONGEST_STRINGS_BYTES,
+    MANY_STRINGS,
     MOST_BINDS,
     Accounting,
     Bind,
@@ -191,6 +192,11 @@ def _end_of_varint(data: bytes, place: int) -> int:
     if found is None:
         raise IndexError
     return found.end()
+
+
+def has_many_strings(request: pb.CreateJobReq) -> bool:
+    """Whether it takes more than a moment to look at all of it."""
+    return len(request.args) + len(request.environment) > MANY_STRINGS
 
 
 def spec_from(request: pb.CreateJobReq) -> JobSpec:

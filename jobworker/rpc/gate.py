@@ -66,11 +66,12 @@ MOST_READ = 4
 # Endings of jobs that are larger than the first bytes of any stream, at the end of streams of one
 # client that have not taken them. Others wait for these, and hold nothing.
 MOST_LARGE_ENDINGS = 32
-# For so many times as long as a large request took to parse, it and the client's next large ones
-# wait for others.
+# For so many times as long as a large request took to parse, or a job with many strings to be looked
+# at, it and the client's next of these wait for others.
 OTHERS_SHARE = 2
 # Of a request that is in memory as long as its call. Those that create jobs may be larger, but not
-# than what can be valid; and of CreateJob, these count as coming in until the job is made.
+# than what can be valid; and of CreateJob, these, and those with many strings, count as coming in
+# until the job is made.
 LARGEST_LASTING_BYTES = 64 << 10
 # Of a request, more than one job can have strings: what 4 MiB can hold of empty ones would take a
 # second and 400 MiB.
@@ -737,7 +738,10 @@ async def _receive(call: _Call, context: Context, parse: Parse) -> tuple[Any, Tu
         if data is grpc.aio.EOF:
             raise InvalidRequestError("request", "there is none")
         if len(data) <= LARGEST_LASTING_BYTES:
-            return parse(data), turn
+            request = parse(data)
+            if call.rpc == "CreateJob" and convert.has_many_strings(request):
+                turn = _Acquired(receiving)  # in memory it is far larger
+            return request, turn
         # One after the other, and others come in between, for long enough: each may take a tenth
         # of a second, and gRPC lets in one call in each turn of the loop.
         async with call.client.parsing:

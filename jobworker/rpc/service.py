@@ -21,7 +21,7 @@ from jobworker.authorization import RULES, Access
 from jobworker.engine.manager import Manager
 from jobworker.engine.output import FIRST_MESSAGE_BYTES, Reader
 from jobworker.errors import InvalidRequestError, JobNotFoundError
-from jobworker.job import MANY_STRINGS, Job
+from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
 from jobworker.rpc.gate import (
@@ -69,7 +69,7 @@ class JobService:
 
     async def create_job(self, request: pb.CreateJobReq, entry: Entry, _context: Context) -> pb.Job:
         access = entry.access()
-        if len(request.args) + len(request.environment) > MANY_STRINGS:
+        if convert.has_many_strings(request):
             creating = await self._create_large(request, entry)
         else:
             creating = self._create(request, entry)
