@@ -307,7 +307,8 @@ class Gate:
                 error = call.ended_by
             code, text = convert.code_of(error), convert.text_of(error)
             metadata = convert.metadata_of(error)
-            self._note(call, request, answer, code.name, error)
+            told_code = "CANCELLED" if call.has_done else code.name  # it was not refused
+            self._note(call, request, answer, told_code, error)
             # Who takes no answer does not keep the server's memory; nor do the frames of the error,
             # which tasks know as well.
             request = answer = sent = call.still_may = None

@@ -231,6 +231,26 @@ def test_creates_that_take_long_have_their_lines(
         assert [line["code"] for line in calls(path, "CreateJob")] == ["OK"]
 
 
+def test_a_stop_whose_client_is_revoked_meanwhile_was_not_refused(
+    start_server: StartServer, path: Path, tmp_path: Path
+) -> None:
+    revoked = tmp_path / "revoked"
+    revoked.touch()
+    server = start_server(AUDIT_LOG=str(path), REVOKED=str(revoked))
+    with server.connect(given_up_client(server)) as user, server.connect() as admin:
+        job = user.shell("trap '' TERM; echo up; while :; do sleep 0.1; done")
+        next(admin.stream(job.id))  # from now on it does not mind
+        stop = user.stop_soon(job.id)
+        wait_until(lambda: bool(admin.get(job.id).stopped_by.name))
+        certs.revoke(revoked, server.certs / "given-up-cert.pem")
+        server.process.send_signal(signal.SIGHUP)
+        assert stop.code() is grpc.StatusCode.PERMISSION_DENIED
+        (told,) = calls(path, "StopJob")
+        assert (told["code"], told["job"]) == ("CANCELLED", job.id)
+        assert "is revoked" in told["problem"]
+        admin.stop(job.id, grace_milliseconds=0)
+
+
 def test_calls_that_did_nothing_and_are_given_up_are_counted_too(
     start_server: StartServer, path: Path
 ) -> None:
