@@ -31,6 +31,7 @@ from jobworker.errors import (
     PermissionDeniedError,
     ResourceExhaustedError,
     ServerFaultError,
+    StoreError,
     UnknownMethodError,
 )
 from jobworker.roles import Clients, Identity
@@ -312,7 +313,7 @@ class Gate:
             # Who takes no answer does not keep the server's memory; nor do the frames of the error,
             # which tasks know as well.
             request = answer = sent = call.still_may = None
-            traceback.clear_frames(error.__traceback__)
+            forget_frames(error)
             return await self._abort(call, context, code, text, metadata)
 
         return handle
@@ -601,6 +602,14 @@ def expected(error: Exception, rpc: str) -> JobWorkerError | OSError:
     reference = secrets.token_hex(4)
     log.error("fault %s, in %s", reference, rpc, exc_info=error)
     return ServerFaultError(reference)
+
+
+def forget_frames(error: Exception) -> None:
+    """Their variables, a request among them, would else stay until the collector comes. But not
+    those of what may be one error for many calls: it knows the frames of others, which would end
+    with them."""
+    if not isinstance(error, StoreError | OSError):
+        traceback.clear_frames(error.__traceback__)
 
 
 def parser(parse: Parse, rpc: str) -> Parse:

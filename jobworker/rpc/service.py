@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import signal
 import time
-import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from jobworker.rpc.gate import (
     Method,
     Subject,
     expected,
+    forget_frames,
 )
 
 SERVICE = "job_worker.JobService"
@@ -349,8 +349,7 @@ def _refused(caught: Exception) -> pb.CreateJobsRes.Result:
     result = pb.CreateJobsRes.Result(
         code=convert.code_of(error).value[0], error=convert.text_of(error)
     )
-    # Their variables, the whole request among them, would else stay until the collector comes.
-    traceback.clear_frames(caught.__traceback__)
+    forget_frames(caught)
     return result
 
 

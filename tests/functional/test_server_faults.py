@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import pytest
 
-from functional.server import Server
+from functional.server import Server, wait_until
 from jobworker.pb import job_worker_pb2 as pb
 
 SECRET = "swordfish"
@@ -84,3 +85,20 @@ def test_of_many_jobs_the_others_are_made(faulty: Server) -> None:
         results = client.call("CreateJobs", request).results
     assert [result.code for result in results] == [0, grpc.StatusCode.INTERNAL.value[0], 0]
     check(faulty, results[1].error, "KeyError")
+
+
+def test_one_error_for_two_calls(start_server: Callable[..., Server]) -> None:
+    """The one does not end what the other does meanwhile."""
+    server = start_server()
+    with server.connect() as client:
+        client.run("true")
+        other = sqlite3.connect(server.state / "jobs.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        create = client.create_soon("sleep", "60")
+        wait_until(lambda: any(job.status == "INITIALIZING" for job in client.jobs()))
+        stop = client.stop_soon("2")
+        codes = {create.code(), stop.code()}
+        other.close()
+    server.stop()
+    assert codes == {grpc.StatusCode.UNAVAILABLE}
+    assert "Traceback" not in server.log
