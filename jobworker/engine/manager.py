@@ -687,6 +687,13 @@ class Manager:
         for future in (live.begun, live.over):
             future.set_exception(error)
             future.exception()  # seen, also where nobody waits
+        if live.kill_timer:  # a stop came, whose record may be written after all
+            live.kill_timer.cancel()
+            self._spawn(self._unrecord(live.job.id))
+
+    async def _unrecord(self, job_id: int) -> None:
+        with contextlib.suppress(StoreError):
+            await self._store.delete([job_id])
 
     def _new_live(self, job: Job) -> _LiveJob:
         live = _LiveJob(job, self._loop.create_future(), self._loop.create_future())

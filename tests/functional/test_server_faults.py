@@ -102,3 +102,7 @@ def test_one_error_for_two_calls(start_server: Callable[..., Server]) -> None:
     server.stop()
     assert codes == {grpc.StatusCode.UNAVAILABLE}
     assert "Traceback" not in server.log
+    # What could not be recorded never was, though there was room for its stop.
+    with start_server().connect() as client, pytest.raises(grpc.RpcError) as caught:
+        client.get("2")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
