@@ -67,8 +67,8 @@ MOST_READ = 4
 # Endings of jobs that are larger than the first bytes of any stream, at the end of streams of one
 # client that have not taken them. Others wait for these, and hold nothing.
 MOST_LARGE_ENDINGS = 32
-# For so many times as long as a large request took to parse, or a job with many strings to be looked
-# at, it and the client's next of these wait for others.
+# For so many times as long as a large request took to parse, or a job with many strings to be
+# looked at, it and the client's next of these wait for others.
 OTHERS_SHARE = 2
 # Of a request that is in memory as long as its call. Those that create jobs may be larger, but not
 # than what can be valid; and of CreateJob, these, and those with many strings, count as coming in
