@@ -1148,12 +1148,12 @@ def test_a_small_file_is_read_in_one_go(tmp_path: Path) -> None:
     assert read_small(os.fsencode(path)) == b""
     path.write_bytes(b"a\0b" * 30_000)
     assert read_small(os.fsencode(path)) == (b"a\0b" * 30_000)[: 64 << 10]
-    before = os.listdir("/proc/self/fd")
+    before = len(os.listdir("/proc/self/fd"))
     for place, number in ((tmp_path / "none", errno.ENOENT), (tmp_path, errno.EISDIR)):
         with pytest.raises(OSError, match=str(place)) as caught:
             read_small(os.fsencode(place))
         assert (caught.value.errno, caught.value.filename) == (number, str(place))
-    assert os.listdir("/proc/self/fd") == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # others may be closed meanwhile
 
 
 def test_folders_are_removed_where_they_are_empty(tmp_path: Path) -> None:
