@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobworker import _fastio
-from jobworker.engine.mounts import Mount, read_mounts
+from jobworker.engine.mounts import Mount, mount_id_of, read_mounts
 from jobworker.errors import CgroupError, LimitUnavailableError
 from jobworker.job import Accounting, Limits, OomKills
 
@@ -507,12 +507,8 @@ def disks_behind(directories: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _mount_of(directory: str, mounts: Mapping[int, Mount]) -> Mount:
-    """Exact, also where mounts cover each other. Raises OSError."""
-    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        mount_id = _fields(_read(f"/proc/self/fdinfo/{descriptor}"))["mnt_id:"]
-    finally:
-        os.close(descriptor)
+    """Raises OSError."""
+    mount_id = mount_id_of(directory, os.O_DIRECTORY)
     if mount_id not in mounts:
         raise OSError(errno.ENODEV, "Its mount is out of sight, as in some chroots", directory)
     return mounts[mount_id]

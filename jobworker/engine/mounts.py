@@ -71,6 +71,17 @@ def _unescape(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
+def mount_id_of(path: str, flags: int = 0) -> int:
+    """Of the one in sight there, also where mounts cover each other, or folders above them. flags:
+    of `open`. Raises OSError."""
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
+    try:
+        info = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
+    finally:
+        os.close(descriptor)
+    return int(info.partition("mnt_id:")[2].split()[0])
+
+
 class Mounts:
     """As this process sees them."""
 
@@ -124,8 +135,9 @@ def other_places(paths: Iterable[str]) -> set[str]:
 
 
 def _other_places(path: str, mounts: Mapping[int, Mount]) -> Iterator[str]:
-    own = mounts.get(_mount_of(path))
-    if own is None:  # not there; or in a chroot, where / need not be a mount
+    try:
+        own = mounts[mount_id_of(path)]
+    except (OSError, KeyError):  # not there; or in a chroot, where / need not be a mount
         return
     inside = own.root.rstrip("/") + (_below(path, own.point) or "")
     for each in mounts.values():
@@ -135,20 +147,6 @@ def _other_places(path: str, mounts: Mapping[int, Mount]) -> Iterator[str]:
             with contextlib.suppress(OSError):
                 if Path(place).samefile(path):
                     yield place
-
-
-def _mount_of(path: str) -> int:
-    """The id of the one in sight there: it may be none of those with the longest point, as others
-    are mounted over folders above them. 0: none."""
-    try:
-        file = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except OSError:
-        return 0
-    try:
-        info = Path(f"/proc/self/fdinfo/{file}").read_text()
-    finally:
-        os.close(file)
-    return int(info.partition("mnt_id:")[2].split()[0])
 
 
 def _below(path: str, folder: str) -> str | None:
