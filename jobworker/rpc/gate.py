@@ -68,7 +68,7 @@ MOST_READ = 4
 # client that have not taken them. Others wait for these, and hold nothing.
 MOST_LARGE_ENDINGS = 32
 # For so many times as long as a large request took to parse, or a job with many strings to be
-# looked at, it and the client's next of these wait for others.
+# looked at, the client's next of these wait for others.
 OTHERS_SHARE = 2
 # Of a request that is in memory as long as its call. Those that create jobs may be larger, but not
 # than what can be valid; and of CreateJob, these, and those with many strings, count as coming in
@@ -612,6 +612,19 @@ def forget_frames(error: Exception) -> None:
         traceback.clear_frames(error.__traceback__)
 
 
+@contextlib.asynccontextmanager
+async def leaving_time_for_others(turn: asyncio.Lock) -> AsyncIterator[None]:
+    """For what takes the loop long, one after the other of each client: others come in between,
+    for long enough, as gRPC lets in one call in each turn of the loop."""
+    await turn.acquire()
+    began = time.monotonic()
+    try:
+        yield
+    finally:  # what is refused takes as long
+        pause_seconds = OTHERS_SHARE * (time.monotonic() - began)
+        asyncio.get_running_loop().call_later(pause_seconds, turn.release)
+
+
 def parser(parse: Parse, rpc: str) -> Parse:
     """The same for requests of this RPC, with all that is wrong with one an
     InvalidRequestError."""
@@ -752,14 +765,9 @@ async def _receive(call: _Call, context: Context, parse: Parse) -> tuple[Any, Tu
             if call.rpc == "CreateJob" and convert.has_many_strings(request):
                 turn = _Acquired(receiving)  # in memory it is far larger
             return request, turn
-        # One after the other, and others come in between, for long enough: each may take a tenth
-        # of a second, and gRPC lets in one call in each turn of the loop.
-        async with call.client.parsing:
-            began = time.monotonic()
-            try:
-                request = parse(data)
-            finally:  # what is refused takes as long
-                await asyncio.sleep(OTHERS_SHARE * (time.monotonic() - began))
+        # Each may take a tenth of a second.
+        async with leaving_time_for_others(call.client.parsing):
+            request = parse(data)
         if call.rpc not in LARGE:
             turn = _Acquired(receiving)
         return request, turn

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import signal
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
 from jobworker.rpc.gate import (
-    OTHERS_SHARE,
     ClientLimits,
     Entry,
     Gate,
@@ -33,6 +31,7 @@ from jobworker.rpc.gate import (
     Subject,
     expected,
     forget_frames,
+    leaving_time_for_others,
 )
 
 SERVICE = "job_worker.JobService"
@@ -70,7 +69,8 @@ class JobService:
     async def create_job(self, request: pb.CreateJobReq, entry: Entry, _context: Context) -> pb.Job:
         access = entry.access()
         if convert.has_many_strings(request):
-            creating = await self._create_large(request, entry)
+            async with leaving_time_for_others(entry.large_job()):
+                creating = self._create(request, entry)
         else:
             creating = self._create(request, entry)
         try:
@@ -81,18 +81,6 @@ class JobService:
             await _given_up(creating)
             raise GivenUp(is_told=True) from None
         return _shown(job, access)
-
-    async def _create_large(self, request: pb.CreateJobReq, entry: Entry) -> asyncio.Future[Job]:
-        """One after the other of each client, with time for others in between: to look at so many
-        strings takes milliseconds, and gRPC lets in one call in each turn of the loop."""
-        turn = entry.large_job()
-        await turn.acquire()
-        began = time.monotonic()
-        try:
-            return self._create(request, entry)
-        finally:
-            pause_seconds = OTHERS_SHARE * (time.monotonic() - began)
-            asyncio.get_running_loop().call_later(pause_seconds, turn.release)
 
     async def create_jobs(
         self, request: pb.CreateJobsReq, entry: Entry, _context: Context
