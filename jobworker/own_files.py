@@ -14,6 +14,7 @@ import os
 import re
 import site
 import stat
+import struct
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,8 @@ ROOT = Path("/")
 LIBRARY_VARIABLES = ("LD_LIBRARY_PATH", "OPENSSL_CONF", "OPENSSL_ENGINES", "OPENSSL_MODULES")
 # Folders that jobs cannot do without.
 SHARED_FOLDERS = {"/", "/etc", "/home", "/opt", "/srv", "/usr", "/var"}
+# Of entries in ACLs, those that name somebody: acl(5).
+ACL_USER, ACL_GROUP = 0x2, 0x8
 
 
 def files_of_jobs(settings: Settings) -> Files:
@@ -189,6 +192,19 @@ def _may_change(path: Path, user: User) -> bool:
     except OSError:  # not there, or not within reach
         return False
     # In /tmp and the like others have only what is theirs.
-    is_groups = status.st_gid in user.groups
+    if status.st_mode & stat.S_ISVTX:
+        return False
+    # Where there is an ACL, the group's bits are the most that it lets anybody do.
+    is_groups = status.st_gid in user.groups or _acl_lets_write(path, user)
     writable = stat.S_IWGRP if is_groups else stat.S_IWOTH
-    return bool(status.st_mode & writable) and not status.st_mode & stat.S_ISVTX
+    return bool(status.st_mode & writable)
+
+
+def _acl_lets_write(path: Path, user: User) -> bool:
+    named = {(ACL_USER, user.uid), *((ACL_GROUP, group) for group in user.groups)}
+    try:
+        acl = os.getxattr(path, "system.posix_acl_access")
+    except OSError:  # has none
+        return False
+    entries = struct.iter_unpack("<HHI", acl[4:])  # behind the version
+    return any(rights & os.W_OK and (tag, number) in named for tag, rights, number in entries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import site
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,14 @@ import pytest
 import jobworker
 from jobworker.config import Settings
 from jobworker.engine.user import User, own_user
-from jobworker.own_files import _loaded_from, _may_change, _own_above, files_of_jobs
+from jobworker.own_files import (
+    ACL_GROUP,
+    ACL_USER,
+    _loaded_from,
+    _may_change,
+    _own_above,
+    files_of_jobs,
+)
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root has other users, and /")
 
@@ -131,6 +139,32 @@ def test_what_a_jobs_user_may_change(
     tmp_path.chmod(mode)
     user = User("some", 4711, 4712, (4712,), "/")
     assert _may_change(tmp_path, user) is may_change
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("tag", "number", "mask", "may_change"),
+    [
+        (ACL_USER, 4711, 7, True),
+        (ACL_GROUP, 4712, 7, True),
+        (ACL_USER, 4711, 5, False),
+        (ACL_USER, 4712, 7, False),
+        (ACL_GROUP, 4711, 7, False),
+    ],
+)
+def test_what_an_acl_lets_a_jobs_user_change(
+    tmp_path: Path, tag: int, number: int, mask: int, *, may_change: bool
+) -> None:
+    unnamed = (1 << 32) - 1
+    entries = [(0x1, 7, unnamed), (tag, 7, number), (0x4, 5, unnamed)]
+    entries += [(0x10, mask, unnamed), (0x20, 5, unnamed)]
+    entries.sort()
+    packed = b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(tmp_path, "system.posix_acl_access", struct.pack("<I", 2) + packed)
+    except OSError as error:
+        pytest.skip(f"no ACLs here: {error}")
+    assert _may_change(tmp_path, User("some", 4711, 4712, (4712,), "/")) is may_change
 
 
 def test_what_is_not_there_nobody_may_change(tmp_path: Path) -> None:
