@@ -884,6 +884,8 @@ static unsigned make_ioctl_filter(void)
 		/* btrfs' snapshot of a subvolume of the job's user has all that is hidden in there; the
 		 * third removes one by its number: SNAP_CREATE, SNAP_CREATE_V2, SNAP_DESTROY_V2. */
 		0x50009401, 0x50009417, 0x5000943f,
+		/* bcachefs' takes any subvolume, whose ever: SUBVOLUME_CREATE, and its second version. */
+		0x4020bc10, 0x4030bc1d,
 	};
 	enum { COUNT = sizeof refused / sizeof *refused };
 	unsigned i, first;
