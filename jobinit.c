@@ -886,6 +886,9 @@ static unsigned make_ioctl_filter(void)
 		0x50009401, 0x50009417, 0x5000943f,
 		/* bcachefs' takes any subvolume, whose ever: SUBVOLUME_CREATE, and its second version. */
 		0x4020bc10, 0x4030bc1d,
+		/* The key of an encrypted folder is its user's, in any user namespace: whoever takes it away
+		 * closes the folder for all. FS_IOC_ADD_ENCRYPTION_KEY, FS_IOC_REMOVE_ENCRYPTION_KEY. */
+		0xc0506617, 0xc0406618,
 	};
 	enum { COUNT = sizeof refused / sizeof *refused };
 	unsigned i, first;

@@ -479,6 +479,58 @@ def test_no_snapshot_shows_what_is_hidden(certificates: Path) -> None:
                 assert client.output(job.id) == refused + b"[]\n"
 
 
+# To a folder, that of a user's encrypted file system.
+ADD_KEY = f"""
+import fcntl, os, struct, sys
+os.chown(sys.argv[1], {USER}, {USER})
+os.chdir(sys.argv[1])
+os.setuid({USER})
+argument = bytearray(struct.pack("II32sII32s", 2, 0, b"", 64, 0, b"") + bytes(range(64)))
+fcntl.ioctl(os.open(".", os.O_RDONLY), 0xC0506617, argument)
+open("identifier", "wb").write(argument[8:24])
+"""
+
+# $0: a folder for a file system, whose image is $1; $2: what adds a key to it.
+OWN_KEY = 'mount -o loop "$1" "$0" && python3 -c "$2" "$0" && shift 2 && exec "$@"'
+
+KEYS = """
+import fcntl, os, struct
+key = struct.pack("II32s", 2, 0, open("identifier", "rb").read())
+for request, argument in {
+    0xC0506617: key + struct.pack("II32s64s", 64, 0, b"", b"another"),
+    0xC0406618: key + bytes(24),
+}.items():
+    try:
+        fcntl.ioctl(os.open(".", os.O_RDONLY), request, bytearray(argument))
+    except OSError as error:
+        print(error.strerror)
+    else:
+        print("worked")
+"""
+
+
+def test_the_key_of_a_folder_that_its_user_has_encrypted_is_not_taken_away(
+    certificates: Path,
+) -> None:
+    """The server's own may be in there; whose key it is the kernel knows by the user alone."""
+    if not shutil.which("mkfs.ext4"):
+        pytest.skip("NOT TESTED: keys of file systems, as there is no program mkfs.ext4")
+    with public_folder() as folder, public_folder() as disk:
+        image = folder / "image"
+        with image.open("wb") as file:
+            file.truncate(16 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-O", "encrypt", image], check=True)
+        launcher = ["sh", "-c", OWN_KEY, str(disk), str(image), ADD_KEY]
+        if subprocess.run([*APART, *launcher, "true"], check=False).returncode != 0:
+            pytest.skip("NOT TESTED: keys of file systems, which cannot be had here")
+        with (
+            servers(folder, certificates, launcher) as start,
+            start(PROFILE="").connect() as client,
+        ):
+            job = client.create(*PYTHON, stdin=KEYS.encode(), working_directory=str(disk))
+            assert client.output(job.id) == b"Operation not permitted\n" * 2
+
+
 # What it shares with the server, as the kernel counts by user
 
 
