@@ -75,6 +75,7 @@ def _private(settings: Settings, links: Iterable[Path], code: Iterable[Path]) ->
     private = [settings.state_dir, *_certificates(settings.cert_path)]
     private += [file for file in (settings.file, settings.clients, settings.revoked) if file]
     private += _with_rotated(settings.audit_log) if settings.audit_log else []
+    private += _standard_files()
     private += [link.resolve() for link in links if link.is_symlink() and os.path.exists(link)]
     if os.geteuid() != 0:  # its jobs have its own user
         private += [settings.cgroup_base, *settings.hidden, *_homes(code)]
@@ -94,6 +95,16 @@ def _with_rotated(log_file: Path) -> list[Path]:
     if others or str(folder.resolve()) in SHARED_FOLDERS:
         return [log_file, *folder.glob(f"{glob.escape(log_file.name)}?*")]
     return [folder, log_file]  # which may be a link to elsewhere
+
+
+def _standard_files() -> list[Path]:
+    """The log, where whoever starts this process has it in a file; and what is printed."""
+    found = []
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # it is closed
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+    return found
 
 
 def _homes(code: Iterable[Path]) -> list[Path]:

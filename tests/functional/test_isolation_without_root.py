@@ -171,6 +171,20 @@ def test_nothing_is_put_in_the_place_of_the_servers_files(client: Client, server
     assert server.certs.exists() and not (around / "z").exists()
 
 
+def test_neither_in_that_of_its_log(certificates: Path) -> None:
+    """The next start would append to what a link leads to."""
+    with public_folder() as folder, public_folder() as logs:
+        os.chown(logs, USER, USER)
+        launcher = ["sh", "-c", 'exec >> "$0/log" && exec "$@"', str(logs)]
+        with (
+            servers(folder, certificates, launcher) as start,
+            start(PROFILE="").connect() as client,
+        ):
+            _, output = client.run(f"cat {logs}/log {folder}/server.log; ln -s / {logs}/x")
+            assert output.count(b"Permission denied") == 2, output
+            assert output.count(b"Read-only file system") == 1, output
+
+
 def test_jobinit_runs_from_what_no_job_can_change(server: Server) -> None:
     """A script with /proc/self/exe as its interpreter comes to it, by a mount of the machine."""
     program = f"/proc/{server.jobinit_pid()}/exe"
