@@ -27,8 +27,11 @@ from jobworker.engine.user import User, find_user, own_user
 log = logging.getLogger(__name__)
 
 ROOT = Path("/")
-# What the loader of programs, and OpenSSL, take from elsewhere.
-LIBRARY_VARIABLES = ("LD_LIBRARY_PATH", "OPENSSL_CONF", "OPENSSL_ENGINES", "OPENSSL_MODULES")
+# What the loader of programs, the C library (for other locales) and OpenSSL take from elsewhere.
+LIBRARY_VARIABLES = (
+    *("LD_LIBRARY_PATH", "LD_AUDIT", "GCONV_PATH"),
+    *("OPENSSL_CONF", "OPENSSL_ENGINES", "OPENSSL_MODULES"),
+)
 # Folders that jobs cannot do without.
 SHARED_FOLDERS = {"/", "/etc", "/home", "/opt", "/srv", "/usr", "/var"}
 # Of entries in ACLs, those that name somebody: acl(5).

@@ -278,6 +278,8 @@ def test_signals_do_nothing_to_the_first_process_of_its_namespace(client: Client
         "LD_LIBRARY_PATH=/none;{}",
         "LD_LIBRARY_PATH=/none:",  # and the working directory
         "LD_PRELOAD=libnone.so {}/none.so",
+        "LD_AUDIT={}/none.so",
+        "GCONV_PATH={}",
     ],
 )
 def test_it_changes_nothing_that_the_server_is_made_of(certificates: Path, variable: str) -> None:
