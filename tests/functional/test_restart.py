@@ -665,6 +665,44 @@ def test_a_stop_without_grace_stays_the_cause(start_server: StartServer) -> None
         assert client.get(job.id).cause == pb.STOPPED
 
 
+# A server whose store takes until there is a file `go` to close.
+SLOW_TO_CLOSE = """
+import pathlib, time
+from jobworker.engine.store import Store
+
+close = Store._close
+
+def close_late(self):
+    pathlib.Path("closing").touch()
+    while not pathlib.Path("go").exists():
+        time.sleep(0.02)
+    close(self)
+
+Store._close = close_late
+"""
+
+
+def test_what_comes_due_while_a_server_ends_is_for_the_next_one(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    """It can store nothing any more: what it killed would look like another cause."""
+    settings = {"STOP_JOBS": "no", "STOP_GRACE": "0"}
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_CLOSE)
+    server = start_server(launcher=("env", f"PYTHONPATH={tmp_path}"), **settings)
+    with server.connect() as client:
+        job = client.create("sleep", "60", timeout_milliseconds=3000)
+        others = [client.create("sleep", "0.1") for _ in range(5)]  # not stored as RUNNING yet
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(tmp_path / "closing")
+        wait_until(lambda: time.time_ns() > job.start_time_ns + 3_200_000_000)
+    release(tmp_path / "go")
+    assert server.stop() == 0
+    assert "Traceback" not in server.log
+    with start_server(**settings).connect() as client:
+        assert client.wait(job.id).cause == pb.TIMED_OUT
+        assert {client.wait(each.id).cause for each in others} == {pb.EXITED}
+
+
 def test_run_shows_each_line_once_while_the_server_is_killed(
     start_server: StartServer, certificates: Path
 ) -> None:
