@@ -3,11 +3,13 @@ when there is room."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -34,6 +36,29 @@ def start_on_small_disk(
         return start_server(launcher=launcher, **settings)
 
     return start
+
+
+@pytest.fixture
+def start_on_disk_that_stays(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> Iterator[Callable[..., Server]]:
+    """The next server finds what the one before it left."""
+    mount = ["unshare", "--mount", "sh", "-c", MOUNT, str(tmp_path / "state")]
+    command = [*mount, "sh", "-c", "echo mounted; read line"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as keeper:
+        assert keeper.stdout
+        assert keeper.stdout.readline() == b"mounted\n"
+        launcher = ["nsenter", f"--mount=/proc/{keeper.pid}/ns/mnt"]
+        yield lambda **settings: start_server(launcher=launcher, DISK_RESERVE="0", **settings)
+
+
+def fill(server: Server) -> Path:
+    """To the last byte."""
+    filler = state_of(server) / "filler"
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return filler
 
 
 def state_of(server: Server) -> Path:
@@ -136,3 +161,18 @@ def test_the_server_ends_though_a_job_cannot(start_on_small_disk: Callable[..., 
     if cgroup:
         Cgroup(Path(cgroup)).kill()
         Cgroup(Path(cgroup)).remove()
+
+
+def test_a_server_starts_on_a_full_disk(start_on_disk_that_stays: Callable[..., Server]) -> None:
+    """Jobs have ended meanwhile, and what frees the disk may be to delete some."""
+    server = start_on_disk_that_stays(STOP_JOBS="no")
+    with server.connect() as client:
+        job = client.shell("while ! [ -e /proc/1/nothing ]; do sleep 0.1; done")
+        client.wait(client.create("true").id)  # so that there is a WAL
+        fill(server)
+        server.stop(signal.SIGKILL)
+    server = start_on_disk_that_stays(STOP_JOBS="no")
+    with server.connect() as client:
+        assert client.get(job.id).status == "RUNNING"
+        (state_of(server) / "filler").unlink()
+        client.stop(job.id)
