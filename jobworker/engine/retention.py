@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Quota
 from jobworker.engine.store import EndedJob, Store
-from jobworker.errors import JobWorkerError
+from jobworker.errors import JobWorkerError, StoreError
 from jobworker.job import Job
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,16 @@ class Retention:
             if task := self._packing.get(job.id):
                 task.cancel()
                 await asyncio.wait([task])
-        # First the records: of files without a record the next start knows what to do.
-        await self._store.delete(job.id for job in jobs)
-        await asyncio.to_thread(self._delete_files, jobs)
+        ids = [job.id for job in jobs]
+        try:
+            # First the records: of files without a record the next start knows what to do.
+            await self._store.delete(ids)
+        except StoreError:
+            # As on a full disk, on which these files may be what makes room for that.
+            await asyncio.to_thread(self._delete_files, jobs)
+            await self._store.delete(ids)
+        else:
+            await asyncio.to_thread(self._delete_files, jobs)
 
     def _delete_files(self, jobs: Iterable[Job]) -> None:
         for job in jobs:

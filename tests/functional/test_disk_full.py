@@ -176,3 +176,18 @@ def test_a_server_starts_on_a_full_disk(start_on_disk_that_stays: Callable[..., 
         assert client.get(job.id).status == "RUNNING"
         (state_of(server) / "filler").unlink()
         client.stop(job.id)
+
+
+def test_to_delete_a_job_frees_a_full_disk(
+    start_on_disk_that_stays: Callable[..., Server],
+) -> None:
+    """Even its record could not be deleted without the room that its output took."""
+    server = start_on_disk_that_stays()
+    with server.connect() as client:
+        job, _ = client.run(f"head -c {MIB} /dev/zero")
+        fill(server)
+        with pytest.raises(grpc.RpcError, match="full"):
+            client.create("true")
+        client.call("DeleteJob", pb.DeleteJobReq(id=job.id))
+        assert client.wait(client.create("true").id).exitCode == 0
+        assert job.id not in [each.id for each in client.jobs()]
