@@ -89,10 +89,16 @@ class Retention:
             await self._store.delete(ids)
         except StoreError:
             # As on a full disk, on which these files may be what makes room for that.
-            await asyncio.to_thread(self._delete_files, jobs)
+            await self._delete_files_or_say(jobs)
             await self._store.delete(ids)
         else:
+            await self._delete_files_or_say(jobs)
+
+    async def _delete_files_or_say(self, jobs: Iterable[Job]) -> None:
+        try:
             await asyncio.to_thread(self._delete_files, jobs)
+        except OSError as error:
+            log.error("files of deleted jobs stay until the next start: %s", error)
 
     def _delete_files(self, jobs: Iterable[Job]) -> None:
         for job in jobs:

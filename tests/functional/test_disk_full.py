@@ -191,3 +191,19 @@ def test_to_delete_a_job_frees_a_full_disk(
         client.call("DeleteJob", pb.DeleteJobReq(id=job.id))
         assert client.wait(client.create("true").id).exitCode == 0
         assert job.id not in [each.id for each in client.jobs()]
+
+
+def test_a_job_is_deleted_though_its_files_cannot_be(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """Its record is gone by then: the next start removes what is left."""
+    output = tmp_path / "state/output"
+    server = start_server(launcher=["unshare", "--mount", "sh", "-c", MOUNT, str(output)])
+    with server.connect() as client:
+        job, _ = client.run(f"head -c {MIB} /dev/zero")
+        inside = ["nsenter", f"--mount=/proc/{server.process.pid}/ns/mnt"]
+        subprocess.run([*inside, "mount", "-o", "remount,ro", output], check=True)
+        client.call("DeleteJob", pb.DeleteJobReq(id=job.id))
+        assert client.jobs() == []
+        assert "files of deleted jobs stay until the next start: [Errno 30]" in server.log
+        subprocess.run([*inside, "mount", "-o", "remount,rw", output], check=True)
