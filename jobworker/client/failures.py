@@ -44,8 +44,9 @@ UNREADABLE = (DecodeError, ValueError)
 
 # How gRPC's core words what has happened (no code tells these apart).
 NOT_CONNECTED = re.compile(r"failed to connect|errors resolving|DNS resolution failed")
-# The connection broke, or a proxy between here and there reset the stream.
-BROKEN = re.compile(r"RST_STREAM|Stream removed")
+# The connection broke, or a proxy between here and there reset the stream. Just CANCELLED, without
+# words of its own: the server was ended before it came to the call.
+BROKEN = re.compile(r"RST_STREAM|Stream removed|^CANCELLED$")
 
 
 def error_from(error: grpc.RpcError, rpc: str, target: Target) -> CallError:

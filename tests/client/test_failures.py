@@ -51,6 +51,28 @@ class Aborting(grpc.GenericRpcHandler):
         return pb.Job(id="1", status=request.id).SerializeToString()
 
 
+class Ending(grpc.GenericRpcHandler):
+    """A server that is ended, and had not come to its first call by then: gRPC answers that one."""
+
+    def __init__(self) -> None:
+        self._has_answered = False
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        if details.method.endswith("/GetJobsStream"):
+            return grpc.unary_stream_rpc_method_handler(self._stream)
+        return grpc.unary_unary_rpc_method_handler(self._answer)
+
+    def _stream(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        job = pb.Job.FromString(self._answer(request, context))
+        yield pb.DataChunk(ending=job).SerializeToString()
+
+    def _answer(self, _request: bytes, context: grpc.ServicerContext) -> bytes:
+        if not self._has_answered:
+            self._has_answered = True
+            context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+        return pb.Job(id="1", status="COMPLETED").SerializeToString()
+
+
 class Stalling(grpc.GenericRpcHandler):
     """A server that does not answer one RPC, or not again, and whose streams are cut off."""
 
@@ -103,6 +125,21 @@ def test_each_status_is_one_error(connect: Connect, address: str, code: str) -> 
         connect(address).get(code)
     error = caught.value
     assert (type(error), error.code, error.rpc) == (KINDS[code], code, "GetJob")
+
+
+def test_a_stream_goes_on_that_came_while_the_server_was_ended(
+    connect: Connect, certificates: Path
+) -> None:
+    with listening(Ending(), certificates) as address:
+        (chunk,) = connect(address).stream(1)
+    assert chunk.ending
+
+
+def test_a_call_that_came_while_the_server_was_ended(connect: Connect, certificates: Path) -> None:
+    broke = pytest.raises(errors.UnreachableError, match="the connection broke")
+    with listening(Ending(), certificates) as address, broke as caught:
+        connect(address).get(1)
+    assert caught.value.may_have_happened
 
 
 @pytest.mark.parametrize("answer", ["no message", "ASLEEP"])
