@@ -27,6 +27,7 @@ from jobworker.authorization import Access, authorize
 from jobworker.errors import (
     AuditError,
     InvalidRequestError,
+    JobNotFoundError,
     JobWorkerError,
     PermissionDeniedError,
     ResourceExhaustedError,
@@ -580,7 +581,8 @@ class Gate:
 # what frees a full disk.
 CREATES = frozenset({"CreateJob", "CreateJobs"})
 
-REFUSALS = (PermissionDeniedError, ResourceExhaustedError, AuditError)
+# The last one: also for who asks for a job of another.
+REFUSALS = (PermissionDeniedError, ResourceExhaustedError, AuditError, JobNotFoundError)
 
 
 class GivenUp(asyncio.CancelledError):

@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import pytest
+from cryptography.x509.oid import NameOID
 
 from functional.http2 import (
     DATA,
@@ -31,6 +32,7 @@ from functional.http2 import (
     reset_of,
 )
 from functional.server import DEADLINE_SECONDS, Client, Server, slow_path, wait_until
+from functional.test_authorization import make_client
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc.gate import REVOKED_SECONDS
@@ -118,6 +120,24 @@ def test_what_fails_and_what_is_refused_has_a_line(start_server: StartServer, pa
     assert "needs the role admin or user" in denied["problem"]
     (missing,) = calls(path, "StopJob")
     assert (missing["job"], missing["code"]) == ("77", "NOT_FOUND")
+
+
+@pytest.mark.parametrize("rpc", ["GetJob", "GetJobsStream"])
+def test_who_asks_for_anothers_job_has_a_line(
+    start_server: StartServer, path: Path, rpc: str
+) -> None:
+    """For the client there is none; so there is a line for one that does not exist, too."""
+    server = start_server(AUDIT_LOG=str(path))
+    subject = [(NameOID.COMMON_NAME, "mallory"), (NameOID.ORGANIZATIONAL_UNIT_NAME, "user")]
+    make_client(server.certs, "asking", subject)
+    with server.connect() as client, server.connect("asking") as mallory:
+        ids = [client.create("true").id, "999"]
+        for job_id in ids:
+            with pytest.raises(grpc.RpcError):
+                mallory.get(job_id) if rpc == "GetJob" else mallory.output(job_id)
+    told = [(line["who"], line["code"], line["problem"]) for line in calls(path, rpc)]
+    assert [each[:2] for each in told] == [("mallory", "NOT_FOUND")] * 2
+    assert all(repr(job_id) in problem for job_id, (*_, problem) in zip(ids, told, strict=True))
 
 
 def test_a_flood_of_refused_calls_is_counted(start_server: StartServer, path: Path) -> None:
