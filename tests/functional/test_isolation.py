@@ -405,6 +405,22 @@ def test_it_sees_no_cgroups_wherever_they_are_mounted(tmp_path: Path, certificat
     assert server.stop() == 0
 
 
+def test_what_is_mounted_in_sys_is_not_there(tmp_path: Path, certificates: Path) -> None:
+    """The kernel's tracing, debugging and the like, of which some is for all users."""
+    mount = 'mount -t tmpfs none /sys/firmware && touch /sys/firmware/of-the-kernel && exec "$@"'
+    launcher = ["unshare", "--mount", "--propagation=private", "sh", "-c", mount, "sh"]
+    server = Server(
+        tmp_path, certificates, launcher=launcher, PROFILE="default", PROFILES_ALLOWED="none"
+    )
+    with server.connect() as client:
+        for profile, lines in (("none", [b"of-the-kernel"]), ("default", [])):
+            _, output = client.run(
+                "find /sys/firmware -name of-the-kernel -printf '%f\n'", profile=profile
+            )
+            assert output.split() == lines
+    assert server.stop() == 0
+
+
 def test_no_socket_of_a_daemon_is_in_reach(client: Client) -> None:
     resolver = os.path.realpath("/etc/resolv.conf")
     _, output = client.run("find /run/ -type s -o -type f")
