@@ -6,6 +6,8 @@ With THOROUGH=1 (`make sanitize`) all of them, and the threads under TSan; else 
 from __future__ import annotations
 
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,15 @@ NOT_UNDER_VALGRIND = (
 QUICK_UNDER_VALGRIND = "failed or argv or memfd or adopt or makes_no_sense or reads_its_input"
 # TSan's runtime does not live through unshare and fork.
 NOT_UNDER_TSAN = "killed or never_had_room"
+
+DAMAGED_LOGS = str(Path(__file__).with_name("damaged_logs.py"))
+DAMAGED_LOGS_SECONDS = 10
+# What Python itself does to objects that live for ever.
+OF_PYTHON = "".join(
+    f"{{\n{kind}\nMemcheck:{kind}\nobj:{place}\n}}\n"
+    for kind in ("Cond", "Value8")
+    for place in ("*/libpython3*", "*/bin/python3*")
+)
 
 VALGRIND = """#!/bin/sh
 exec valgrind --quiet --error-exitcode=99 --leak-check=full --log-file={log}.%p {binary} "$@"
@@ -73,6 +84,21 @@ def test_jobinit_under_valgrind(tmp_path: Path) -> None:
     finally:
         said = "".join(path.read_text() for path in tmp_path.glob("valgrind.*"))
     assert "== " not in said, said
+
+
+@pytest.mark.skipif(not THOROUGH, reason="`make sanitize` has it")
+def test_extension_under_valgrind(tmp_path: Path) -> None:
+    """While it writes and reads logs, damaged ones among them."""
+    if problem := builds.why_not("valgrind", "valgrind", "libc6-dbg"):
+        NOT_TESTED.append(f"the extension under valgrind: {problem}")
+        pytest.skip(problem)
+    (tmp_path / "of-python").write_text(OF_PYTHON)
+    command = ["valgrind", "--quiet", f"--suppressions={tmp_path}/of-python", sys.executable]
+    work = [DAMAGED_LOGS, str(DAMAGED_LOGS_SECONDS), str(tmp_path / "logs")]
+    background = Background([*command, *work], tmp_path / "said", {"PYTHONMALLOC": "malloc"})
+    found = re.split(r"==\d+== \n", background.wait(LONGEST_SECONDS))
+    problems = [problem for problem in found if "_fastio" in problem]
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.skipif(not THOROUGH, reason="`make sanitize` has it")
