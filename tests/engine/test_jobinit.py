@@ -1608,6 +1608,24 @@ def test_files_that_cannot_be_arranged(
 
 
 @as_root
+def test_files_are_looked_up_with_the_groups_of_the_jobs_user(launcher: Launcher) -> None:
+    group = 7001
+
+    async def scenario(server: Server) -> None:
+        await server.jobinit.make_view(SMALL)
+        fields = confined(binds=(Bind(f"{folder}/file", "/tmp/file"),))
+        fields["identity"] = Identity(65534, 65534, (65534, group))
+        output, *_ = await server.run("/bin/cat", "/tmp/file", **fields)
+        assert output == b"content\n"
+
+    with tempfile.TemporaryDirectory(dir="/srv") as folder:
+        Path(folder, "file").write_text("content\n")
+        os.chown(folder, 0, group)
+        Path(folder).chmod(0o710)
+        launcher.run(scenario)
+
+
+@as_root
 def test_a_view_that_cannot_be_made_says_what_could_not_be_done(launcher: Launcher) -> None:
     async def scenario(server: Server) -> None:
         path = "/" + 300 * "x"
