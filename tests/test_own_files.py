@@ -15,7 +15,7 @@ import pytest
 
 import jobworker
 from jobworker.config import Settings
-from jobworker.engine.user import User, own_user
+from jobworker.engine.user import User, find_user, own_user
 from jobworker.own_files import (
     ACL_GROUP,
     ACL_USER,
@@ -119,6 +119,18 @@ def test_what_it_has_loaded_from_elsewhere(tmp_path: Path, monkeypatch: pytest.M
     assert named <= loaded
     assert any(path.name.startswith("libc.") for path in loaded)
     assert not any(path.is_relative_to(code) for path in loaded)
+
+
+@as_root
+def test_what_it_has_loaded_is_read_only_where_a_job_could_change_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, own = tmp_path / "jobs", tmp_path / "own"
+    for folder in (jobs, own):
+        folder.mkdir()
+    os.chown(jobs, find_user(settings.job_user).uid, 0)
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{jobs}:{own}")
+    assert {jobs, own} & set(files_of_jobs(settings).read_only) == {jobs}
 
 
 @as_root
