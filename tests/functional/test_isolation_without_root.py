@@ -193,6 +193,15 @@ def test_jobinit_runs_from_what_no_job_can_change(server: Server) -> None:
     assert Path(os.readlink(program)).name.startswith("memfd:jobinit")
 
 
+def test_jobinit_cannot_be_traced(server: Server) -> None:
+    """By others of its user: what is its own in /proc is root's then."""
+    owners = [
+        Path(f"/proc/{pid}/environ").stat().st_uid
+        for pid in (server.jobinit_pid(), server.process.pid)
+    ]
+    assert owners == [0, USER]
+
+
 def test_neither_is_it_in_sight_where_it_is_mounted_once_more(
     certificates: Path,
 ) -> None:
