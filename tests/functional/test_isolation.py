@@ -352,6 +352,15 @@ def test_its_temporary_folders_are_its_own(client: Client) -> None:
     assert not any(Path(folder, name).exists() for folder in folders)
 
 
+def test_they_stay_so_while_other_jobs_come(client: Client) -> None:
+    script = "touch /tmp/first; trap 'ls /tmp; exit' TERM; echo ready; sleep 60 & wait"
+    first = client.shell(script)
+    assert next(client.stream(first.id)).payload == b"ready\n"
+    client.run("touch /tmp/second")
+    client.stop(first.id)
+    assert client.output(first.id) == b"ready\nfirst\n"
+
+
 def test_they_are_small(client: Client) -> None:
     _, output = client.run("head -c 5000000 /dev/zero > /tmp/a 2>/dev/null; stat -c %s /tmp/a")
     assert int(output) == 4 << 20
