@@ -157,19 +157,24 @@ class Cgroup:
 
     def kill(self) -> None:
         """All processes in it and below, those too that are just being forked."""
+        # Before, as the kernel kills under a lock of all cgroups, and who has that may wait until
+        # each process goes on that has used up its share of the processor.
+        self._lift_cpu_limit()
         try:
             _write(f"{self.path}/cgroup.kill", "1")
         except OSError as error:
             if not _is_gone(error):
                 raise CgroupError(f"cannot kill {self.path}: {error.strerror}") from error
-        self._lift_limits()
+        self._lift_io_limits()
 
-    def _lift_limits(self) -> None:
-        """No process ends while the kernel holds back what it has asked a disk for; and each takes
-        a little of a processor to end."""
-        if not (self._read("cpu.max") or "max").startswith("max"):
-            with contextlib.suppress(OSError):
+    def _lift_cpu_limit(self) -> None:
+        """Each process takes a little of a processor to end, too."""
+        with contextlib.suppress(CgroupError, OSError):
+            if not (self._read("cpu.max") or "max").startswith("max"):
                 _write(f"{self.path}/cpu.max", "max")
+
+    def _lift_io_limits(self) -> None:
+        """No process ends while the kernel holds back what it has asked a disk for."""
         for line in (self._read("io.max") or "").splitlines():
             disk = line.split()[0]
             with contextlib.suppress(OSError):  # gone

@@ -138,6 +138,19 @@ def test_populated_while_a_process_is_alive(cgroup: Cgroup, start: Start) -> Non
     assert not cgroup.is_populated()
 
 
+def test_a_limit_on_cpu_is_lifted_before_the_kill(tmp_path: Path) -> None:
+    """The kernel may wait with it until those go on that have used up their share."""
+    limit = tmp_path / "cpu.max"
+    limit.write_text("10000 100000\n")
+    os.mkfifo(tmp_path / "cgroup.kill")  # to open it waits for the other end
+    killer = threading.Thread(target=Cgroup(tmp_path).kill)
+    killer.start()
+    with (tmp_path / "cgroup.kill").open() as kill:
+        assert limit.read_text().startswith("max")
+        assert kill.read() == "1"
+    killer.join()
+
+
 def test_kill_reaches_all_that_the_job_started(cgroup: Cgroup, start: Start) -> None:
     """Also what is in a session of its own, and ignores signals."""
     script = "trap '' TERM INT HUP; setsid sleep 1000 & (sleep 1000 &) & echo; wait"
