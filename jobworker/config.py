@@ -211,7 +211,10 @@ def default_state_dir() -> Path:
 PROFILES = ("default", "strict", "none")
 
 # Where daemons keep their sockets, and people what is theirs, beside /run.
-HIDDEN = "/root, /boot, /var/log, /var/mail, /var/spool, /var/lib/docker, /var/lib/mysql"
+HIDDEN = (
+    "/root, /boot, /var/log, /var/mail, /var/spool, /var/lib/docker, /var/lib/mysql, "
+    "/var/lib/lxd, /var/lib/incus, /var/snap"
+)
 
 
 @dataclass(frozen=True, slots=True)

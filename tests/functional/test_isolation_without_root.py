@@ -27,7 +27,7 @@ from escapes.stage import (
 )
 from functional.server import Client, Server, wait_until
 from functional.test_isolation import first_processes, mounts_of, status_of
-from functional.unprivileged import USER, StartServer, servers
+from functional.unprivileged import GROUP, USER, StartServer, servers
 from jobworker.pb import job_worker_pb2 as pb
 
 APART = ["unshare", "--mount", "--uts", "--ipc", "--propagation=private"]
@@ -161,6 +161,22 @@ def test_that_users_mail_is_hidden(certificates: Path) -> None:
         start(PROFILE="").connect() as client,
     ):
         assert b"Permission denied" in client.run("cat /var/mail/user")[1]
+
+
+def test_neither_are_daemons_that_give_its_groups_all_rights_in_sight(certificates: Path) -> None:
+    """Whose sockets are not in /run: LXD is a package, or a snap, and has become Incus."""
+    sockets = ["lib/lxd/unix.socket", "lib/incus/unix.socket", "snap/lxd/common/lxd/unix.socket"]
+    make = "mount -t tmpfs -o mode=755 none /var; cd /var; mkdir -p tmp"
+    for path in sockets:
+        make += f" {path}; chgrp {GROUP} {path}; chmod 770 {path}; mkdir -p"
+    with (
+        public_folder() as other,
+        servers(other, certificates, ["sh", "-c", f'{make} log && exec "$@"', "sh"]) as start,
+        start(PROFILE="").connect() as client,
+    ):
+        for path in sockets:
+            assert client.run(f"ls /var/{path}")[0].exitCode != 0
+        assert client.run("ls /var/lib")[0].exitCode == 0
 
 
 def test_nothing_is_put_in_the_place_of_the_servers_files(client: Client, server: Server) -> None:
