@@ -19,6 +19,7 @@ import fcntl
 import logging
 import os
 import resource
+import select
 import signal
 import struct
 import time
@@ -260,6 +261,15 @@ class Jobinits:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(hold.pidfd, number)
                 os.killpg(hold.pid, number)
+
+    def has_ended(self, job_id: int) -> bool:
+        """Whether the main process of a job has, by the kernel: to be told of it takes time."""
+        hold = self._holds.get(job_id)
+        if hold is None or hold.pidfd < 0:
+            return False
+        poll = select.poll()
+        poll.register(hold.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def acknowledge(self, job_id: int) -> None:
         """The ending is recorded: nobody need hold the job any longer."""

@@ -892,7 +892,8 @@ class Manager:
     def _time_out(self, live: _LiveJob) -> None:
         # Once its main process has ended, the linger time bounds the rest; or what is left of the
         # grace of a stop, which may be far longer.
-        if live.exited is None or live.kill_at is not None:
+        has_exited = live.exited is not None or self._jobinits.has_ended(live.job.id)
+        if not has_exited or live.kill_at is not None:
             self._request_end(live, Cause.TIMED_OUT, signal.SIGTERM, self.policy.stop_grace_seconds)
 
     def _send_stop(self, live: _LiveJob) -> None:

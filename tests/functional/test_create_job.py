@@ -186,6 +186,27 @@ def test_a_time_limit_that_is_not_reached_changes_nothing(client: Client) -> Non
     assert (job.cause, job.exitCode) == (pb.EXITED, 3)
 
 
+def test_who_ends_within_its_time_limit_has_not_timed_out(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """Though the server may be told of it only afterwards."""
+    server = start_server()
+    script = f"echo $$; while ! [ -e {tmp_path}/go ]; do sleep 0.02; done; exit 3"
+    with server.connect() as client:
+        job = client.shell(script, timeout_milliseconds=3000)
+        pid = int(next(client.stream(job.id)).payload)
+        jobinit = server.jobinit_pid()
+        os.kill(jobinit, signal.SIGSTOP)
+        try:
+            (tmp_path / "go").touch()
+            wait_until(lambda: ") Z " in Path(f"/proc/{pid}/stat").read_text())
+            wait_until(lambda: time.time_ns() > job.start_time_ns + 3_200_000_000)
+        finally:
+            os.kill(jobinit, signal.SIGCONT)
+        ended = client.wait(job.id)
+    assert (ended.cause, ended.exitCode) == (pb.EXITED, 3)
+
+
 def test_a_stop_before_the_time_limit_is_the_cause(client: Client) -> None:
     script = 'trap "" TERM; echo up; while :; do sleep 0.02; done'
     job = client.shell(script, timeout_milliseconds=500)
