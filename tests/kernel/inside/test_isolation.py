@@ -57,6 +57,25 @@ def test_the_cgroup_is_empty_once_the_job_is_gone(client: Client) -> None:
     assert not path.exists()
 
 
+LIMITS = """
+from resource import RLIMIT_CORE, RLIMIT_NICE, RLIMIT_RTPRIO, getrlimit
+print([getrlimit(each) for each in (RLIMIT_CORE, RLIMIT_RTPRIO, RLIMIT_NICE)])
+"""
+
+
+def test_what_the_server_may_is_not_handed_down(tmp_path: Path, certificates: Path) -> None:
+    launcher = ["prlimit", "--core=unlimited", "--rtprio=50", "--nice=30"]
+    server = Server(
+        tmp_path, certificates, launcher=launcher, PROFILE="default", PROFILES_ALLOWED="none"
+    )
+    expected = {"none": [(-1, -1), (50, 50), (30, 30)], "default": [(1, -1), (0, 0), (0, 0)]}
+    with server.connect() as client:
+        for profile, limits in expected.items():
+            job = client.create("python3", "-c", LIMITS, profile=profile)
+            assert client.output(job.id).decode() == f"{limits}\n"
+    assert server.stop() == 0
+
+
 def test_a_server_that_is_not_root_confines_its_jobs(certificates: Path) -> None:
     with (
         public_folder() as folder,
