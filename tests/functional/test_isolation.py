@@ -187,6 +187,14 @@ def test_it_sees_no_other_cgroup_in_its_path(client: Client) -> None:
     assert output != b"0::/\n" or not client.info().cgroup
 
 
+def test_it_has_namespaces_of_its_own(client: Client) -> None:
+    names = ("cgroup", "ipc", "mnt", "pid", "uts")
+    paths = [f"/proc/self/ns/{name}" for name in names]
+    found = client.output(client.create("readlink", *paths).id).decode().split()
+    assert len(found) == len(paths)
+    assert not set(found) & {os.readlink(path) for path in paths}
+
+
 def test_it_cannot_rename_the_machine(client: Client) -> None:
     job, _ = client.run("hostname taken 2>&1")
     assert job.exitCode != 0
