@@ -43,6 +43,7 @@ from functional.server import DEADLINE_SECONDS, Client, Server, channel, wait_un
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc.convert import LARGEST_CREATE_BYTES
+from jobworker.rpc.gate import MOST_LARGE
 from slow_links import slow_way
 
 MEBIBYTE = 1 << 20
@@ -208,6 +209,24 @@ def test_calls_without_end(start_server: StartServer, mallory: str) -> None:
         others_work(server)
         for call in calls:
             call.cancel()
+
+
+def test_large_calls_without_end(start_server: StartServer, mallory: str) -> None:
+    server = start_server()
+
+    def are_refused(client: Client) -> bool:
+        try:
+            client.jobs()
+        except grpc.RpcError as error:
+            return f"has {MOST_LARGE} calls with large messages" in str(error.details())
+        return False
+
+    with connect(server, mallory) as hostile, server.connect(mallory) as client:
+        for number in range(1, 2 * MOST_LARGE, 2):  # whose requests never come
+            hostile.sendall(frame(HEADERS, END_HEADERS, number, headers_of("GetJobs")))
+        wait_until(lambda: are_refused(client))
+        assert client.info().identity == mallory
+        others_work(server)
 
 
 def test_requests_that_never_come(start_server: StartServer, mallory: str) -> None:
