@@ -300,20 +300,21 @@ def _keep_a_pipe_locked(move: Callable[[int, int], int]) -> str:
     reading, writing = os.pipe()
     ours.send(b"x")
     move(theirs.fileno(), writing)
-    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
-    holder = os.fork()
-    if holder == 0:
-        with suppress(OSError):
-            move(theirs.fileno(), writing)
-        os._exit(0)
-    time.sleep(0.3)
-    began = time.monotonic()
-    fcntl.ioctl(reading, termios.FIONREAD, b"    ")
-    waited = time.monotonic() - began
-    os.waitpid(holder, 0)
-    if waited < 0.3:
-        raise PermissionError("nobody waits")
-    return f"who looked at it waited for {waited:.1f} s"
+    for seconds in (1, 2, 4):  # on a busy machine it may not have the lock yet, or no longer
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))
+        holder = os.fork()
+        if holder == 0:
+            with suppress(OSError):
+                move(theirs.fileno(), writing)
+            os._exit(0)
+        time.sleep(0.3)
+        began = time.monotonic()
+        fcntl.ioctl(reading, termios.FIONREAD, b"    ")
+        waited = time.monotonic() - began
+        os.waitpid(holder, 0)
+        if waited >= 0.3:
+            return f"who looked at it waited for {waited:.1f} s"
+    raise PermissionError("nobody waits")
 
 
 @attack(shown_as="user")
