@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Quota
 from jobworker.engine.store import EndedJob, Store
@@ -20,6 +22,9 @@ from jobworker.job import Job
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+THREADS = 2
 # Between two looks at what is to be deleted, where jobs end all the time.
 PRUNE_PAUSE_SECONDS = 1.0
 # So often where none ends, as they grow older all the same.
@@ -48,6 +53,9 @@ class Retention:
         self._packing: dict[int, asyncio.Task[None]] = {}
         self._deleting: set[asyncio.Task[None]] = set()
         self._ended = asyncio.Event()
+        # Apart from the threads of `to_thread`, which jobs need for their end: much output takes
+        # long to remove.
+        self._threads = ThreadPoolExecutor(THREADS, "retention")
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, live_ids: Iterable[int]) -> None:
@@ -62,6 +70,11 @@ class Retention:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, *self._deleting, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, function, *arguments)
 
     def take(self, job: Job) -> None:
         """A job whose ending has just been stored."""
@@ -96,7 +109,7 @@ class Retention:
 
     async def _delete_files_or_say(self, jobs: Iterable[Job]) -> None:
         try:
-            await asyncio.to_thread(self._delete_files, jobs)
+            await self._in_thread(self._delete_files, jobs)
         except OSError as error:
             log.error("files of deleted jobs stay until the next start: %s", error)
 
@@ -117,26 +130,26 @@ class Retention:
         """While nobody reads it: a reader goes on where it began."""
         try:
             await self._output.wait_unread(job.id)
-            packed = await asyncio.to_thread(self._output.pack, job.id, job.output_bytes)
+            packed = await self._in_thread(self._output.pack, job.id, job.output_bytes)
             if packed is None:
                 return
             await self._store.put_output(job.id, *packed)
             # Who came before it was stored reads the files.
             await self._output.wait_unread(job.id)
-            await asyncio.to_thread(self._delete_files, [job])
+            await self._in_thread(self._delete_files, [job])
         except PASSING_ERRORS as error:
             log.warning("the output of job %d stays in files: %s", job.id, error)
 
     async def _tidy(self, live_ids: frozenset[int]) -> None:
         """What an earlier server did not come to do."""
         kept = 0
-        for job_id in sorted(await asyncio.to_thread(self._output.job_ids) - live_ids):
+        for job_id in sorted(await self._in_thread(self._output.job_ids) - live_ids):
             job = await self._store.get(job_id, brief=True)
             if job is None and self._store.damaged:
                 kept += 1
             elif job is None:
                 log.warning("removing the output of job %d, of which there is no record", job_id)
-                await asyncio.to_thread(self._output.delete_stray, job_id)
+                await self._in_thread(self._output.delete_stray, job_id)
             elif job_id in self._packing:
                 continue  # it has ended in between
             elif job.is_ended and 0 < job.output_bytes <= LARGEST_PACKED_BYTES:

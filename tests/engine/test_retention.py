@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,36 @@ class SlowStore:
     async def delete(self, ids: Any) -> None:
         self.deleted += ids
         await self.may_answer.wait()
+
+
+class SlowOutput:
+    """Whose files take long to remove, as large ones do."""
+
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+
+    def delete(self, *_: Any) -> None:
+        self.may_go_on.wait(DEADLINE_SECONDS)
+
+
+def test_who_deletes_much_keeps_no_job_from_its_end() -> None:
+    """Which takes a thread, as to kill what is left in its cgroup."""
+    job = Job(1, JobSpec("true"), Status.COMPLETED, created_ns=NOW, stdout_bytes=100_000)
+
+    async def run() -> None:
+        store: Any = SlowStore()
+        store.may_answer.set()
+        output: Any = SlowOutput()
+        retention = Retention(store, output, Keep())
+        try:
+            deleting = [retention.delete([job]) for _ in range(100)]
+            await asyncio.wait_for(asyncio.to_thread(int), DEADLINE_SECONDS / 2)
+        finally:
+            output.may_go_on.set()
+        await asyncio.gather(*deleting)
+        await retention.close()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("is_closed", [False, True])
