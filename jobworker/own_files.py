@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 ROOT = Path("/")
 # What the loader of programs, the C library (for other locales) and OpenSSL take from elsewhere.
 LIBRARY_VARIABLES = (
-    *("LD_LIBRARY_PATH", "LD_AUDIT", "GCONV_PATH"),
+    *("LD_LIBRARY_PATH", "GCONV_PATH"),
     *("OPENSSL_CONF", "OPENSSL_ENGINES", "OPENSSL_MODULES"),
 )
 # Folders that jobs cannot do without.
@@ -157,7 +157,8 @@ def _loaded_from(code: Iterable[Path]) -> list[Path]:
     values = filter(None, map(os.environ.get, LIBRARY_VARIABLES))
     # An empty one is the working directory.
     named = [path for value in values for path in re.split("[:;]", value)]
-    named += re.findall("[^ :]*/[^ :]*", os.environ.get("LD_PRELOAD", ""))
+    for variable in ("LD_PRELOAD", "LD_AUDIT"):
+        named += re.findall("[^ :]*/[^ :]*", os.environ.get(variable, ""))
     links = [entry.path for place in sys.path for entry in _entries(place) if entry.is_symlink()]
     paths = set(map(os.path.abspath, (*filter(None, modules), *mapped, *named, *links)))
     known = [os.path.realpath(folder) for folder in (*code, base)]

@@ -303,7 +303,7 @@ def test_signals_do_nothing_to_the_first_process_of_its_namespace(client: Client
         "LD_LIBRARY_PATH=/none;{}",
         "LD_LIBRARY_PATH=/none:",  # and the working directory
         "LD_PRELOAD=libnone.so {}/none.so",
-        "LD_AUDIT={}/none.so",
+        "LD_AUDIT=libnone.so:{}/none.so",
         "GCONV_PATH={}",
     ],
 )
