@@ -35,7 +35,7 @@ from jobworker.errors import (
     StoreError,
     UnknownMethodError,
 )
-from jobworker.roles import Clients, Identity
+from jobworker.roles import Caller, Clients, Identity
 from jobworker.rpc import connections, convert
 from jobworker.rpc.audit import AuditLog
 from jobworker.rpc.identity import certificate_of, identity_of
@@ -169,6 +169,7 @@ class _Call:
     peer: str
     task: asyncio.Task[Any]
     passport: Passport | None = None
+    role: str | None = None  # of its caller, when it was last asked what that may; None: never
     client: _Client | None = None  # where it is counted
     untaken_bytes: int = 0  # of its answer
     still_may: StillMay | None = None  # of a stream that has begun
@@ -437,8 +438,13 @@ class Gate:
             )
 
     def _access(self, call: _Call) -> Access:
+        caller = self._caller(call)
+        call.role = caller.role or ""
+        return authorize(caller, call.rpc)
+
+    def _caller(self, call: _Call) -> Caller:
         assert call.passport is not None
-        return authorize(self._roles.caller(call.passport.identity), call.rpc)
+        return self._roles.caller(call.passport.identity)
 
     @contextlib.asynccontextmanager
     async def _reading_as(self, call: _Call, access: Access) -> AsyncIterator[None]:
@@ -553,10 +559,12 @@ class Gate:
         """fields: the code among them. What was done always has its line."""
         if fields["code"] != "OK" and not call.has_done and not self._may_note_failure(call):
             return
-        passport = call.passport
+        passport, role = call.passport, call.role
+        if passport and role is None:
+            role = self._caller(call).role
         self._audit.write(
             who=passport.identity.name if passport else "",
-            role=(self._roles.caller(passport.identity).role or "") if passport else "",
+            role=role or "",
             serial=passport.identity.serial if passport else "",
             peer=connections.address_of(call.peer),
             rpc=call.rpc,

@@ -271,6 +271,27 @@ def test_a_stop_whose_client_is_revoked_meanwhile_was_not_refused(
         admin.stop(job.id, grace_milliseconds=0)
 
 
+def test_what_was_done_is_told_with_the_role_that_allowed_it(
+    start_server: StartServer, path: Path, tmp_path: Path
+) -> None:
+    """Though it is another one by the time of the answer."""
+    roles = tmp_path / "clients.toml"
+    roles.write_text("")
+    server = start_server(AUDIT_LOG=str(path), CLIENTS=str(roles))
+    with server.connect(given_up_client(server)) as user, server.connect() as admin:
+        job = user.shell("trap '' TERM; echo up; while :; do sleep 0.1; done")
+        next(admin.stream(job.id))
+        stop = user.stop_soon(job.id)
+        wait_until(lambda: bool(admin.get(job.id).stopped_by.name))
+        roles.write_text('[cn.given-up]\nrole = "viewer"\n')
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: user.info().role == "viewer")
+        admin.stop(job.id, grace_milliseconds=0)
+        assert stop.result().status == "STOPPED"
+        told = {line["who"]: line["role"] for line in calls(path, "StopJob")}
+        assert told == {"admin": "admin", "given-up": "user"}
+
+
 def test_calls_that_did_nothing_and_are_given_up_are_counted_too(
     start_server: StartServer, path: Path
 ) -> None:
