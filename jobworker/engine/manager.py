@@ -842,7 +842,7 @@ class Manager:
         detail = str(error)
         if live.cgroup:
             # Where jobinit died over it, it may have started and be alive.
-            live.cgroup.kill()
+            await asyncio.to_thread(live.cgroup.kill)
             # The memory may not even have been enough for the exec.
             _, oom = self._account(live, None)
             detail = "; ".join(filter(None, [detail, transition.out_of_memory(live.job, oom)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from collections.abc import Callable
@@ -39,6 +40,20 @@ async def fail(self):
 manager.Manager.get = get_or_fail
 manager.resolve = resolve_or_fail
 Reader.next = fail
+"""
+
+# The kernel lets this wait where another keeps its lock of all cgroups.
+SLOW_KILL = """
+from jobworker.engine.cgroup import Cgroup
+
+kill = Cgroup.kill
+
+def kill_later(self):
+    with open({fifo!r}) as fifo:
+        fifo.read()
+    kill(self)
+
+Cgroup.kill = kill_later
 """
 
 
@@ -106,3 +121,22 @@ def test_one_error_for_two_calls(start_server: Callable[..., Server]) -> None:
     with start_server().connect() as client, pytest.raises(grpc.RpcError) as caught:
         client.get("2")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_calls_go_on_while_a_kill_waits(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "sitecustomize.py").write_text(SLOW_KILL.format(fifo=str(fifo)))
+    no_program = tmp_path / "no-program"
+    no_program.touch(0o755)
+    server = start_server(launcher=("env", f"PYTHONPATH={tmp_path}"))
+    with server.connect() as client:
+        if not client.info().cgroup:
+            pytest.skip("no cgroups here")
+        create = client.create_soon(str(no_program))
+        with fifo.open("w"):  # once the kill is there
+            assert client.info().running_jobs == 1
+            assert not create.done()
+        assert create.result().cause == pb.START_FAILED
