@@ -1,8 +1,8 @@
 """All jobinits of this server: the one that starts jobs, and older ones whose jobs still run.
 
-A jobinit listens on `jobinit-<version>.sock`, by the version of its protocol. All versions
-understand what it takes to follow a job and to end it, so a newer server takes over the jobs
-of an older jobinit, and starts its own ones with one of its own version. Each ends by itself,
+A jobinit listens on `jobinit-<version>-<program>.sock`, by the version of its protocol, and by what
+it is. All versions understand what it takes to follow a job and to end it, so a newer server takes
+over the jobs of an older jobinit, and starts its own ones with one of its own. Each ends by itself,
 once it holds no job and no server is connected.
 
 Where a jobinit dies, its jobs go on. This process is their next ancestor if it has spawned that
@@ -25,6 +25,7 @@ import struct
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from socket import socket
 
@@ -117,7 +118,7 @@ class Jobinits:
         self._confines_all = confines_all
         # One that starts all kinds of jobs is as another version to who wants one of these.
         kind = "-confined" if confines_all else ""
-        self._path = folder / f"jobinit-{PROTOCOL_VERSION}{kind}.sock"
+        self._path = folder / f"jobinit-{PROTOCOL_VERSION}{kind}-{_digest(binary)}.sock"
         self.was_there = False  # one of an earlier server
         self._dialled: dict[Path, socket] = {}
         self._jobs_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -474,6 +475,14 @@ def _exit_of(pidfd: int) -> int | None:
         return None
     mask, wait_status = PIDFD_INFO.unpack(info)
     return wait_status if mask & PIDFD_INFO_EXIT else None
+
+
+def _digest(program: Path) -> str:
+    """A jobinit that an older program has started may let jobs do what ours does not."""
+    try:
+        return sha256(program.read_bytes()).hexdigest()[:6]
+    except OSError:  # told by who starts it
+        return "none"
 
 
 def _refusal(error: StartFailedError | ViewError) -> str:

@@ -13,7 +13,7 @@ import pytest
 from jobworker.daemon import JOBINIT, _try_isolation
 from jobworker.engine import jobinits as module
 from jobworker.engine.isolation import Isolation, Profile
-from jobworker.engine.jobinit import StartRequest
+from jobworker.engine.jobinit import Started, StartRequest
 from jobworker.engine.jobinits import Jobinits
 from jobworker.engine.store import Store
 from jobworker.errors import StartFailedError, StartupError, ViewError
@@ -78,6 +78,38 @@ def test_a_profile_that_is_only_allowed_keeps_no_server_from_starting(
             os.kill(pid, signal.SIGKILL)
         assert isolation.profiles == {Profile.DEFAULT}
         assert "is not known" in isolation.problems[Profile.STRICT]
+
+    asyncio.run(main())
+
+
+def test_another_program_starts_what_comes(tmp_path: Path) -> None:
+    """Also of the same protocol: it may keep more from jobs. Those of the older one go on."""
+    other = tmp_path / "other"
+    other.write_bytes(JOBINIT.read_bytes() + b"\0")
+    job = StartRequest(1, "/bin/sleep", ("sleep", "60"), {}, "/", None, merge_output=True)
+
+    async def serve(program: Path, *, starts: bool = False) -> tuple[int, list[Started]]:
+        jobinits = Jobinits(tmp_path, program)
+        jobinits.prepare()
+        found = [each.started for each in await jobinits.connect(lambda _: None) if each.started]
+        pid = (await jobinits._our_jobinit()).pid
+        if starts:
+            found.append(await jobinits.start(job))
+        for started in found:
+            started.close_pipes()
+        await jobinits.close()
+        return pid, found
+
+    async def main() -> None:
+        first, (started,) = await serve(JOBINIT, starts=True)
+        try:
+            again, found = await serve(JOBINIT)
+            assert (again, [each.job_id for each in found]) == (first, [1])
+            another, found = await serve(other)
+            assert (another != first, [each.job_id for each in found]) == (True, [1])
+        finally:
+            os.kill(first, signal.SIGKILL)
+            os.kill(started.pid, signal.SIGKILL)
 
     asyncio.run(main())
 

@@ -22,7 +22,8 @@ import pytest
 
 from functional.server import Client, Server, wait_until
 from jobinit_processes import jobs_of
-from jobworker.engine.jobinit import PROTOCOL_VERSION
+from jobworker.daemon import JOBINIT
+from jobworker.engine.jobinits import Jobinits
 from jobworker.pb import job_worker_pb2 as pb
 
 StartServer = Callable[..., Server]
@@ -738,7 +739,7 @@ def test_a_jobinit_that_ends_as_the_server_comes(start_server: StartServer, tmp_
     """It held no job any more: it accepts, and says nothing."""
     state = tmp_path / "state"
     state.mkdir(mode=0o700)
-    path = state / f"jobinit-{PROTOCOL_VERSION}.sock"
+    path = Jobinits(state, JOBINIT)._path
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as ending:
         ending.bind(str(path))
         ending.listen()
