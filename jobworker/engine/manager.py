@@ -26,6 +26,7 @@ from collections.abc import Callable, Coroutine, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -103,6 +104,7 @@ STORE_RUNNING_SECONDS = 0.2
 FEW_CREATES = 4  # at once: these are stored without waiting for company
 STORE_RETRY_SECONDS = 1.0
 END_RETRY_SECONDS = 0.5
+CLOCK_TOLERANCE_SECONDS = 1.0  # between a process's start and its exec, as the clock tells them
 # What the ending of a job may take when the server ends; the next one would do it again.
 SETTLE_SECONDS = 3.0
 
@@ -493,7 +495,8 @@ class Manager:
             self.on_exit(ending)
             return
         self._go_on_ending(live)
-        self._set_timeout(live)
+        if live.job.spec.timeout_ms:
+            self._set_timeout(live, _run_seconds(started))
 
     def _go_on_ending(self, live: _LiveJob) -> None:
         """Its grace begins anew: nobody knows how much of it was over."""
@@ -808,7 +811,7 @@ class Manager:
             return
         if live.kill_at is not None:
             self._send_stop(live)
-        self._set_timeout(live)
+        self._set_timeout(live, _seconds_since(started.started_ns))
 
     def _open_log(self, live: _LiveJob, started: Started, resumed: Extent | None = None) -> None:
         live.log = self._output.open_log(
@@ -881,13 +884,12 @@ class Manager:
             self._set_kill_timer(live)  # its exec may hang, as where a disk does not answer
         return is_news
 
-    def _set_timeout(self, live: _LiveJob) -> None:
+    def _set_timeout(self, live: _LiveJob, run_seconds: float) -> None:
         """From the job's start on, though that may have been under an earlier server, and also of
         a job that is to end: its grace may be far longer."""
         if live.job.spec.timeout_ms and live.job.end_requested is not Cause.TIMED_OUT:
-            end_ns = live.job.started_ns + live.job.spec.timeout_ms * 1_000_000
-            left_seconds = max(0.0, (end_ns - time.time_ns()) / 1e9)
-            live.timeout_timer = self._loop.call_later(left_seconds, self._time_out, live)
+            left_seconds = live.job.spec.timeout_ms / 1e3 - run_seconds
+            live.timeout_timer = self._loop.call_later(max(0.0, left_seconds), self._time_out, live)
 
     def _time_out(self, live: _LiveJob) -> None:
         # Once its main process has ended, the linger time bounds the rest; or what is left of the
@@ -1096,6 +1098,22 @@ def _why_lost(job: Job) -> str:
     if job.created_ns < _boot_ns():
         return "the machine was restarted while the job ran"
     return "jobinit and the server both died while the job ran"
+
+
+def _seconds_since(started_ns: int) -> float:
+    return (time.time_ns() - started_ns) / 1e9
+
+
+def _run_seconds(started: Started) -> float:
+    """Of an earlier server's job; by the kernel, where the clock seems to have been set since."""
+    seconds = _seconds_since(started.started_ns)
+    with contextlib.suppress(OSError):  # it has just ended
+        stat = Path(f"/proc/{started.pid}/stat").read_text()
+        ticks = int(stat.rpartition(")")[2].split()[19])
+        of_kernel = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+        if abs(of_kernel - seconds) > CLOCK_TOLERANCE_SECONDS:
+            return of_kernel
+    return seconds
 
 
 def _boot_ns() -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jobworker.pb import job_worker_pb2 as pb
 from kernel.inside.conftest import serving
 
 HOUR = 3600
@@ -53,3 +54,18 @@ def test_a_clock_that_is_stepped(tmp_path: Path, certificates: Path) -> None:
         # The newest first, by id and not by time.
         assert [each.id for each in client.jobs()] == [other.id, job.id]
     assert server.process.returncode in {0, -signal.SIGTERM}
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_time_limit_is_not_the_clocks(tmp_path: Path, certificates: Path) -> None:
+    """Neither sooner nor later, also by a server that comes after the step."""
+    with serving(tmp_path, certificates, STOP_JOBS="no") as server, server.connect() as client:
+        long = client.create("sleep", "600", timeout_milliseconds=HOUR * 1000)
+        step(2 * HOUR)
+    with serving(tmp_path, certificates, STOP_JOBS="no") as server, server.connect() as client:
+        assert client.get(long.id).status == "RUNNING"
+        short = client.create("sleep", "600", timeout_milliseconds=4000)
+        step(-2 * HOUR)
+    with serving(tmp_path, certificates) as server, server.connect() as client:
+        assert client.wait(short.id).cause == pb.TIMED_OUT
+        assert client.get(long.id).status == "RUNNING"
