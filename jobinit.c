@@ -1936,6 +1936,26 @@ static void make_user_namespace(void)
 	prctl(PR_SET_DUMPABLE, 0);
 }
 
+/* Its number, which statx has told since Linux 5.8. */
+static uint64_t root_mount(void)
+{
+	enum { MOUNT_NUMBER = 0x1000 /* STATX_MNT_ID */ };
+	struct { char before[144]; uint64_t number, after[13]; } found = {.number = 0};
+
+	need(syscall(SYS_statx, AT_FDCWD, "/", 0, MOUNT_NUMBER, &found) == 0, "look at", "/");
+	return found.number;
+}
+
+/* Jobs come to the root of all mounts, and so out of any chroot: to what nothing here is done to. */
+static void refuse_chroot(int namespace_fd)
+{
+	uint64_t own = root_mount();
+
+	need(setns(namespace_fd, CLONE_NEWNS) == 0, "enter", "the own mounts");
+	errno = EPERM;
+	need(root_mount() == own, "separate jobs from", "the outside of a chroot");
+}
+
 /* The steps, in an order that matters. */
 static _Noreturn void build_view(const struct view_request *request, bool has_user_namespace)
 {
@@ -1957,6 +1977,7 @@ static _Noreturn void build_view(const struct view_request *request, bool has_us
 	need(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0, "make private:", "/");
 	namespaces[0] = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
 	need(namespaces[0] >= 0, "open", "/proc/self/ns/mnt");
+	refuse_chroot(namespaces[0]);
 	/* While all is there. */
 	look_for_user_namespace();
 	read_mounts();

@@ -422,6 +422,18 @@ def test_it_sees_no_cgroups_wherever_they_are_mounted(tmp_path: Path, certificat
     assert server.stop() == 0
 
 
+def test_it_does_not_let_jobs_out_of_a_chroot(tmp_path: Path, certificates: Path) -> None:
+    """Whoever comes to their mounts comes to the root of these, which is outside. What each job
+    mounts would come to the machine, too, where that shares its mounts, as with systemd."""
+    enter = 'mkdir -p "$0" && mount --rbind / "$0" && exec chroot "$0" "$@"'
+    root = str(tmp_path / "root")
+    launcher = ["unshare", "--mount", "--propagation=private", "sh", "-c", enter, root]
+    with pytest.raises(AssertionError, match="the outside of a chroot: Operation not permitted"):
+        Server(tmp_path, certificates, launcher=launcher, PROFILE="default")
+    server = Server(tmp_path, certificates, launcher=launcher, PROFILE="none")
+    server.stop()
+
+
 def test_what_is_mounted_in_sys_is_not_there(tmp_path: Path, certificates: Path) -> None:
     """The kernel's tracing, debugging and the like, of which some is for all users."""
     mount = 'mount -t tmpfs none /sys/firmware && touch /sys/firmware/of-the-kernel && exec "$@"'
