@@ -6,6 +6,7 @@ jobinit carries it out; here is decided what it is to be.
 from __future__ import annotations
 
 import enum
+import grp
 import os
 import pwd
 from collections import Counter
@@ -339,8 +340,8 @@ class Isolation:
         return {uid for uid in _uids_that_may_be_strict(spec) if uid in (self._strict_uids or ())}
 
     def _check_strict_uids(self, uids: range) -> None:
-        """A job of profile strict would not be alone with a user that others have too. Raises
-        SettingError."""
+        """A job of profile strict would not be alone with a user that others have too, or would be
+        in a group of others, as its group has the same number. Raises SettingError."""
         others = {
             user.uid: f"{user.name} of JOB_WORKER_USERS_ALLOWED" for user in self._users.values()
         }
@@ -348,14 +349,16 @@ class Isolation:
         others[_overflow_uid()] = "nobody, to whom all belongs that has no owner here"
         others |= {each.pw_uid: each.pw_name for each in pwd.getpwall()}
         others[0] = "root"
-        taken = sorted(uid for uid in others if uid in uids)
+        whose = {each.gr_gid: f"the group {each.gr_name}" for each in grp.getgrall()}
+        whose |= {uid: f"the user {name}" for uid, name in others.items()}
+        taken = sorted(number for number in whose if number in uids)
         if not taken:
             return
-        more = f", and {len(taken) - 1} more are other users'" if len(taken) > 1 else ""
+        more = f", and {len(taken) - 1} more are others'" if len(taken) > 1 else ""
         raise SettingError(
             "JOB_WORKER_STRICT_UIDS",
             f"{uids.start}-{uids.stop - 1}",
-            f"{taken[0]} is the user {others[taken[0]]}{more}",
+            f"{taken[0]} is {whose[taken[0]]}{more}",
             "give numbers that nobody has, such as 3000000-3065535",
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import subprocess
 import sys
 import tempfile
@@ -241,6 +243,11 @@ def test_also_those_that_had_another_profile_there() -> None:
     assert give(isolation).user == "3000000"
 
 
+# Of this machine, and no user's number, too.
+_USERS = {each.pw_uid for each in pwd.getpwall()}
+A_GROUP = next(each.gr_gid for each in grp.getgrall() if each.gr_gid not in _USERS)
+
+
 @as_root
 def test_without_users_there_is_no_profile_strict() -> None:
     with pytest.raises(SettingError, match="STRICT_UIDS"):
@@ -257,6 +264,7 @@ def test_without_users_there_is_no_profile_strict() -> None:
         (range(3000000, 3000010), {"users_allowed": ["3000009"]}, "USERS_ALLOWED"),
         (range(1, 10), {}, "1 is the user daemon"),
         (range(2), {}, "0 is the user root"),
+        (range(A_GROUP, A_GROUP + 1), {}, f"{A_GROUP} is the group "),
     ],
 )
 def test_a_user_of_a_strict_jobs_own_is_no_other_ones(
