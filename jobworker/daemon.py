@@ -79,6 +79,7 @@ def main(settings: Settings, when_ready: Callable[[], None] = lambda: None) -> i
         # Before grpc is imported: from then on this process has threads, and must not fork.
         jobinits.prepare()
         _raise_open_files_limit()
+        _leave_no_core_dump()
         _prepare_grpc()
         uvloop.run(_serve(settings, jobinits, isolation, clients, when_ready))
     except (StartupError, JobinitError) as error:
@@ -217,6 +218,13 @@ def _lock_state_folder(folder: Path) -> int:
 def _raise_open_files_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _leave_no_core_dump() -> None:
+    """Keys and environments would be in it, and where this process is not root its jobs could
+    read it. Less than any dump; one of 0 a program that core_pattern names would be given."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0 if hard == 0 else 1, hard))
 
 
 def _prepare_grpc() -> None:

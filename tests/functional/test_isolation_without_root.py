@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -199,6 +200,16 @@ def test_neither_in_that_of_its_log(certificates: Path) -> None:
             _, output = client.run(f"cat {logs}/log {folder}/server.log; ln -s / {logs}/x")
             assert output.count(b"Permission denied") == 2, output
             assert output.count(b"Read-only file system") == 1, output
+
+
+def test_no_core_dump_of_the_server_shows_its_keys(certificates: Path) -> None:
+    launcher = ["prlimit", "--core=unlimited"]
+    with public_folder() as other, servers(other, certificates, launcher) as start:
+        server = start(PROFILE="")
+        limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+        assert re.search(r"Max core file size +1 +unlimited", limits)
+        assert server.stop(signal.SIGABRT) == -signal.SIGABRT
+        assert not list(other.glob("*core*"))
 
 
 def test_jobinit_runs_from_what_no_job_can_change(server: Server) -> None:
