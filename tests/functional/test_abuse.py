@@ -640,6 +640,26 @@ def test_commands_that_are_looked_for_slowly(
         assert took < (time.monotonic() - began) / 3
 
 
+def test_commands_that_are_found_slowly(
+    start_server: StartServer, mallory: str, tmp_path: Path
+) -> None:
+    """By a path through as many links, where no disk is to be asked."""
+    way = slow_way(tmp_path / "links")
+    slow = pb.CreateJobReq(command=f"{way}/x", working_directory=way)
+    request = pb.CreateJobsReq(jobs=[slow] * 64).SerializeToString()
+    server = start_server()
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as client:
+        method: Any = opened.unary_unary("/job_worker.JobService/CreateJobs")
+        began = time.monotonic()
+        creates = [method.future(request, timeout=DEADLINE_SECONDS) for _ in range(4)]
+        time.sleep(0.2)
+        asked = time.monotonic()
+        assert client.create("true").status == "RUNNING"
+        took = time.monotonic() - asked
+        assert {each.code() for each in creates} == {grpc.StatusCode.OK}
+        assert took < (time.monotonic() - began) / 3
+
+
 def test_creates_of_large_requests(start_server: StartServer, mallory: str) -> None:
     """All at once, while none of the jobs can be made: of few the request is in memory."""
     server = start_server()
