@@ -65,6 +65,9 @@ MOST_ANSWERED = 16
 # Records that are read for one client at once, but for lists: a large one takes a hundredth of a
 # second.
 MOST_READ = 4
+# Jobs that CreateJobs of one client make at once: more would only wait for each other, and others
+# for all of them.
+MOST_CREATED = 64
 # Endings of jobs that are larger than the first bytes of any stream, at the end of streams of one
 # client that have not taken them. Others wait for these, and hold nothing.
 MOST_LARGE_ENDINGS = 32
@@ -117,6 +120,7 @@ class _Client:
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
     answering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ANSWERED))
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_READ))
+    creating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_CREATED))
     ending: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LARGE_ENDINGS))
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
     large_job: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -204,6 +208,8 @@ class Entry:
     # The same for what goes by an access from before: once its turn has come, the caller must have
     # the same still. Raises PermissionDeniedError.
     reading_as: Callable[[Access], Turn]
+    # Within it, one of many jobs of a request is made.
+    creating: Callable[[], asyncio.Semaphore]
     # For a stream: within it, a large last message is made and written.
     large_ending: Callable[[], asyncio.Semaphore]
     # Within it, a job that is large is read and made a message: of each client one at once, as
@@ -268,6 +274,7 @@ class Gate:
                 functools.partial(self._keep_asking, call),
                 lambda: _client_of(call).reading,
                 functools.partial(self._reading_as, call),
+                lambda: _client_of(call).creating,
                 lambda: _client_of(call).ending,
                 lambda: _client_of(call).large_job,
             )

@@ -23,6 +23,7 @@ from jobworker.job import Job
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc import convert
 from jobworker.rpc.gate import (
+    MOST_CREATED,
     ClientLimits,
     Entry,
     Gate,
@@ -36,7 +37,6 @@ from jobworker.rpc.gate import (
 
 SERVICE = "job_worker.JobService"
 PAGE_JOBS = 100
-CREATES_AT_ONCE = 64  # of one request: more would only wait for each other
 # Of one request: with a message of 4 MiB two million could be asked for.
 MOST_CREATES = 1000
 LARGEST_PAGE_JOBS = 1000
@@ -94,15 +94,18 @@ class JobService:
 
         async def work() -> None:
             while pending:
-                place, each = pending.popleft()
-                try:
-                    result = results[place] = await self._result_of(each, entry)
-                except asyncio.CancelledError:
-                    entry.note(partial(_told_given_up, each))
-                    raise
+                async with entry.creating():
+                    if not pending:
+                        return
+                    place, each = pending.popleft()
+                    try:
+                        result = results[place] = await self._result_of(each, entry)
+                    except asyncio.CancelledError:
+                        entry.note(partial(_told_given_up, each))
+                        raise
                 entry.note(partial(_told_of, each, result))
 
-        workers = asyncio.gather(*(work() for _ in range(min(CREATES_AT_ONCE, count))))
+        workers = asyncio.gather(*(work() for _ in range(min(MOST_CREATED, count))))
         try:
             await asyncio.shield(workers)
         except asyncio.CancelledError:

@@ -43,7 +43,7 @@ from functional.server import DEADLINE_SECONDS, Client, Server, channel, wait_un
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc.convert import LARGEST_CREATE_BYTES
-from jobworker.rpc.gate import MOST_LARGE
+from jobworker.rpc.gate import MOST_CREATED, MOST_LARGE
 from slow_links import slow_way
 
 MEBIBYTE = 1 << 20
@@ -658,6 +658,24 @@ def test_commands_that_are_found_slowly(
         took = time.monotonic() - asked
         assert {each.code() for each in creates} == {grpc.StatusCode.OK}
         assert took < (time.monotonic() - began) / 3
+
+
+def test_bulks_that_leave_others_their_turn(start_server: StartServer, mallory: str) -> None:
+    """However many there are: another's job waits for as many as one request makes at once."""
+    server = start_server()
+    request = pb.CreateJobsReq(jobs=[pb.CreateJobReq(command="/bin/true")] * 100)
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as other:
+        method: Any = opened.unary_unary("/job_worker.JobService/CreateJobs")
+        os.kill(server.jobinit_pid(), signal.SIGSTOP)
+        try:
+            data = request.SerializeToString()
+            calls = [method.future(data, timeout=DEADLINE_SECONDS) for _ in range(5)]
+            with contextlib.suppress(AssertionError):  # so many should not come
+                wait_until(lambda: other.info().running_jobs > MOST_CREATED, seconds=3)
+            assert other.info().running_jobs == MOST_CREATED
+        finally:
+            os.kill(server.jobinit_pid(), signal.SIGCONT)
+        assert {call.code() for call in calls} == {grpc.StatusCode.OK}
 
 
 def test_creates_of_large_requests(start_server: StartServer, mallory: str) -> None:

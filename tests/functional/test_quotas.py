@@ -20,7 +20,7 @@ from cryptography import x509
 from functional.server import Client, Server, Stream, slow_path
 from functional.test_authorization import make_client
 from jobworker.pb import job_worker_pb2 as pb
-from jobworker.rpc.service import CREATES_AT_ONCE
+from jobworker.rpc.gate import MOST_CREATED
 
 CN, OU = x509.NameOID.COMMON_NAME, x509.NameOID.ORGANIZATIONAL_UNIT_NAME
 CODE = grpc.StatusCode
@@ -211,7 +211,7 @@ def test_a_bulk_that_is_under_way_goes_on_as_its_client_may_now(
         until(lambda: alice.info().role == "viewer")
         os.kill(server.jobinit_pid(), signal.SIGCONT)
         codes = Counter(result.code for result in bulk.result().results)
-        assert codes == {0: CREATES_AT_ONCE, 7: 500 - CREATES_AT_ONCE}
+        assert codes == {0: MOST_CREATED, 7: 500 - MOST_CREATED}
 
 
 @pytest.mark.parametrize(
