@@ -172,6 +172,9 @@ class _Statement:
 
 
 ROWS_AT_ONCE = 64
+# A statement keeps its values until it is used again, and there is one for each number of rows. So
+# a row with a longer value than that has one for itself.
+LONG_VALUE = 16 << 10
 PUT_OUTPUT = _Statement("INSERT OR REPLACE INTO outputs VALUES ", "(?, ?, ?)")
 PUT = _Statement(
     f"INSERT INTO jobs ({', '.join(COLUMNS)}) VALUES ",
@@ -454,6 +457,7 @@ class _Writer:
         while batch := self._next_batch():
             error = self._commit(batch)
             self._loop.call_soon_threadsafe(_resolve, [write.future for write in batch], error)
+            del batch  # the next may take long to come
             if self._syncer.is_wal_long:
                 self._shorten_wal()
 
@@ -517,8 +521,17 @@ def _statements(batch: list[_Write]) -> list[tuple[str, list[Any]]]:
     ]
 
 
-def _parts(rows: list[T]) -> Iterable[list[T]]:
-    return (rows[first : first + ROWS_AT_ONCE] for first in range(0, len(rows), ROWS_AT_ONCE))
+def _parts(rows: list[tuple[Any, ...]]) -> Iterable[list[tuple[Any, ...]]]:
+    short = [row for row in rows if not _is_long(row)]
+    for start in range(0, len(short), ROWS_AT_ONCE):
+        yield short[start : start + ROWS_AT_ONCE]
+    for row in rows:
+        if _is_long(row):
+            yield [row]
+
+
+def _is_long(row: tuple[Any, ...]) -> bool:
+    return any(isinstance(value, str | bytes) and len(value) > LONG_VALUE for value in row)
 
 
 def _resolve(futures: list[asyncio.Future[None]], error: StoreError | None) -> None:

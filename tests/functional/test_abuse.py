@@ -697,6 +697,22 @@ def test_creates_of_large_requests(start_server: StartServer, mallory: str) -> N
         assert {call.code() for call in calls} == {grpc.StatusCode.OK}
 
 
+def test_what_large_jobs_took_is_given_back(start_server: StartServer, mallory: str) -> None:
+    """Once they have ended: their records are on the disk."""
+    server = start_server()
+    # Each of its characters takes six in the record.
+    job = pb.CreateJobReq(command="/bin/true", args=["\1" * 100_000] * 4)
+    request = pb.CreateJobsReq(jobs=[job] * 9).SerializeToString()
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as client:
+        method: Any = opened.unary_unary("/job_worker.JobService/CreateJobs")
+        before = server.rss_bytes()
+        for _ in range(2):
+            calls = [method.future(request, timeout=DEADLINE_SECONDS) for _ in range(10)]
+            assert {call.code() for call in calls} == {grpc.StatusCode.OK}
+        wait_until(lambda: not client.info().running_jobs)
+        wait_until(lambda: server.rss_bytes() - before < 250 * MEBIBYTE)
+
+
 def test_creates_that_are_larger_than_any_is_valid(server: Server, mallory: str) -> None:
     request = pb.CreateJobReq(command="true")
     with channel(server.address, server.certs, mallory) as opened:
