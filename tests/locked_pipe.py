@@ -19,7 +19,7 @@ def locked(pipe: int) -> Iterator[Callable[[], bool]]:
     """By another process, which waits for a socket with the pipe's lock, and has nothing else open;
     gives whether it still does."""
     source, silent = socket.socketpair()
-    silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 20, 0))
+    silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 120, 0))
     holder = os.fork()
     if holder == 0:
         for descriptor in map(int, os.listdir("/proc/self/fd")):
