@@ -225,15 +225,25 @@ def test_a_bulk_that_is_under_way_goes_on_as_its_client_may_now(
 def test_creates_that_wait_for_looks_go_on_as_their_client_may_now(
     start: Callable[..., Server], file: Path, tmp_path: Path, change: str, code: grpc.StatusCode
 ) -> None:
-    server = start('[ou.build]\nrole = "user"\n')
+    text = '[ou.build]\nrole = "user"\n'
+    server = start(text)
     environment = {"PATH": slow_path(tmp_path / "links")}
     with server.connect("alice-build") as alice:
-        creates = [alice.create_soon("sleep", "60", environment=environment) for _ in range(400)]
-        until(lambda: alice.info().running_jobs > 0)
-        file.write_text(f"[ou.build]\n{change}\n")
-        server.process.send_signal(signal.SIGHUP)
-        codes = Counter(create.code() for create in creates)
-        assert codes.keys() == {CODE.OK, code}, codes
+        for _ in range(5):  # on a busy machine all may be over before it is told
+            creates = [
+                alice.create_soon("sleep", "60", environment=environment) for _ in range(400)
+            ]
+            until(lambda: alice.info().running_jobs > 0)
+            file.write_text(f"[ou.build]\n{change}\n")
+            server.process.send_signal(signal.SIGHUP)
+            codes = Counter(create.code() for create in creates)
+            assert codes.keys() <= {CODE.OK, code}, codes
+            if codes[code]:
+                return
+            file.write_text(text)
+            server.process.send_signal(signal.SIGHUP)
+            until(lambda: alice.create_soon("true").code() is CODE.OK)
+    pytest.fail("no create was refused")
 
 
 def test_calls_that_wait_for_their_turn_go_by_what_their_client_may_now(
