@@ -172,6 +172,7 @@ def patient_look(path: str) -> Seen:
     while time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError):
             return look_in_memory(path)
+        os.path.exists(path)  # the kernel may have forgotten it
         time.sleep(0.001)
     raise AssertionError(path)
 
