@@ -517,17 +517,19 @@ def _statements(batch: list[_Write]) -> list[tuple[str, list[Any]]]:
     return [
         (statement.for_rows(len(part)), list(itertools.chain(*part)))
         for statement, by_id in rows.items()
-        for part in _parts(list(by_id.values()))
+        for part in _parts(by_id.values())
     ]
 
 
-def _parts(rows: list[tuple[Any, ...]]) -> Iterable[list[tuple[Any, ...]]]:
-    short = [row for row in rows if not _is_long(row)]
-    for start in range(0, len(short), ROWS_AT_ONCE):
-        yield short[start : start + ROWS_AT_ONCE]
+def _parts(rows: Iterable[tuple[Any, ...]]) -> Iterable[list[tuple[Any, ...]]]:
+    short: list[tuple[Any, ...]] = []
     for row in rows:
         if _is_long(row):
             yield [row]
+        else:
+            short.append(row)
+    for first in range(0, len(short), ROWS_AT_ONCE):
+        yield short[first : first + ROWS_AT_ONCE]
 
 
 def _is_long(row: tuple[Any, ...]) -> bool:

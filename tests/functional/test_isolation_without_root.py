@@ -477,6 +477,15 @@ def test_it_leaves_no_program_by_which_others_have_its_user(certificates: Path) 
         assert answers[1] == refused | worked
 
 
+def make_image(folder: Path, size_bytes: int, *mkfs: str) -> Path:
+    """Of a file system, to be mounted; mkfs: what makes it."""
+    image = folder / "image"
+    with image.open("wb") as file:
+        file.truncate(size_bytes)
+    subprocess.run([*mkfs, image], check=True)
+    return image
+
+
 # $0: a folder for a file system, whose image is $1; $2: certificates. All is a user's.
 OWN_SUBVOLUME = f"""
 set -e
@@ -514,10 +523,7 @@ def test_no_snapshot_shows_what_is_hidden(certificates: Path) -> None:
     if not shutil.which("mkfs.btrfs"):
         pytest.skip("NOT TESTED: btrfs, as there is no program mkfs.btrfs")
     with public_folder() as folder, public_folder() as disk:
-        image = folder / "image"
-        with image.open("wb") as file:
-            file.truncate(128 << 20)
-        subprocess.run(["mkfs.btrfs", "-q", image], check=True)
+        image = make_image(folder, 128 << 20, "mkfs.btrfs", "-q")
         mount = ["unshare", "--mount", "mount", "-o", "loop", str(image), str(disk)]
         if subprocess.run(mount, check=False).returncode != 0:
             pytest.skip("NOT TESTED: btrfs, which cannot be mounted here")
@@ -568,10 +574,7 @@ def test_the_key_of_a_folder_that_its_user_has_encrypted_is_not_taken_away(
     if not shutil.which("mkfs.ext4"):
         pytest.skip("NOT TESTED: keys of file systems, as there is no program mkfs.ext4")
     with public_folder() as folder, public_folder() as disk:
-        image = folder / "image"
-        with image.open("wb") as file:
-            file.truncate(16 << 20)
-        subprocess.run(["mkfs.ext4", "-q", "-O", "encrypt", image], check=True)
+        image = make_image(folder, 16 << 20, "mkfs.ext4", "-q", "-O", "encrypt")
         launcher = ["sh", "-c", OWN_KEY, str(disk), str(image), ADD_KEY]
         if subprocess.run([*APART, *launcher, "true"], check=False).returncode != 0:
             pytest.skip("NOT TESTED: keys of file systems, which cannot be had here")
