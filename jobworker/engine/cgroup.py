@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,7 @@ CPU_PERIOD_US = 100_000
 USUAL_DIRECTORIES = ("/", "/tmp", "/var/tmp")  # noqa: S108
 # What a job that has just been killed, or has just failed to start, may take to be gone.
 REMOVE_SECONDS = 10.0
+KILLED_AT_ONCE = 64  # each takes a descriptor
 LOOK_SECONDS = 0.05  # between looks at a cgroup, where the kernel cannot tell of its changes
 NEXT_CHANGE = select.EPOLLPRI | select.EPOLLONESHOT
 POPULATED = "populated 1"  # in cgroup.events: a process is alive in it, or below
@@ -160,12 +162,33 @@ class Cgroup:
         # Before, as the kernel kills under a lock of all cgroups, and who has that may wait until
         # each process goes on that has used up its share of the processor.
         self._lift_cpu_limit()
+        self._tell("cgroup.kill")
+        self._kill_each()
+        self._lift_io_limits()
+
+    def _kill_each(self) -> None:
+        """The kernel gives the signal to the first thread of each process (up to Linux 6.18 at
+        least). Where that is ending, or has ended, the others are not told, and may even fork."""
+        killed: set[tuple[str, int]] = set()
+        while members := self._members() - killed:
+            if killed:  # lest they fork faster than they are found
+                self._tell("cgroup.freeze")
+            for path in {path for path, _ in members}:
+                _kill_in(path, [pid for its_path, pid in members if its_path == path])
+            killed |= members
+            self._tell("cgroup.kill")  # what they have forked before
+
+    def _members(self) -> set[tuple[str, int]]:
+        """The processes in it and below, also those that are ending, each with its cgroup."""
+        paths = _with_descendants(str(self.path))
+        return {(path, pid) for path in paths for pid in _processes(path) if pid}
+
+    def _tell(self, name: str) -> None:
         try:
-            _write(f"{self.path}/cgroup.kill", "1")
+            _write(f"{self.path}/{name}", "1")
         except OSError as error:
             if not _is_gone(error):
                 raise CgroupError(f"cannot kill {self.path}: {error.strerror}") from error
-        self._lift_io_limits()
 
     def _lift_cpu_limit(self) -> None:
         """Each process takes a little of a processor to end, too."""
@@ -688,6 +711,22 @@ def _processes(path: str) -> list[int]:
         return [int(pid) for pid in Path(path, "cgroup.procs").read_text().split()]
     except OSError:
         return []
+
+
+def _kill_in(path: str, pids: list[int]) -> None:
+    """All threads of each of them, unless its number is by now that of a process elsewhere."""
+    for first in range(0, len(pids), KILLED_AT_ONCE):
+        descriptors: dict[int, int] = {}
+        try:
+            for pid in pids[first : first + KILLED_AT_ONCE]:
+                with contextlib.suppress(ProcessLookupError):
+                    descriptors[pid] = os.pidfd_open(pid)
+            for pid in descriptors.keys() & set(_processes(path)):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptors[pid], signal.SIGKILL)
+        finally:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
 
 
 def _move(pid: int, path: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import uvloop
 
+import leaderless
 from engine.cgroups import make_cgroup
 from epolls import EPOLL, nested_epolls
 from jobworker.engine import cgroup as module
@@ -167,6 +168,18 @@ def test_kill_reaches_all_that_the_job_started(cgroup: Cgroup, start: Start) -> 
     assert process.wait() == -signal.SIGKILL
     # Their pipe is closed: none of them has got away.
     assert process.stdout.read() == b""
+
+
+def test_kill_reaches_who_has_lost_the_first_thread(cgroup: Cgroup, start: Start) -> None:
+    """Of such a process the kernel's own way ends nothing."""
+    process = start(cgroup, *leaderless.ONE)
+    assert process.stdout
+    process.stdout.readline()
+
+    cgroup.kill()
+
+    assert process.wait(10) == -signal.SIGKILL
+    assert not cgroup.is_populated()
 
 
 def test_a_wait_is_woken(tree: CgroupTree, cgroup: Cgroup, run: Run, start: Start) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+import leaderless
 from escapes.stage import public_folder
 from functional.server import Client, Server, wait_until
 from jobworker.pb import job_worker_pb2 as pb
@@ -220,6 +221,26 @@ def test_no_process_of_a_job_can_outlive_it(server: Server, client: Client) -> N
         if mark.encode() in _read(path) and b"sleep" in _read(path)
     ]
     assert left == []
+
+
+def test_who_has_lost_the_first_thread_is_killed(client: Client) -> None:
+    if not client.info().cgroup:
+        pytest.skip("needs a cgroup")
+    job = client.create(*leaderless.ONE)
+    wait_for_line(client, job.id, b"up")
+    assert client.stop(job.id, grace_milliseconds=100).status == "STOPPED"
+    assert client.get(job.id).signal == signal.SIGKILL
+
+
+def test_what_is_left_behind_without_its_first_thread_is_killed(
+    start_server: Callable[..., Server],
+) -> None:
+    with start_server(LINGER="1s").connect() as client:
+        if not client.info().cgroup:
+            pytest.skip("needs a cgroup")
+        job = client.create("sh", "-c", 'setsid "$0" "$@" & exit 3', *leaderless.ONE)
+        assert client.wait(job.id).exitCode == 3
+        assert b"up" in client.output(job.id)
 
 
 def _read(path: Path) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import leaderless
 from jobworker.engine.cgroup import CgroupTree
 from jobworker.job import Limits
 from kernel.inside.conftest import DISK, Create, run_in, started
@@ -100,6 +101,18 @@ def test_without_a_cpu_limit_a_job_gets_all(create: Create) -> None:
             job.wait(timeout=1)
         share = (cpu_seconds(cgroup.path) - before) / (time.monotonic() - begun)
     assert share > 0.8
+
+
+def test_kill_overtakes_who_forks_without_first_threads(create: Create) -> None:
+    """Such a process survives the kernel's own way, and so do its children, once they are such."""
+    cgroup = create(pids=32)
+    with started(cgroup, *leaderless.MORE_AND_MORE) as job:
+        assert job.stdout
+        job.stdout.readline()
+        job.stdout.readline()
+        cgroup.kill()
+        assert job.wait(timeout=30) == -9
+        assert asyncio.run(cgroup.wait_unpopulated(10))
 
 
 def cpu_seconds(path: Path) -> float:
