@@ -719,14 +719,24 @@ def _kill_in(path: str, pids: list[int]) -> None:
         descriptors: dict[int, int] = {}
         try:
             for pid in pids[first : first + KILLED_AT_ONCE]:
-                with contextlib.suppress(ProcessLookupError):
-                    descriptors[pid] = os.pidfd_open(pid)
+                if (descriptor := _open_process(pid)) is not None:
+                    descriptors[pid] = descriptor
             for pid in descriptors.keys() & set(_processes(path)):
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(descriptors[pid], signal.SIGKILL)
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)
+
+
+def _open_process(pid: int) -> int | None:
+    """None: it has ended. Older kernels also say EINVAL where it does so just now."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in {errno.ESRCH, errno.EINVAL}:
+            return None
+        raise
 
 
 def _move(pid: int, path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -180,6 +181,25 @@ def test_kill_reaches_who_has_lost_the_first_thread(cgroup: Cgroup, start: Start
 
     assert process.wait(10) == -signal.SIGKILL
     assert not cgroup.is_populated()
+
+
+@pytest.mark.parametrize("number", [errno.ESRCH, errno.EINVAL])
+def test_kill_passes_over_who_ends_meanwhile(
+    cgroup: Cgroup, start: Start, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Of such a process older kernels say that there is none in two ways."""
+
+    def refuse(pid: int) -> int:
+        raise OSError(number, os.strerror(number), str(pid))
+
+    process = start(cgroup, *leaderless.ONE)
+    assert process.stdout
+    process.stdout.readline()
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    cgroup.kill()
+    monkeypatch.undo()
+    cgroup.kill()
+    assert process.wait(10) == -signal.SIGKILL
 
 
 def test_a_wait_is_woken(tree: CgroupTree, cgroup: Cgroup, run: Run, start: Start) -> None:
