@@ -82,7 +82,8 @@ def test_and_gone_on_with(tmp_path: Path) -> None:
         os.write(theirs, b"more\n")
         os.close(theirs)
         await output.wait_finished(log)
-        message, _ = await output.message(Place(1, 0, 4096, 0), None, log.end, log.segment_bytes)
+        turn, place = asyncio.Semaphore(), Place(1, 0, 4096, 0)
+        message, _ = await output.message(place, None, log.end, log.segment_bytes, turn)
         await output.close()
         assert message is not None
         return message

@@ -353,10 +353,16 @@ class Manager:
         return Stopping(asyncio.shield(live.over), is_news)
 
     async def read(
-        self, job_id: int, offset: int, stream: int, follow: bool, turn: Turn = ALWAYS_FREE
+        self,
+        job_id: int,
+        offset: int,
+        stream: int,
+        follow: bool,
+        turn: Turn = ALWAYS_FREE,
+        disk_turn: asyncio.Semaphore | None = None,
     ) -> tuple[Reader, str]:
         """A reader of the job's output, which the caller closes, and whose the job is. turn: as
-        of `get`."""
+        of `get`. disk_turn: of `Reader`."""
         live = self._live.get(job_id)
         if live:
             await asyncio.shield(live.begun)
@@ -366,7 +372,9 @@ class Manager:
         if offset > end:
             raise OffsetOutOfRangeError(job_id, offset, end)
         quota = quota_of(job)
-        reader = Reader(self._output, job_id, open_log, end, offset, stream, follow, quota)
+        reader = Reader(
+            self._output, job_id, open_log, end, offset, stream, follow, quota, disk_turn
+        )
         if open_log is None and end <= LARGEST_PACKED_BYTES:
             await self._use_packed(reader, job_id)
         return reader, job.owner

@@ -18,6 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -75,6 +76,7 @@ LARGEST_PACKED_BYTES = 16 << 10
 
 # A message, or None, and where the next one starts.
 Found: TypeAlias = tuple[bytes | None, int]
+Reading: TypeAlias = asyncio.Future[Found]
 
 # With these errors a disk says that it has no room.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -213,7 +215,7 @@ class Output:
         self._readers: Counter[int] = Counter()  # by job
         self._unread: dict[int, list[asyncio.Future[None]]] = {}
         self._shared = Shared()
-        self._reading: dict[Place, asyncio.Future[Found]] = {}
+        self._reading: dict[Place, Reading] = {}
         self._passing = asyncio.Lock()
         self._passing_until = 0.0
         self._folder = folder
@@ -376,10 +378,18 @@ class Output:
         for futures in self._waiting.values():
             _resolve(futures)
 
-    async def message(self, place: Place, log: Log | None, end: int, segment_bytes: int) -> Found:
+    async def message(
+        self,
+        place: Place,
+        log: Log | None,
+        end: int,
+        segment_bytes: int,
+        turn: asyncio.Semaphore,
+    ) -> Found:
         """The finished DataChunk at this place, and where the next one starts; see `Log.message`.
 
         log: None where only what is on disk counts. end: as far as there is something to read.
+        turn: what a disk is asked within, as others wait so long.
         """
         found = self._shared.get(place, end)
         if found:
@@ -387,13 +397,15 @@ class Output:
         if log:
             found = log.message(place.offset, place.max_bytes, place.stream)
         if found is None:
-            found = await self._message_from_disk(place, end, segment_bytes)
+            found = await self._message_from_disk(place, end, segment_bytes, turn)
         others = self._readers[place.job_id] - 1
         if found[0] and others > 0:
             self._shared.keep(place, found, others)
         return found
 
-    async def _message_from_disk(self, place: Place, end: int, segment_bytes: int) -> Found:
+    async def _message_from_disk(
+        self, place: Place, end: int, segment_bytes: int, turn: asyncio.Semaphore
+    ) -> Found:
         """In a thread, unless all is in the page cache: a slow disk delays nobody else."""
         what = (place.job_id, end, *place[1:], segment_bytes)
         found = _fastio.read_cached(self._directory, *what)
@@ -403,14 +415,28 @@ class Output:
         is_complete = place.offset + place.max_bytes <= end
         reading = self._reading.get(place) if is_complete else None
         if reading is None:
-            reading = self._loop.run_in_executor(
-                self._threads, _fastio.read_message, self._directory, *what
-            )
-            if is_complete:
-                self._reading[place] = reading
-                reading.add_done_callback(lambda _: self._reading.pop(place))
+            await turn.acquire()
+            reading = self._reading.get(place) if is_complete else None
+            if reading is None:
+                read = partial(_fastio.read_message, self._directory, *what)
+                reading = self._begin_reading(read, turn)
+                if is_complete:
+                    self._reading[place] = reading
+                    reading.add_done_callback(lambda _: self._reading.pop(place))
+            else:  # another has begun it meanwhile
+                turn.release()
         # Shielded: others may wait for the same.
         return await asyncio.shield(reading)
+
+    def _begin_reading(self, read: Callable[[], Found], turn: asyncio.Semaphore) -> Reading:
+        """Has the turn until it is over, though the reader may go before."""
+        try:
+            reading = self._loop.run_in_executor(self._threads, read)
+        except BaseException:
+            turn.release()
+            raise
+        reading.add_done_callback(lambda _: turn.release())
+        return reading
 
     async def passed_over(self) -> None:
         """After each step over what a reader does not want: nothing is sent, so nothing else would
@@ -468,11 +494,13 @@ class Reader:
         stream: int = 0,
         follow: bool = True,
         quota: Quota = UNLIMITED,
+        turn: asyncio.Semaphore | None = None,
     ) -> None:
         """log: of a job that has not ended; None: the job has ended, and wrote `end` bytes.
         stream: _fastio.STDOUT, STDERR, or 0 for both.
         follow: False ends at what is there now.
         quota: of the job's log.
+        turn: what a disk is asked within; None: one of its own.
         """
         self.offset = offset
         self._output = output
@@ -482,6 +510,7 @@ class Reader:
         self._stream = stream
         self._follow = follow and log is not None
         self._quota = quota
+        self._turn = turn or asyncio.Semaphore()
         self._packed: Packed | None = None
         self._is_open = True
         output.count_reader(job_id, 1)
@@ -545,7 +574,7 @@ class Reader:
             message, self.offset = _fastio.read_packed(*self._packed, self._end, *place[1:])
         else:
             message, self.offset = await self._output.message(
-                place, log, self._end, self._quota.segment_bytes
+                place, log, self._end, self._quota.segment_bytes, self._turn
             )
         return message
 

@@ -65,6 +65,9 @@ MOST_ANSWERED = 16
 # Records that are read for one client at once, but for lists: a large one takes a hundredth of a
 # second.
 MOST_READ = 4
+# Messages of old output that are read for one client at once where a disk must be asked: two
+# threads do that for all.
+MOST_READ_FROM_DISK = 2
 # Jobs that CreateJobs of one client make at once: more would only wait for each other, and others
 # for all of them.
 MOST_CREATED = 64
@@ -120,6 +123,9 @@ class _Client:
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
     answering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ANSWERED))
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_READ))
+    reading_disk: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(MOST_READ_FROM_DISK)
+    )
     creating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_CREATED))
     ending: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LARGE_ENDINGS))
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -208,6 +214,8 @@ class Entry:
     # The same for what goes by an access from before: once its turn has come, the caller must have
     # the same still. Raises PermissionDeniedError.
     reading_as: Callable[[Access], Turn]
+    # Within it, a disk is asked for output.
+    reading_disk: Callable[[], asyncio.Semaphore]
     # Within it, one of many jobs of a request is made.
     creating: Callable[[], asyncio.Semaphore]
     # For a stream: within it, a large last message is made and written.
@@ -274,6 +282,7 @@ class Gate:
                 functools.partial(self._keep_asking, call),
                 lambda: _client_of(call).reading,
                 functools.partial(self._reading_as, call),
+                lambda: _client_of(call).reading_disk,
                 lambda: _client_of(call).creating,
                 lambda: _client_of(call).ending,
                 lambda: _client_of(call).large_job,

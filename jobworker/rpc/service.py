@@ -279,7 +279,8 @@ class JobService:
         job_id = await self._within_reach(request.id, entry.access())
         follow = not request.no_follow
         reader, owner = await self._manager.read(
-            job_id, request.from_offset, request.stream, follow, entry.reading()
+            *(job_id, request.from_offset, request.stream, follow),
+            *(entry.reading(), entry.reading_disk()),
         )
         try:
             entry.keep_asking(partial(_require_reach, job_id, owner))

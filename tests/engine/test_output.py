@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobworker import _fastio
 from jobworker._fastio import STDERR, STDOUT, Log
 from jobworker.engine.output import (
     FIRST_MESSAGE_BYTES,
@@ -324,14 +326,49 @@ def test_what_is_shared_is_bounded_and_gone_with_the_readers() -> None:
 
 def test_a_failed_read_is_tried_again(tmp_path: Path) -> None:
     async def test(output: Output) -> None:
-        ask = (Place(9, 0, 2 * FIRST_MESSAGE_BYTES, 0), None, 1 << 20, UNLIMITED.segment_bytes)
+        place, turn = Place(9, 0, 2 * FIRST_MESSAGE_BYTES, 0), asyncio.Semaphore()
         (tmp_path / "output" / "9.0.log").write_bytes(bytes(1 << 20))
         (tmp_path / "output" / "9.0.idx").write_bytes(b"damaged")
         for _ in range(2):
             with pytest.raises(OSError):
-                await output.message(*ask)
+                await output.message(place, None, 1 << 20, UNLIMITED.segment_bytes, turn)
             await asyncio.sleep(0)
         assert not output._reading
+        assert not turn.locked()
+
+    run(tmp_path, test)
+
+
+def test_many_readers_of_one_disk_leave_others_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one client, each at another place, of which half go before they have read."""
+    asked: list[int] = []
+
+    def read_slowly(_directory: int, job_id: int, *_what: int) -> Found:
+        asked.append(job_id)
+        time.sleep(0.01)
+        return b"", 1 << 20
+
+    monkeypatch.setattr(_fastio, "read_cached", lambda *_: None)
+    monkeypatch.setattr(_fastio, "read_message", read_slowly)
+
+    async def test(output: Output) -> None:
+        turn = asyncio.Semaphore(2)
+
+        async def read(job_id: int, offset: int, turn: asyncio.Semaphore) -> None:
+            place = Place(job_id, offset, FIRST_MESSAGE_BYTES, 0)
+            await output.message(place, None, 1 << 20, UNLIMITED.segment_bytes, turn)
+
+        readers = [asyncio.create_task(read(1, offset, turn)) for offset in range(100)]
+        await asyncio.sleep(0)
+        for reader in readers[::2]:
+            reader.cancel()
+        await read(2, 0, asyncio.Semaphore(2))
+        assert asked.index(2) <= 4
+        await asyncio.wait(readers)
+        assert asked.count(1) <= 52
+        assert not turn.locked()
 
     run(tmp_path, test)
 

@@ -184,6 +184,43 @@ def may_stream(client: Client, job_id: str) -> bool:
         return False
 
 
+# Nothing is in memory, and each read takes as long as with a disk that turns.
+SLOW_DISK = """
+import time
+from jobworker import _fastio
+
+read_message = _fastio.read_message
+
+def read_slowly(*what):
+    time.sleep(0.01)
+    return read_message(*what)
+
+_fastio.read_cached = lambda *what: None
+_fastio.read_message = read_slowly
+"""
+
+
+def test_streams_of_old_output_on_a_slow_disk(
+    start_server: StartServer, mallory: str, tmp_path: Path
+) -> None:
+    """Each at another place: another's, of 30 messages, is read in between."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    server = start_server(launcher=("env", f"PYTHONPATH={tmp_path}"))
+    with server.connect(mallory) as client, server.connect() as other:
+        old, _ = client.run("head -c 40000000 /dev/zero")
+        others, _ = other.run("head -c 1000000 /dev/zero")
+        opened: Any = [
+            client.stream(old.id, from_offset=number * 100_000, timeout=300)
+            for number in range(300)
+        ]
+        next(opened[-1])
+        began = time.monotonic()
+        assert len(other.output(others.id)) == 1_000_000
+        assert time.monotonic() - began < 5  # beside what is read of 300 others it takes 45 s
+        for each in opened:
+            each.cancel()
+
+
 def test_ten_thousand_streams_that_read_nothing(start_server: StartServer, mallory: str) -> None:
     server = start_server()
     with server.connect(mallory) as client:
