@@ -649,7 +649,7 @@ enum { OWN_ARCHITECTURE = AUDIT_ARCH_RISCV64 };
 enum { LAST_REVIEWED_CALL = 469 };
 
 enum verdict {
-	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LEASES,
+	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LINGER, NO_LEASES,
 	PLAIN_IOCTLS, PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2, PLAIN_MODE_ELSEWHERE,
 	VERDICTS,
 };
@@ -666,6 +666,10 @@ static struct rule rules[] = {
 	/* Of other families: those for drivers, and AF_VSOCK, which reaches the machine's own host
 	 * from any network namespace. */
 	{SYS_socket, KNOWN_SOCKETS}, {SYS_socketpair, KNOWN_SOCKETS},
+	/* Whoever comes last to close a TCP socket with SO_LINGER waits, for as long as is said there, or
+	 * for ever. Of sockets that a job leaves in each other's queues that is a thread of the kernel,
+	 * and what is behind them stays, also of jobs to come: memory that no limit counts any more. */
+	{SYS_setsockopt, NO_LINGER},
 	/* What is mounted */
 	{SYS_mount, FORBID}, {SYS_umount2, FORBID}, {SYS_pivot_root, FORBID},
 	{SYS_chroot, FORBID}, {428 /* open_tree */, FORBID}, {429 /* move_mount */, FORBID},
@@ -863,6 +867,20 @@ static unsigned make_socket_filter(void)
 }
 
 /* Returns where it begins. */
+static unsigned make_linger_filter(void)
+{
+	unsigned first;
+
+	first = emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1]), 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, SOL_SOCKET, 0, 2);
+	emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2]), 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, SO_LINGER, 1, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
+	return first;
+}
+
+/* Returns where it begins. */
 static unsigned make_lease_filter(void)
 {
 	unsigned first;
@@ -946,6 +964,7 @@ static void make_filter(void)
 	targets[FORBID] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
 	targets[UNSUPPORTED] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EINVAL, 0, 0);
 	targets[KNOWN_SOCKETS] = make_socket_filter();
+	targets[NO_LINGER] = make_linger_filter();
 	targets[NO_LEASES] = make_lease_filter();
 	targets[PLAIN_IOCTLS] = make_ioctl_filter();
 	for (i = PLAIN_MODE_1; i <= PLAIN_MODE_ELSEWHERE; i++)

@@ -328,6 +328,15 @@ def have_others_wait_to_open_its_files(scene: Scene) -> str:
     return "has a lease"
 
 
+@attack(shown_as="user")
+def have_others_wait_to_close_its_sockets(scene: Scene) -> str:
+    """A thread of the kernel, where they are left in each other's queues: what is behind them, also
+    of other jobs, stays as memory that no limit counts."""
+    with socket.socket() as left:
+        left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    return "may have them wait"
+
+
 # mov eax, 20 (getpid); int 0x80; ret: as a 32-bit program would call.
 OTHER_ENTRY = bytes.fromhex("b814000000cd80c3")
 
