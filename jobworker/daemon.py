@@ -141,7 +141,7 @@ async def _serve(
         closing.push_async_callback(server.stop, ANSWER_SECONDS)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload)
         held = await jobinits.connect(manager.on_exit)
-        await _try_isolation(isolation, jobinits, held, store)
+        await _try_isolation(isolation, jobinits, held, store, cgroups)
         await manager.recover(held)
         await server.start()
         when_ready()
@@ -273,15 +273,23 @@ def _isolation(settings: Settings) -> Isolation:
     )
 
 
-async def _has_confined(held: Iterable[Held], store: Store) -> bool:
-    """Whether jobs live that an earlier server has confined."""
+async def _has_confined(held: Iterable[Held], store: Store, cgroups: CgroupTree) -> bool:
+    """Whether jobs live that an earlier server has confined, or what these have left behind."""
     living = {each.job_id for each in held if each.ending is None}
-    jobs = [job for job in await store.unended() if job.id in living] if living else []
-    return any(job.spec.profile != Profile.NONE for job in jobs)
+    for job in await store.unended():
+        cgroup = cgroups.find(job.id)
+        lives = job.id in living or (cgroup is not None and cgroup.is_populated())
+        if lives and job.spec.profile != Profile.NONE:
+            return True
+    return False
 
 
 async def _try_isolation(
-    isolation: Isolation, jobinits: Jobinits, held: Iterable[Held], store: Store
+    isolation: Isolation,
+    jobinits: Jobinits,
+    held: Iterable[Held],
+    store: Store,
+    cgroups: CgroupTree,
 ) -> None:
     """That jobs can be confined is seen, and not supposed. held: of an earlier server. Raises
     StartupError where it is not known of the server's own profile; another one cannot be had
@@ -294,7 +302,7 @@ async def _try_isolation(
             if profile is isolation.profile:
                 raise
             problems[profile] = str(error)
-    has_confined = any(problems.values()) and await _has_confined(held, store)
+    has_confined = any(problems.values()) and await _has_confined(held, store, cgroups)
     isolation.take_results(problems, has_confined=has_confined)
     if not isolation.views:
         jobinits.drop_views()

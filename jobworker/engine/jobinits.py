@@ -66,6 +66,7 @@ REFUSALS = {
     errno.EUSERS,  # namespaces are too deep in others
 }
 NAMESPACE_LIMITS = Path("/proc/sys/user")
+NAMESPACES = ("user", "mnt", "pid", "ipc", "uts", "cgroup")  # that confined jobs take
 
 PR_SET_CHILD_SUBREAPER = 36
 # Of linux/pidfd.h, since Linux 6.15: struct pidfd_info as it first was, 64 bytes.
@@ -489,13 +490,18 @@ def _refusal(error: StartFailedError | ViewError) -> str:
     """Raises StartupError for what is none."""
     number = error.error_number
     # Where some namespaces are allowed, jobs may have all of them, also of jobs that have ended.
-    if number in REFUSALS or (number == errno.ENOSPC and _is_a_namespace_not_allowed()):
+    if number in REFUSALS or (number == errno.ENOSPC and _takes_what_is_not_allowed(error)):
         return str(error)
     raise _not_known(error) from error
 
 
-def _is_a_namespace_not_allowed() -> bool:
-    return any(int(path.read_text()) == 0 for path in NAMESPACE_LIMITS.glob("max_*_namespaces"))
+def _takes_what_is_not_allowed(error: StartFailedError | ViewError) -> bool:
+    """A namespace of which there may be none. That there may be none of others, as of the network
+    or of time on some machines, says nothing."""
+    is_of_network = isinstance(error, StartFailedError) and error.step == "network"
+    kinds = ("net",) if is_of_network else NAMESPACES
+    limits = (NAMESPACE_LIMITS / f"max_{kind}_namespaces" for kind in kinds)
+    return any(int(limit.read_text()) == 0 for limit in limits if limit.exists())
 
 
 def _not_known(error: Exception) -> StartupError:

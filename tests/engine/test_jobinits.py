@@ -6,17 +6,20 @@ import asyncio
 import errno
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from jobworker.daemon import JOBINIT, _try_isolation
+from jobworker.daemon import JOBINIT, _has_confined, _try_isolation
 from jobworker.engine import jobinits as module
+from jobworker.engine.cgroup import CgroupTree
 from jobworker.engine.isolation import Isolation, Profile
-from jobworker.engine.jobinit import Started, StartRequest
+from jobworker.engine.jobinit import Exited, Held, Started, StartRequest
 from jobworker.engine.jobinits import Jobinits
 from jobworker.engine.store import Store
 from jobworker.errors import StartFailedError, StartupError, ViewError
+from jobworker.job import JobSpec, created
 
 
 def test_what_is_tried_and_takes_too_long_is_no_refusal(
@@ -70,7 +73,7 @@ def test_a_profile_that_is_only_allowed_keeps_no_server_from_starting(
         pid = (await jobinits._our_jobinit()).pid
         store = Store.open(tmp_path / "jobs.db")
         try:
-            await _try_isolation(isolation, jobinits, [], store)
+            await _try_isolation(isolation, jobinits, [], store, CgroupTree(None, "", {}))
         finally:
             await store.close()
             os.kill(pid, signal.SIGCONT)
@@ -80,6 +83,30 @@ def test_a_profile_that_is_only_allowed_keeps_no_server_from_starting(
         assert "is not known" in isolation.problems[Profile.STRICT]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("profile", "is_alive", "counts"),
+    [("default", True, True), ("default", False, False), ("none", True, False)],
+)
+def test_what_a_job_has_left_behind_lives_on(
+    tmp_path: Path, profile: str, is_alive: bool, counts: bool
+) -> None:
+    """Its main process has ended while there was no server; what the next one needs may be taken
+    by another one."""
+    (tmp_path / "job-1").mkdir()
+    (tmp_path / "job-1" / "cgroup.events").write_text(f"populated {int(is_alive)}\nfrozen 0\n")
+
+    async def main() -> bool:
+        store = Store.open(tmp_path / "jobs.db")
+        try:
+            await store.put(created(1, JobSpec("sh", profile=profile), time.time_ns()))
+            held = [Held(1, ending=Exited(1, 0, time.time_ns(), 0, 0, 0))]
+            return await _has_confined(held, store, CgroupTree(tmp_path, "", {}))
+        finally:
+            await store.close()
+
+    assert asyncio.run(main()) == counts
 
 
 def test_another_program_starts_what_comes(tmp_path: Path) -> None:
@@ -136,15 +163,28 @@ def test_only_what_the_kernel_refuses_for_good_is_a_refusal(
         module._refusal(error)
 
 
-@pytest.mark.parametrize("allowed", ["0", "30"])
+@pytest.mark.parametrize(
+    ("step", "limits", "is_refusal"),
+    [
+        ("namespaces", {"uts": 0, "net": 30}, True),
+        ("namespaces", {"uts": 30, "net": 0, "time": 0}, False),
+        ("network", {"uts": 30, "net": 0}, True),
+        ("network", {"uts": 30, "net": 30}, False),
+    ],
+)
 def test_namespaces_that_others_have_are_no_refusal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    limits: dict[str, int],
+    is_refusal: bool,
 ) -> None:
+    """Also where there may be none of a kind that is not what was missing."""
     monkeypatch.setattr(module, "NAMESPACE_LIMITS", tmp_path)
-    for kind, limit in (("user", "100"), ("uts", allowed)):
-        (tmp_path / f"max_{kind}_namespaces").write_text(limit + "\n")
-    error = StartFailedError("namespaces", errno.ENOSPC)
-    if allowed == "0":
+    for kind, limit in limits.items():
+        (tmp_path / f"max_{kind}_namespaces").write_text(f"{limit}\n")
+    error = StartFailedError(step, errno.ENOSPC)
+    if is_refusal:
         assert module._refusal(error) == str(error)
         return
     with pytest.raises(StartupError, match="is not known"):
