@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 ROOT = Path("/")
 # What the loader of programs, the C library (for other locales) and OpenSSL take from elsewhere.
 LIBRARY_VARIABLES = (
-    *("LD_LIBRARY_PATH", "GCONV_PATH"),
+    *("LD_LIBRARY_PATH", "GCONV_PATH", "LOCPATH"),
     *("OPENSSL_CONF", "OPENSSL_ENGINES", "OPENSSL_MODULES"),
 )
 # Folders that jobs cannot do without.

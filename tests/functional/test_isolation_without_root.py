@@ -316,6 +316,7 @@ def test_signals_do_nothing_to_the_first_process_of_its_namespace(client: Client
         "LD_PRELOAD=libnone.so {}/none.so",
         "LD_AUDIT=libnone.so:{}/none.so",
         "GCONV_PATH={}",
+        "LOCPATH={}",
     ],
 )
 def test_it_changes_nothing_that_the_server_is_made_of(certificates: Path, variable: str) -> None:
