@@ -334,6 +334,9 @@ def have_others_wait_to_close_its_sockets(scene: Scene) -> str:
     of other jobs, stays as memory that no limit counts."""
     with socket.socket() as left:
         left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+        is_on, _ = struct.unpack("ii", left.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8))
+    if not is_on:
+        raise OSError(errno.EPERM, "without effect")
     return "may have them wait"
 
 

@@ -636,7 +636,7 @@ CALLS = {
     "socket diag": (41, 198, errno.EPROTONOSUPPORT, 16, 3, 4),
     "socket uevent": (41, 198, errno.EPROTONOSUPPORT, 16, 2, 15),
     "socket generic": (41, 198, errno.EPROTONOSUPPORT, 16, 3, 16),
-    "linger": (54, 208, errno.EPERM, -1, 1, 13), "keepalive": (54, 208, errno.EBADF, -1, 1, 9),
+    "linger": (54, 208, 0, -1, 1, 13), "keepalive": (54, 208, errno.EBADF, -1, 1, 9),
     "linger of TCP": (54, 208, errno.EBADF, -1, 6, 13),
     "line discipline": (16, 29, errno.EPERM, -1, 0x5423),
     "vlan": (16, 29, errno.EPERM, -1, 0x8982), "bridge": (16, 29, errno.EPERM, -1, 0x8940),
