@@ -171,8 +171,7 @@ class Cgroup:
         least). Where that is ending, or has ended, the others are not told, and may even fork."""
         killed: set[tuple[str, int]] = set()
         while members := self._members() - killed:
-            if killed:  # lest they fork faster than they are found
-                self._tell("cgroup.freeze")
+            self._tell("cgroup.freeze")  # lest they fork faster than they are found
             for path in {path for path, _ in members}:
                 _kill_in(path, [pid for its_path, pid in members if its_path == path])
             killed |= members
