@@ -772,9 +772,27 @@ class Manager:
         )
 
     async def _look_up(self, client: str, function: Callable[..., T], *arguments: Any) -> T:
-        """In a thread of those that may wait for ever, where a filesystem does not answer."""
-        async with self._looks.setdefault(client, asyncio.Semaphore(MOST_LOOKS)):
-            return await self._loop.run_in_executor(self._lookers, function, *arguments)
+        """In a thread of those that may wait for ever, where a filesystem does not answer. Those
+        of one client that work for long leave others the processor in between."""
+        turn = self._looks.setdefault(client, asyncio.Semaphore(MOST_LOOKS))
+        await turn.acquire()
+        worked_seconds = 0.0
+
+        def look() -> T:
+            nonlocal worked_seconds
+            began = time.thread_time()
+            try:
+                return function(*arguments)
+            finally:
+                worked_seconds = time.thread_time() - began
+
+        try:
+            return await self._loop.run_in_executor(self._lookers, look)
+        finally:
+            if worked_seconds > LONG_LOOK_SECONDS:
+                self._loop.call_later(MOST_LOOKS * worked_seconds, turn.release)
+            else:
+                turn.release()
 
     def _look_on_machine(
         self, request: JobSpec, limits: Limits, confinement: Confinement, look: Look

@@ -39,7 +39,7 @@ from functional.http2 import (
     request_of,
     reset_of,
 )
-from functional.server import DEADLINE_SECONDS, Client, Server, channel, wait_until
+from functional.server import DEADLINE_SECONDS, Client, Server, channel, slow_path, wait_until
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc.convert import LARGEST_CREATE_BYTES
@@ -675,6 +675,33 @@ def test_commands_that_are_looked_for_slowly(
         took = time.monotonic() - asked
         assert creates.code() is grpc.StatusCode.OK
         assert took < (time.monotonic() - began) / 3
+
+
+def test_many_commands_that_are_looked_for_slowly(
+    start_server: StartServer, mallory: str, tmp_path: Path
+) -> None:
+    """In as many calls as a client may have, all the time: all of its looks at once would keep the
+    processors from the loop, which takes a turn for each call that comes."""
+    path = slow_path(tmp_path / "links")
+    request = pb.CreateJobReq(command="x", environment={"PATH": path}).SerializeToString()
+    server = start_server()
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as client:
+        job = client.create("true")
+        method: Any = opened.unary_unary("/job_worker.JobService/CreateJob")
+        answered: list[None] = []
+        is_over = False
+
+        def send(_: object = None) -> None:
+            answered.append(None)
+            if not is_over:
+                method.future(request, timeout=DEADLINE_SECONDS).add_done_callback(send)
+
+        for _ in range(500):
+            send()
+        wait_until(lambda: len(answered) > 700)
+        took = [seconds_of_get(client, job.id) for _ in range(10)]
+        is_over = True
+        assert sum(took) < 2
 
 
 def test_commands_that_are_found_slowly(
