@@ -170,7 +170,8 @@ class Client:
 
         A connection that breaks is made again, and the stream goes on where it was.
         from_offset: start here, in bytes of the merged output.
-        follow: False: only what is there now, and an ending only if the job has ended.
+        follow: False: only what is there now, and an ending only if the job has ended and that is
+        all of it.
         stream: only this one.
         """
         patience = Patience(self._patience_seconds)

@@ -298,6 +298,8 @@ class JobService:
         job = await ending(job_id, brief=True, turn=entry.reading())
         if not job.is_ended:
             return
+        if not follow and reader.offset < job.output_bytes:  # it has written more since then
+            return
         if not job.is_large:
             last = _ending(job, reader.offset, entry.access())
             if len(last) <= FIRST_MESSAGE_BYTES:

@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from functional.server import Client, Server
+from functional.server import Client, Server, wait_until
 from jobworker.pb import job_worker_pb2 as pb
 
 # Writes `sys.argv[1]` random bytes to both streams in pieces of random sizes and at random
@@ -120,6 +120,27 @@ def test_no_follow_ends_at_what_is_there(client: Client) -> None:
     assert b"".join(chunk.payload for chunk in chunks) == b"here\n"
     assert not chunks[-1].HasField("ending")
     client.stop(job.id, grace_milliseconds=0)
+
+
+@pytest.mark.parametrize("stream", [pb.ALL, pb.STDERR])
+def test_no_follow_has_no_ending_where_more_was_written_since(
+    client: Client, tmp_path: Path, stream: int
+) -> None:
+    """Who asks again and again until there is an ending misses nothing."""
+    flag = tmp_path / "flag"
+    script = "head -c 20000000 /dev/zero >&2; until [ -e $FLAG ]; do sleep 0.05; done; echo rest >&2"
+    job = client.shell(script, environment={"FLAG": str(flag)})
+    wait_until(lambda: client.get(job.id).stderr_bytes == 20_000_000)
+    slow = client.stream(job.id, no_follow=True, stream=stream)
+    offset = next(slow).next_offset
+    flag.touch()
+    client.wait(job.id)
+    *_, last = slow
+    assert last.next_offset == 20_000_000 > offset
+    assert not last.HasField("ending")
+    rest = list(client.stream(job.id, no_follow=True, stream=stream, from_offset=last.next_offset))
+    assert b"".join(chunk.payload for chunk in rest) == b"rest\n"
+    assert rest[-1].ending.status == "COMPLETED"
 
 
 def test_one_stream_alone(client: Client) -> None:
