@@ -128,8 +128,8 @@ def test_no_follow_has_no_ending_where_more_was_written_since(
 ) -> None:
     """Who asks again and again until there is an ending misses nothing."""
     flag = tmp_path / "flag"
-    script = "head -c 20000000 /dev/zero >&2; until [ -e $FLAG ]; do sleep 0.05; done; echo rest >&2"
-    job = client.shell(script, environment={"FLAG": str(flag)})
+    script = f"head -c 20000000 /dev/zero; until [ -e {flag} ]; do sleep 0.05; done; echo rest"
+    job = client.shell(f"exec >&2; {script}")
     wait_until(lambda: client.get(job.id).stderr_bytes == 20_000_000)
     slow = client.stream(job.id, no_follow=True, stream=stream)
     offset = next(slow).next_offset
