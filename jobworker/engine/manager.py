@@ -929,6 +929,8 @@ class Manager:
             live.timeout_timer = self._loop.call_later(max(0.0, left_seconds), self._time_out, live)
 
     def _time_out(self, live: _LiveJob) -> None:
+        if live.job.is_ended:  # and that is being stored
+            return
         # Once its main process has ended, the linger time bounds the rest; or what is left of the
         # grace of a stop, which may be far longer.
         has_exited = live.exited is not None or self._jobinits.has_ended(live.job.id)

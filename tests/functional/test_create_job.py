@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pwd
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
 from functools import partial
@@ -216,6 +218,26 @@ def test_a_stop_before_the_time_limit_is_the_cause(client: Client) -> None:
     assert ended.cause == pb.STOPPED
     # Nor has the time limit cut the grace period short, or made it longer.
     assert 1.0 <= (ended.end_time_ns - job.start_time_ns) / 1e9 < 5
+
+
+def test_a_time_limit_that_comes_due_while_the_ending_is_stored(
+    server: Server, client: Client, tmp_path: Path
+) -> None:
+    """Of a job that was stopped before."""
+    trap = f"echo stopping; until [ -e {tmp_path}/go ]; do sleep 0.02; done; exit 3"
+    script = f"trap '{trap}' TERM; echo up; while :; do sleep 0.02; done"
+    job = client.shell(script, timeout_milliseconds=2000)
+    stream = client.stream(job.id)
+    next(stream)
+    stop = client.stop_soon(job.id)
+    assert next(stream).payload == b"stopping\n"  # by now the stop is stored
+    with contextlib.closing(sqlite3.connect(server.state / "jobs.db")) as database:
+        database.execute("BEGIN IMMEDIATE")
+        (tmp_path / "go").touch()
+        wait_until(lambda: client.get(job.id).status == "STOPPED")
+        wait_until(lambda: time.time_ns() > job.start_time_ns + 2_200_000_000)
+    assert stop.result().status == "STOPPED"
+    assert "Traceback" not in server.log
 
 
 def test_merged_output_has_the_exact_order(client: Client) -> None:
