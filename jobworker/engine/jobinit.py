@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 MAGIC = 0x54494E4A
 PROTOCOL_VERSION = 2
 CONNECT_SECONDS = 10.0
+TRY_AGAIN = "start again, or, if it never does, end it, and its jobs with it"
 VIEW_SECONDS = 30.0  # to make one: a look at each of its paths
 ASK_AGAIN_SECONDS = 0.1  # where this process had no descriptor left
 LISTENER_FD = 3
@@ -319,14 +320,18 @@ def spawn(binary: Path, listener: socket.socket, *, confines_all: bool = False) 
 
 
 def dial(path: Path) -> socket.socket:
-    """A connection to the jobinit that listens there. Raises JobinitError where none does."""
+    """A connection to the jobinit that listens there. Raises JobinitError where none does, and
+    StartupError where one may: it must not be taken for gone, as its jobs would be."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.setblocking(False)
     try:
         connection.connect(os.fspath(path))
     except OSError as error:
         connection.close()
-        raise JobinitError(f"no jobinit at {path}: {error.strerror or error}") from error
+        problem = f"{path}: {error.strerror or error}"
+        if error.errno not in {errno.ECONNREFUSED, errno.ENOENT}:
+            raise StartupError(f"jobinit cannot be reached at {problem}; {TRY_AGAIN}") from error
+        raise JobinitError(f"no jobinit at {problem}") from error
     return connection
 
 
@@ -367,14 +372,15 @@ class Jobinit:
         the task that awaits its `start` has run on. With Failed only where no task does.
         on_lost: is called once, when jobinit has gone without a `close`.
 
-        Raises JobinitError where nobody answers.
+        Raises JobinitError where it has gone, and StartupError where it does not answer.
         """
         jobinit = cls(connection, on_exit, on_lost)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await jobinit._greeted
         except TimeoutError as error:
-            raise JobinitError("jobinit does not answer") from error
+            # To take it for gone would be the end of its jobs.
+            raise StartupError(f"jobinit does not answer; {TRY_AGAIN}") from error
         finally:
             if jobinit.pid == 0:
                 await jobinit.close()

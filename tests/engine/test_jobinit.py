@@ -1351,6 +1351,15 @@ def test_connecting_to_nobody_raises(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_one_that_has_not_come_to_others_yet_is_not_taken_for_gone(tmp_path: Path) -> None:
+    """As where servers were started again and again meanwhile."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jobinit.listen(tmp_path / "socket"))
+        connections = iter(lambda: stack.enter_context(dial(tmp_path / "socket")), None)
+        with pytest.raises(StartupError, match="cannot be reached"):
+            list(connections)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to be somebody else")
 def test_another_user_is_sent_away(launcher: Launcher) -> None:
     with tempfile.TemporaryDirectory() as folder:

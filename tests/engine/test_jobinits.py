@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobworker.daemon import JOBINIT, _has_confined, _try_isolation
+from jobworker.engine import jobinit
 from jobworker.engine import jobinits as module
 from jobworker.engine.cgroup import CgroupTree
 from jobworker.engine.isolation import Isolation, Profile
@@ -136,6 +137,41 @@ def test_another_program_starts_what_comes(tmp_path: Path) -> None:
             assert (another != first, [each.job_id for each in found]) == (True, [1])
         finally:
             os.kill(first, signal.SIGKILL)
+            os.kill(started.pid, signal.SIGKILL)
+
+    asyncio.run(main())
+
+
+def test_one_that_does_not_answer_is_not_taken_for_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one in its place would leave its jobs to nobody."""
+    monkeypatch.setattr(jobinit, "CONNECT_SECONDS", 0.3)
+    job = StartRequest(1, "/bin/sleep", ("sleep", "60"), {}, "/", None, merge_output=True)
+
+    def prepared() -> Jobinits:
+        jobinits = Jobinits(tmp_path, JOBINIT)
+        jobinits.prepare()
+        return jobinits
+
+    async def main() -> None:
+        jobinits = prepared()
+        await jobinits.connect(lambda _: None)
+        pid, started = (await jobinits._our_jobinit()).pid, await jobinits.start(job)
+        started.close_pipes()
+        await jobinits.close()
+        try:
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(StartupError, match="does not answer"):
+                await prepared().connect(lambda _: None)
+            os.kill(pid, signal.SIGCONT)
+            jobinits = prepared()
+            (held,) = await jobinits.connect(lambda _: None)
+            assert held.started is not None
+            held.started.close_pipes()
+            await jobinits.close()
+        finally:
+            os.kill(pid, signal.SIGKILL)
             os.kill(started.pid, signal.SIGKILL)
 
     asyncio.run(main())
