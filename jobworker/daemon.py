@@ -64,6 +64,7 @@ def main(settings: Settings, when_ready: Callable[[], None] = lambda: None) -> i
     _set_up_logging(settings.log_level)
     os.umask(0o077)
     try:
+        _check_encoding()
         clients = Clients(settings.clients, PROFILES)
         lock = _lock_state_folder(settings.state_dir)
         # Once there is that folder, which is to be hidden.
@@ -184,6 +185,14 @@ class _OneLine(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 as logging calls it
         text = super().formatMessage(record)
         return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def _check_encoding() -> None:
+    """What clients give is UTF-8: under another locale jobs would get other arguments, or none."""
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        problem = "is not what names of files and arguments of jobs are in"
+        raise SettingError("the encoding of the locale", encoding, problem, "set LC_ALL to C.UTF-8")
 
 
 def _set_up_logging(level: str) -> None:

@@ -78,6 +78,16 @@ def test_an_address_in_use(start_server: StartServer, certificates: Path, tmp_pa
     assert "Traceback" not in ended.stderr
 
 
+def test_a_locale_of_another_encoding(start_server: StartServer) -> None:
+    """Jobs would get other arguments than their clients gave."""
+    launcher = ["env", "LC_ALL=C", "PYTHONCOERCECLOCALE=0", "PYTHONUTF8=0"]
+    with pytest.raises(AssertionError, match=r"cannot start: .*'ascii'.*LC_ALL"):
+        start_server(launcher=launcher)
+    server = start_server(launcher=["env", "LC_ALL=C"])
+    with server.connect() as client:
+        assert client.run("echo é")[1] == "é\n".encode()
+
+
 def test_an_address_of_another_machine(certificates: Path, tmp_path: Path) -> None:
     ended = serve(tmp_path, certificates, ADDR="192.0.2.1:50051")
     assert ended.returncode == 1
