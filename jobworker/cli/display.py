@@ -268,7 +268,8 @@ json_option = click.option(
 def write_json(value: Any, *, compact: bool = False) -> None:
     """One value: on one line, or indented as people like to read it, and so that nothing in it
     changes the terminal."""
-    text = json.dumps(value, indent=None if compact else 2, ensure_ascii=False)
+    is_utf8 = sys.stdout.encoding.lower() == "utf-8"
+    text = json.dumps(value, indent=None if compact else 2, ensure_ascii=not is_utf8)
     click.echo("\n".join(map(_printable_json, text.split("\n"))))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -134,6 +135,7 @@ class LazyGroup(click.Group):
         **extra: Any,
     ) -> NoReturn:
         fill_closed_streams()
+        escape_what_cannot_be_shown()
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -151,10 +153,19 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except JobWorkerError as error:
             raise FailedError(message_of(error), code_of(error)) from error
+        except UnicodeEncodeError as error:
+            problem = f"{error.object!r} is not text; arguments must be UTF-8"
+            raise click.UsageError(problem) from error
         except BrokenPipeError:
             ctx.exit(ExitCode.BROKEN_PIPE)
         except OSError as error:
             raise click.ClickException(os_message(error)) from error
+
+
+def escape_what_cannot_be_shown() -> None:
+    """Where the locale has no UTF-8: one job's text is not to end a list of all."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.encoding.lower() != "utf-8":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def fill_closed_streams() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import signal
@@ -222,6 +223,19 @@ def test_what_the_server_can_never_accept(
 def test_what_is_not_utf_8(jobworker: Program) -> None:
     assert_one_line(jobworker("create", "echo", "\udcff"), 2, "UTF-8")
     assert_one_line(jobworker("create", "--env", "A=\udcff", "true"), 2, "UTF-8")
+    assert_one_line(jobworker("list", "--name", "\udcff"), 2, "UTF-8")
+    assert_one_line(jobworker("-s", "\udcff:1", "list"), 2, "UTF-8")
+    assert_one_line(jobworker("--server-name", "\udcff", "list"), 2, "UTF-8")
+
+
+def test_what_cannot_be_shown_where_there_is_no_utf_8(jobworker: Program) -> None:
+    """One job's text ends no list of all."""
+    jobworker("create", "--name", "ä€😀", "echo", "ä€😀")
+    shown = jobworker("list", PYTHONIOENCODING="latin-1")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert r"\xe4\u20ac\U0001f600" in shown.stdout
+    shown = jobworker("list", "-o", "json", PYTHONIOENCODING="latin-1")
+    assert json.loads(shown.stdout)[0]["name"] == "ä€😀"
 
 
 def test_no_server(jobworker: Program) -> None:
