@@ -227,7 +227,7 @@ def test_a_time_limit_that_comes_due_while_the_ending_is_stored(
     trap = f"echo stopping; until [ -e {tmp_path}/go ]; do sleep 0.02; done; exit 3"
     script = f"trap '{trap}' TERM; echo up; while :; do sleep 0.02; done"
     job = client.shell(script, timeout_milliseconds=2000)
-    stream = client.stream(job.id)
+    stream = client.stream(job.id, stream=pb.STDOUT)
     next(stream)
     stop = client.stop_soon(job.id)
     assert next(stream).payload == b"stopping\n"  # by now the stop is stored
