@@ -94,6 +94,8 @@ ALWAYS_FREE: Turn = contextlib.nullcontext()
 # the request was checked is there no longer.
 START_ERRORS = (StartFailedError, CgroupError, JobinitError, InvalidRequestError, OSError)
 
+FAULT = JobWorkerError("a fault of the server, whose log tells of it")
+
 # What passes, and must not cost a job its end. RuntimeError: there was no number left for a thread.
 PASSING_ERRORS = (CgroupError, OSError, RuntimeError)
 
@@ -690,7 +692,11 @@ class Manager:
         except StoreError as error:
             self._forget(live, error)
             raise
-        except BaseException:
+        except Exception:
+            # Nobody thought of it, and the log tells of it. There may be a record, even a process.
+            await self._certainly(live, partial(self._fail_start, live, FAULT))
+            raise
+        except asyncio.CancelledError:
             self._drop(live)
             live.begun.cancel()
             live.over.cancel()

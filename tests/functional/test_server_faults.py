@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sqlite3
@@ -20,7 +21,7 @@ FAULTS = f"""
 from jobworker.engine import manager
 from jobworker.engine.output import Reader
 
-get, resolve = manager.Manager.get, manager.resolve
+get, resolve, put = manager.Manager.get, manager.resolve, manager.Store.put
 
 async def get_or_fail(self, job_id, **options):
     if job_id == 77:
@@ -37,7 +38,13 @@ def resolve_or_fail(command, *rest):
 async def fail(self):
     raise ZeroDivisionError("{SECRET}")
 
+async def put_and_fail(self, job, **options):
+    await put(self, job, **options)
+    if job.spec.name == "recorded" and not job.is_ended:
+        raise LookupError("{SECRET}")
+
 manager.Manager.get = get_or_fail
+manager.Store.put = put_and_fail
 manager.resolve = resolve_or_fail
 Reader.next = fail
 """
@@ -91,6 +98,19 @@ def test_it_is_told_as_the_servers_and_is_in_its_log(faulty: Server, tmp_path: P
             assert caught.value.code() is grpc.StatusCode.INTERNAL
             check(faulty, str(caught.value.details()), problem)
     assert SECRET not in (tmp_path / "audit.log").read_text()
+
+
+def test_a_job_that_is_recorded_ends(faulty: Server) -> None:
+    """And is not there for ever as one that starts."""
+    with faulty.connect() as client:
+        with pytest.raises(grpc.RpcError) as caught:
+            client.create("true", name="recorded")
+        check(faulty, str(caught.value.details()), "LookupError")
+        [job] = client.jobs()
+    assert (job.status, job.detail) == ("FAILED", "a fault of the server, whose log tells of it")
+    faulty.stop()
+    with contextlib.closing(sqlite3.connect(faulty.state / "jobs.db")) as store:
+        assert store.execute("SELECT status FROM jobs").fetchall() == [("FAILED",)]
 
 
 def test_of_many_jobs_the_others_are_made(faulty: Server) -> None:
