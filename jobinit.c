@@ -28,6 +28,7 @@
 #include <malloc.h>
 #include <net/if.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -649,7 +650,7 @@ enum { OWN_ARCHITECTURE = AUDIT_ARCH_RISCV64 };
 enum { LAST_REVIEWED_CALL = 469 };
 
 enum verdict {
-	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LINGER, NO_LEASES,
+	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LATE_ENDS, NO_LEASES,
 	PLAIN_IOCTLS, PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2, PLAIN_MODE_ELSEWHERE,
 	VERDICTS,
 };
@@ -669,8 +670,11 @@ static struct rule rules[] = {
 	/* Whoever comes last to close a TCP socket with SO_LINGER waits, for as long as is said there, or
 	 * for ever. Of sockets that a job leaves in each other's queues that is a thread of the kernel,
 	 * and what is behind them stays, also of jobs to come: memory that no limit counts any more.
-	 * It is answered as if it had been done, as programs give up else that would not miss it. */
-	{SYS_setsockopt, NO_LINGER},
+	 * A TCP socket that is closed, and gets no answer, stays until the kernel has tried for 100 s; with
+	 * TCP_USER_TIMEOUT it tries for up to 24 days, in which the memory of what is unsent stays, its
+	 * port, and its namespace of the network.
+	 * Both are answered as if they had been done, as programs give up else that would not miss them. */
+	{SYS_setsockopt, NO_LATE_ENDS},
 	/* What is mounted */
 	{SYS_mount, FORBID}, {SYS_umount2, FORBID}, {SYS_pivot_root, FORBID},
 	{SYS_chroot, FORBID}, {428 /* open_tree */, FORBID}, {429 /* move_mount */, FORBID},
@@ -868,14 +872,17 @@ static unsigned make_socket_filter(void)
 }
 
 /* Returns where it begins. */
-static unsigned make_linger_filter(void)
+static unsigned make_socket_end_filter(void)
 {
 	unsigned first;
 
 	first = emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1]), 0, 0);
 	emit(BPF_JMP | BPF_JEQ | BPF_K, SOL_SOCKET, 0, 2);
 	emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2]), 0, 0);
-	emit(BPF_JMP | BPF_JEQ | BPF_K, SO_LINGER, 1, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, SO_LINGER, 4, 3);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, IPPROTO_TCP, 0, 2);
+	emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2]), 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, TCP_USER_TIMEOUT, 1, 0);
 	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
 	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | 0, 0, 0);
 	return first;
@@ -965,7 +972,7 @@ static void make_filter(void)
 	targets[FORBID] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
 	targets[UNSUPPORTED] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EINVAL, 0, 0);
 	targets[KNOWN_SOCKETS] = make_socket_filter();
-	targets[NO_LINGER] = make_linger_filter();
+	targets[NO_LATE_ENDS] = make_socket_end_filter();
 	targets[NO_LEASES] = make_lease_filter();
 	targets[PLAIN_IOCTLS] = make_ioctl_filter();
 	for (i = PLAIN_MODE_1; i <= PLAIN_MODE_ELSEWHERE; i++)

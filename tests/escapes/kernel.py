@@ -340,6 +340,16 @@ def have_others_wait_to_close_its_sockets(scene: Scene) -> str:
     return "may have them wait"
 
 
+@attack(shown_as="user")
+def leave_connections_behind(scene: Scene) -> str:
+    """For 24 days: with the memory of what they have not sent, their ports, and their network."""
+    with socket.socket() as left:
+        left.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, (1 << 31) - 1)
+        if not left.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT):
+            raise OSError(errno.EPERM, "without effect")
+    return "may leave them"
+
+
 # mov eax, 20 (getpid); int 0x80; ret: as a 32-bit program would call.
 OTHER_ENTRY = bytes.fromhex("b814000000cd80c3")
 

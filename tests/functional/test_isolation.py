@@ -638,6 +638,8 @@ CALLS = {
     "socket generic": (41, 198, errno.EPROTONOSUPPORT, 16, 3, 16),
     "linger": (54, 208, 0, -1, 1, 13), "keepalive": (54, 208, errno.EBADF, -1, 1, 9),
     "linger of TCP": (54, 208, errno.EBADF, -1, 6, 13),
+    "user timeout": (54, 208, 0, -1, 6, 18), "18 of sockets": (54, 208, errno.EBADF, -1, 1, 18),
+    "18 of IP": (54, 208, errno.EBADF, -1, 0, 18),
     "line discipline": (16, 29, errno.EPERM, -1, 0x5423),
     "vlan": (16, 29, errno.EPERM, -1, 0x8982), "bridge": (16, 29, errno.EPERM, -1, 0x8940),
     "window size": (16, 29, errno.EBADF, -1, 0x5413),
