@@ -1153,8 +1153,9 @@ def _run_seconds(started: Started) -> float:
     """Of an earlier server's job; by the kernel, where the clock seems to have been set since."""
     seconds = _seconds_since(started.started_ns)
     with contextlib.suppress(OSError):  # it has just ended
-        stat = Path(f"/proc/{started.pid}/stat").read_text()
-        ticks = int(stat.rpartition(")")[2].split()[19])
+        # The process's name, in brackets, may have any bytes in it.
+        stat = Path(f"/proc/{started.pid}/stat").read_bytes()
+        ticks = int(stat.rpartition(b")")[2].split()[19])
         of_kernel = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
         if abs(of_kernel - seconds) > CLOCK_TOLERANCE_SECONDS:
             return of_kernel

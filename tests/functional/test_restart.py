@@ -163,6 +163,17 @@ def test_a_time_limit_goes_on_from_the_start_of_the_job(restart: Callable[[], Se
         client.stop(running.id)
 
 
+def test_a_time_limit_goes_on_where_the_name_of_the_process_is_no_text(
+    restart: Callable[[], Server],
+) -> None:
+    with restart().connect() as client:
+        script = r"printf '\377) Z' > /proc/$$/comm && echo named && sleep 60"
+        job = client.shell(script, timeout_milliseconds=1000)
+        assert next(client.stream(job.id)).payload == b"named\n"
+    with restart().connect() as client:
+        assert client.wait(job.id).cause == pb.TIMED_OUT
+
+
 def wait_for_no_children(pid: int) -> None:
     """Until all jobs of this jobinit are reaped."""
     deadline = time.monotonic() + 30
