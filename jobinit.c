@@ -650,7 +650,7 @@ enum { OWN_ARCHITECTURE = AUDIT_ARCH_RISCV64 };
 enum { LAST_REVIEWED_CALL = 469 };
 
 enum verdict {
-	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LATE_ENDS, NO_LEASES,
+	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LATE_ENDS, PLAIN_FCNTLS,
 	PLAIN_IOCTLS, PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2, PLAIN_MODE_ELSEWHERE,
 	VERDICTS,
 };
@@ -701,9 +701,10 @@ static struct rule rules[] = {
 	 * to: whoever looks at the other end of a job's output waits as long, and cannot even be
 	 * killed. Programs copy by themselves where these say that they do not go together. */
 	{SYS_splice, UNSUPPORTED}, {SYS_sendfile, UNSUPPORTED},
-	/* Who opens the file waits for the lease's holder: the server for its own code, where its jobs
-	 * have its user. */
-	{SYS_fcntl, NO_LEASES},
+	/* Leases: who opens the file waits for the lease's holder: the server for its own code, where its
+	 * jobs have its user. And signals for whole groups of processes: who reads a job's output sends
+	 * them, for each time that the job has opened it, to each process, and cannot be killed before. */
+	{SYS_fcntl, PLAIN_FCNTLS},
 	/* For some it looks for modules, as for sockets that it does not know; some reach what the
 	 * view hides. */
 	{SYS_ioctl, PLAIN_IOCTLS},
@@ -889,13 +890,17 @@ static unsigned make_socket_end_filter(void)
 }
 
 /* Returns where it begins. */
-static unsigned make_lease_filter(void)
+static unsigned make_fcntl_filter(void)
 {
 	unsigned first;
 
 	first = emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1]), 0, 0);
-	emit(BPF_JMP | BPF_JEQ | BPF_K, F_SETLEASE, 1, 0);
-	emit(BPF_JMP | BPF_JEQ | BPF_K, SET_DELEGATION, 0, 1);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, F_SETLEASE, 5, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, SET_DELEGATION, 4, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, F_SETOWN_EX, 3, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, F_SETOWN, 0, 3);
+	emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2]), 0, 0);
+	emit(BPF_JMP | BPF_JSET | BPF_K, 1u << 31 /* negative: a group */, 0, 1);
 	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
 	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
 	return first;
@@ -907,6 +912,8 @@ static unsigned make_ioctl_filter(void)
 	static const unsigned refused[] = {
 		TIOCSETD, SIOCGIFBR, SIOCSIFBR, SIOCBRADDBR, SIOCBRDELBR, SIOCBRADDIF, SIOCBRDELIF,
 		SIOCGIFVLAN, SIOCSIFVLAN,
+		/* As F_SETOWN: who is signalled about a socket. */
+		FIOSETOWN, SIOCSPGRP,
 		/* btrfs' snapshot of a subvolume of the job's user has all that is hidden in there; the
 		 * third removes one by its number: SNAP_CREATE, SNAP_CREATE_V2, SNAP_DESTROY_V2. */
 		0x50009401, 0x50009417, 0x5000943f,
@@ -973,7 +980,7 @@ static void make_filter(void)
 	targets[UNSUPPORTED] = emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EINVAL, 0, 0);
 	targets[KNOWN_SOCKETS] = make_socket_filter();
 	targets[NO_LATE_ENDS] = make_socket_end_filter();
-	targets[NO_LEASES] = make_lease_filter();
+	targets[PLAIN_FCNTLS] = make_fcntl_filter();
 	targets[PLAIN_IOCTLS] = make_ioctl_filter();
 	for (i = PLAIN_MODE_1; i <= PLAIN_MODE_ELSEWHERE; i++)
 		targets[i] = targets[ALLOW];
