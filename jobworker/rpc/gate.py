@@ -18,6 +18,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -123,9 +124,6 @@ class _Client:
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
     answering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ANSWERED))
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_READ))
-    reading_disk: asyncio.Semaphore = field(
-        default_factory=lambda: asyncio.Semaphore(MOST_READ_FROM_DISK)
-    )
     creating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_CREATED))
     ending: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LARGE_ENDINGS))
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -245,6 +243,9 @@ class Gate:
         self._calls: set[_Call] = set()
         self._refused: dict[_Call, float] = {}  # since when, of those that are not counted
         self._clients: dict[str, _Client] = {}
+        # By the client; each as long as a message is read within it: that goes on though its reader
+        # has gone, and all calls of the client with it.
+        self._disk_turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._refusals: dict[str, _Refusals] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._shutting: set[str] = set()
@@ -282,7 +283,7 @@ class Gate:
                 functools.partial(self._keep_asking, call),
                 lambda: _client_of(call).reading,
                 functools.partial(self._reading_as, call),
-                lambda: _client_of(call).reading_disk,
+                functools.partial(self._disk_turn, call),
                 lambda: _client_of(call).creating,
                 lambda: _client_of(call).ending,
                 lambda: _client_of(call).large_job,
@@ -472,6 +473,11 @@ class Gate:
                 problem = "the roles have changed since this call began; call again"
                 raise PermissionDeniedError(problem)
             yield
+
+    def _disk_turn(self, call: _Call) -> asyncio.Semaphore:
+        assert call.passport is not None
+        name = call.passport.identity.name
+        return self._disk_turns.setdefault(name, asyncio.Semaphore(MOST_READ_FROM_DISK))
 
     def _keep_asking(self, call: _Call, still_may: StillMay) -> None:
         still_may(self._access(call))

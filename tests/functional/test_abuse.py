@@ -221,6 +221,24 @@ def test_streams_of_old_output_on_a_slow_disk(
             each.cancel()
 
 
+def test_streams_of_old_output_that_are_given_up(
+    start_server: StartServer, mallory: str, tmp_path: Path
+) -> None:
+    """One after the other, while the disk is asked for each: nobody waits for that."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    server = start_server(launcher=("env", f"PYTHONPATH={tmp_path}"))
+    with server.connect(mallory) as client, server.connect() as other:
+        old, _ = client.run("head -c 40000000 /dev/zero")
+        others, _ = other.run("head -c 100000 /dev/zero")
+        for number in range(1000):
+            given_up = client.stream(old.id, from_offset=number * 30_000)
+            time.sleep(0.002)
+            given_up.cancel()
+        began = time.monotonic()
+        assert len(other.output(others.id)) == 100_000
+        assert time.monotonic() - began < 1  # behind all that was begun it takes 3 s
+
+
 def test_ten_thousand_streams_that_read_nothing(start_server: StartServer, mallory: str) -> None:
     server = start_server()
     with server.connect(mallory) as client:
