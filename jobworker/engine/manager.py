@@ -654,6 +654,7 @@ class Manager:
         confinement = self.isolation.arrange(confinement, request)
         _check_choice(client, request, confinement)
         found = await self._check_on_machine(request, limits, confinement, client.name)
+        await self._store.wait_for_ids()
         # Again: it may have taken long.
         client = admit()
         _check_choice(client, request, confinement)

@@ -221,6 +221,7 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._last_run = last_run
         self._ids = ids
+        self._more_ids: asyncio.Future[None] | None = None
         self._spec_texts: dict[int, tuple[JobSpec, str]] = {}  # of jobs that have not ended
         writer, syncer, self._reader = self._connections = connections
         self._syncer = _Syncer(path, syncer)
@@ -253,6 +254,19 @@ class Store:
                 "room, or give another one with JOB_WORKER_STATE_DIR"
             ) from error
         return cls(path, connections, last_run, ids)
+
+    async def wait_for_ids(self) -> None:
+        """Returns once `reserve_id` does not block. Raises StoreError."""
+        while self._more_ids or self._ids.are_used_up:
+            if self._more_ids is None:
+                self._more_ids = asyncio.ensure_future(asyncio.to_thread(self._ids.reserve_more))
+                self._more_ids.add_done_callback(self._forget_more_ids)
+            await asyncio.shield(self._more_ids)
+
+    def _forget_more_ids(self, more_ids: asyncio.Future[None]) -> None:
+        self._more_ids = None
+        if not more_ids.cancelled():
+            more_ids.exception()  # seen, also where nobody waits any more
 
     def reserve_id(self) -> int:
         """An id that was never given out, and never will be, whatever happens. Blocks once in
@@ -351,6 +365,8 @@ class Store:
     async def close(self) -> None:
         """Once all that was put is written; what is put from now on is refused."""
         self._writer.stop_taking()
+        if self._more_ids:
+            await asyncio.wait([self._more_ids])
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
@@ -659,11 +675,19 @@ class _Ids:
         self._reserve_ahead()
         last_run.begin(self._next)
 
-    def take(self) -> int:
-        if self._next == self._reserved:
-            self._finish_ahead()
-        if self._next == self._reserved:
+    @property
+    def are_used_up(self) -> bool:
+        return self._next == self._reserved
+
+    def reserve_more(self) -> None:
+        """For when they are used up. Blocks. Raises StoreError."""
+        self._finish_ahead()
+        if self.are_used_up:
             self._reserve(self._reserved + ID_BLOCK)
+
+    def take(self) -> int:
+        if self.are_used_up:
+            self.reserve_more()
         job_id = self._next
         self._next += 1
         self._last_run.set_next_id(self._next)

@@ -63,6 +63,23 @@ def kill_later(self):
 Cgroup.kill = kill_later
 """
 
+# Each job needs a new block of ids, and the disk takes its time.
+SLOW_IDS = """
+import os
+from jobworker.engine import store
+
+write = store._write_whole
+
+def write_later(path, text):
+    if text != "2\\n" and os.path.exists({fifo!r}):
+        with open({fifo!r}) as fifo:
+            fifo.read()
+    write(path, text)
+
+store.ID_BLOCK = 1
+store._write_whole = write_later
+"""
+
 
 @pytest.fixture
 def faulty(start_server: Callable[..., Server], tmp_path: Path) -> Server:
@@ -160,3 +177,20 @@ def test_calls_go_on_while_a_kill_waits(
             assert client.info().running_jobs == 1
             assert not create.done()
         assert create.result().cause == pb.START_FAILED
+
+
+def test_calls_go_on_while_ids_are_reserved(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "sitecustomize.py").write_text(SLOW_IDS.format(fifo=str(fifo)))
+    server = start_server(launcher=("env", f"PYTHONPATH={tmp_path}"))
+    with server.connect() as client:
+        first = client.create("true")
+        creates = [client.create_soon("true") for _ in range(2)]
+        with fifo.open("w"):  # once more are being reserved
+            assert client.wait(first.id).status == "COMPLETED"
+            assert [job.id for job in client.jobs()] == [first.id]
+            fifo.unlink()  # from now on the disk is fast
+        assert {create.result().id for create in creates} == {"2", "3"}
