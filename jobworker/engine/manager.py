@@ -108,6 +108,9 @@ LONG_LOOK_SECONDS = 0.001
 LOOKS_ASIDE_SECONDS = 1.0
 STORE_RUNNING_SECONDS = 0.2
 FEW_CREATES = 4  # at once: these are stored without waiting for company
+# Between the same signal to one job: jobinit, which is there for all, gives it to each process of
+# its group, which takes a millisecond where these are thousands.
+SIGNAL_PAUSE_SECONDS = 1.0
 STORE_RETRY_SECONDS = 1.0
 END_RETRY_SECONDS = 0.5
 CLOCK_TOLERANCE_SECONDS = 1.0  # between a process's start and its exec, as the clock tells them
@@ -165,7 +168,9 @@ class _LiveJob:
     cgroup: Cgroup | None = None
     log: Log | None = None
     exited: Exited | OrphanExited | None = None
-    unsent: list[int] = field(default_factory=list)  # signals, until the end asked for is stored
+    # Signals, until the end asked for is stored, or their pause is over.
+    unsent: list[int] = field(default_factory=list)
+    pausing: set[int] = field(default_factory=set)  # signals that were sent a moment ago
     is_end_stored: bool = False  # that it was asked for
     is_storing_end: bool = False
     asked: frozenset[tuple[str, int]] = frozenset()  # to end, by whom and with which signal
@@ -969,9 +974,17 @@ class Manager:
             finally:
                 live.is_storing_end = False
         # Others may have asked meanwhile: all get theirs, in their order.
-        signals, live.unsent = live.unsent, []
+        signals = [number for number in live.unsent if number not in live.pausing]
+        live.unsent = [number for number in live.unsent if number in live.pausing]
         for number in signals if live.exited is None else ():
             self._jobinits.signal(live.job.id, number)
+            live.pausing.add(number)
+            self._loop.call_later(SIGNAL_PAUSE_SECONDS, self._end_pause, live, number)
+
+    def _end_pause(self, live: _LiveJob, number: int) -> None:
+        live.pausing.remove(number)
+        if number in live.unsent and live.exited is None and not live.is_storing_end:
+            self._spawn(self._store_and_signal(live))
 
     def _kill_soon(self, live: _LiveJob) -> None:
         self._spawn(self._certainly(live, partial(self._kill, live)))

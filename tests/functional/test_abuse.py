@@ -512,7 +512,8 @@ def test_stops_of_large_jobs_that_do_not_mind(start_server: StartServer, mallory
             calls += [method.future(each.SerializeToString(), timeout=60) for each in stops]
             for each, before in zip(jobs, told, strict=True):
                 wait_until(partial(has_told_more, client, each, before))
-        assert written[-1] - written[1] < 10 * MEBIBYTE
+        # Once from the WAL into the database; with each round it would be 84 MiB.
+        assert written[-1] - written[1] < 30 * MEBIBYTE
         for each in jobs:
             client.stop(each, grace_milliseconds=0)
         assert {call.code() for call in calls} == {grpc.StatusCode.OK}

@@ -103,6 +103,22 @@ def test_each_of_several_stops_has_its_signal(client: Client) -> None:
         assert client.output(job.id, stream=pb.STDOUT) == b"up\na\nb\n"
 
 
+def test_a_signal_that_is_asked_for_all_the_time(client: Client) -> None:
+    """It comes again, but once a second: jobinit has to give it to all processes of the job."""
+    job = client.shell('trap "echo a" USR1; echo up; while :; do sleep 0.01; done')
+    wait_for_line(client, job.id, b"up")
+    began = time.monotonic()
+    stops = []
+    for _ in range(50):
+        stops.append(client.stop_soon(job.id, signal=signal.SIGUSR1))
+        time.sleep(0.03)
+    wait_until(lambda: client.get(job.id).stdout_bytes > len("up\na\n"))
+    seconds = time.monotonic() - began
+    client.stop(job.id, signal=signal.SIGKILL)
+    assert 2 <= client.output(job.id).count(b"a\n") <= 2 + seconds
+    assert {stop.result().status for stop in stops} == {"STOPPED"}
+
+
 def test_what_ignores_the_signal_is_killed(client: Client) -> None:
     job = client.shell('trap "" TERM; echo up; sleep 60 & wait; sleep 60')
     wait_for_line(client, job.id, b"up")
