@@ -703,7 +703,9 @@ static struct rule rules[] = {
 	{SYS_splice, UNSUPPORTED}, {SYS_sendfile, UNSUPPORTED},
 	/* Leases: who opens the file waits for the lease's holder: the server for its own code, where its
 	 * jobs have its user. And signals for whole groups of processes: who reads a job's output sends
-	 * them, for each time that the job has opened it, to each process, and cannot be killed before. */
+	 * them, for each time that the job has opened it, to each process, and cannot be killed before.
+	 * The same for who reads in a folder, such as /usr/lib, where one process has asked to be told of
+	 * that for each of its descriptors; inotify, which came after it, has a limit. */
 	{SYS_fcntl, PLAIN_FCNTLS},
 	/* For some it looks for modules, as for sockets that it does not know; some reach what the
 	 * view hides. */
@@ -895,6 +897,7 @@ static unsigned make_fcntl_filter(void)
 	unsigned first;
 
 	first = emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1]), 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, F_NOTIFY, 6, 0);
 	emit(BPF_JMP | BPF_JEQ | BPF_K, F_SETLEASE, 5, 0);
 	emit(BPF_JMP | BPF_JEQ | BPF_K, SET_DELEGATION, 4, 0);
 	emit(BPF_JMP | BPF_JEQ | BPF_K, F_SETOWN_EX, 3, 0);

@@ -657,6 +657,7 @@ CALLS = {
     "nfsservctl": (180, 42, errno.EPERM), "splice": (275, 76, errno.EINVAL, -1),
     "sendfile": (40, 71, errno.EINVAL, -1), "lease": (72, 25, errno.EPERM, -1, 1024),
     "delegation": (72, 25, errno.EPERM, -1, 1040), "descriptor flags": (72, 25, errno.EBADF, -1, 1),
+    "signals of a folder": (72, 25, errno.EPERM, -1, 1026),
     "signals to a group": (72, 25, errno.EPERM, -1, 8, -1),
     "signals to one": (72, 25, errno.EBADF, -1, 8, 1), "to any": (72, 25, errno.EPERM, -1, 15),
     "signals of a socket": (16, 29, errno.EPERM, -1, 0x8901),
