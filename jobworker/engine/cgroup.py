@@ -164,7 +164,7 @@ class Cgroup:
         self._lift_cpu_limit()
         self._tell("cgroup.kill")
         self._kill_each()
-        self._lift_io_limits()
+        self.lift_io_limits()
 
     def _kill_each(self) -> None:
         """The kernel gives the signal to the first thread of each process (up to Linux 6.18 at
@@ -195,8 +195,9 @@ class Cgroup:
             if not (self._read("cpu.max") or "max").startswith("max"):
                 _write(f"{self.path}/cpu.max", "max")
 
-    def _lift_io_limits(self) -> None:
-        """No process ends while the kernel holds back what it has asked a disk for."""
+    def lift_io_limits(self) -> None:
+        """No process ends while the kernel holds back what it has asked a disk for; and that goes
+        on after the cgroup is removed, when nobody can lift them any more."""
         for line in (self._read("io.max") or "").splitlines():
             disk = line.split()[0]
             with contextlib.suppress(OSError):  # gone

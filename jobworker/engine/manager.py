@@ -1074,6 +1074,9 @@ class Manager:
         self, live: _LiveJob, job: Job, accounting: Accounting | None = None
     ) -> None:
         """The ending is certain: store it, then let go of everything."""
+        # Who syncs the disk waits for what the job has left to be written there.
+        if live.cgroup and job.spec.limits.io_bytes_per_second:
+            await asyncio.to_thread(live.cgroup.lift_io_limits)
         live.job = job
         live.job = job = live.snapshot(accounting=accounting, output_problem="")
         await self._store_certainly(job)

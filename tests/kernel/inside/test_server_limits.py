@@ -7,7 +7,9 @@ import contextlib
 import os
 import signal
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -251,6 +253,29 @@ def test_who_waits_for_a_disk_at_its_limit_can_be_ended(client: Client) -> None:
     ended = client.wait(late.id)
     assert ended.cause == pb.TIMED_OUT
     assert (ended.end_time_ns - ended.start_time_ns) / 1e9 < 20
+
+
+LEAVE_WRITES = """
+import ctypes, os
+BEGIN_TO_WRITE = 2  # SYNC_FILE_RANGE_WRITE
+file = os.open("left", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+for _ in range(4):
+    place = ctypes.c_long(os.lseek(file, 0, os.SEEK_CUR))
+    size = ctypes.c_long(os.write(file, bytes(1 << 20)))
+    ctypes.CDLL(None).sync_file_range(file, place, size, BEGIN_TO_WRITE)
+"""
+
+
+def test_nobody_waits_for_what_an_ended_job_has_left_to_be_written(client: Client) -> None:
+    """4 MiB at 150 kB/s, with which the kernel goes on after the cgroup is removed."""
+    folder = Path(tempfile.mkdtemp(dir=DISK))
+    folder.chmod(0o777)
+    job = run(client, python(LEAVE_WRITES), maxIOBPS=150_000, working_directory=str(folder))
+    assert seconds_of(job) < 8
+    before = time.monotonic()
+    sync = ["dd", "if=/dev/zero", f"of={DATA}", "count=1", "conv=notrunc,fsync"]
+    subprocess.run(sync, check=True, capture_output=True)
+    assert time.monotonic() - before < 8
 
 
 MANY = """
