@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Quota
 from jobworker.engine.store import EndedJob, Store
@@ -56,6 +57,8 @@ class Retention:
         # Apart from the threads of `to_thread`, which jobs need for their end: much output takes
         # long to remove.
         self._threads = ThreadPoolExecutor(THREADS, "retention")
+        # By the client whose jobs are deleted; each as long as files of one are, or wait.
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, live_ids: Iterable[int]) -> None:
@@ -109,14 +112,15 @@ class Retention:
 
     async def _delete_files_or_say(self, jobs: Iterable[Job]) -> None:
         try:
-            await self._in_thread(self._delete_files, jobs)
+            for job in jobs:
+                if job.output_bytes:
+                    async with self._turns.setdefault(job.owner, asyncio.Lock()):
+                        await self._in_thread(self._delete_files, job)
         except OSError as error:
             log.error("files of deleted jobs stay until the next start: %s", error)
 
-    def _delete_files(self, jobs: Iterable[Job]) -> None:
-        for job in jobs:
-            if job.output_bytes:
-                self._output.delete(job.id, job.output_bytes, quota_of(job))
+    def _delete_files(self, job: Job) -> None:
+        self._output.delete(job.id, job.output_bytes, quota_of(job))
 
     # Packing
 
@@ -136,7 +140,7 @@ class Retention:
             await self._store.put_output(job.id, *packed)
             # Who came before it was stored reads the files.
             await self._output.wait_unread(job.id)
-            await self._in_thread(self._delete_files, [job])
+            await self._in_thread(self._delete_files, job)
         except PASSING_ERRORS as error:
             log.warning("the output of job %d stays in files: %s", job.id, error)
 

@@ -13,7 +13,7 @@ import pytest
 from jobworker.engine.output import Output
 from jobworker.engine.retention import Keep, Retention, surplus_of
 from jobworker.engine.store import EndedJob, Store
-from jobworker.job import Job, JobSpec, Status
+from jobworker.job import Job, JobSpec, Principal, Status
 
 DEADLINE_SECONDS = 10
 SECOND = 1_000_000_000
@@ -75,6 +75,37 @@ def test_who_deletes_much_keeps_no_job_from_its_end() -> None:
         try:
             deleting = [retention.delete([job]) for _ in range(100)]
             await asyncio.wait_for(asyncio.to_thread(int), DEADLINE_SECONDS / 2)
+        finally:
+            output.may_go_on.set()
+        await asyncio.gather(*deleting)
+        await retention.close()
+
+    asyncio.run(run())
+
+
+def test_who_deletes_much_keeps_no_other_from_it() -> None:
+    """But for jobs of others whose own files are being removed."""
+
+    def ended(job_id: int, owner: str, output_bytes: int) -> Job:
+        job = Job(job_id, JobSpec("true"), Status.COMPLETED, created_ns=NOW)
+        by = Principal(owner, "user", "")
+        return dataclasses.replace(job, stdout_bytes=output_bytes, created_by=by)
+
+    class LargeIsSlow(SlowOutput):
+        def delete(self, _job_id: int, end: int, *_: Any) -> None:
+            if end > 1000:
+                super().delete()
+
+    async def run() -> None:
+        store: Any = SlowStore()
+        store.may_answer.set()
+        output: Any = LargeIsSlow()
+        retention = Retention(store, output, Keep())
+        try:
+            deleting = [retention.delete([ended(n, "alice", 100_000)]) for n in range(100)]
+            await asyncio.sleep(0.05)
+            other = retention.delete([ended(100, "bob", 1000)])
+            await asyncio.wait_for(other, DEADLINE_SECONDS / 2)
         finally:
             output.may_go_on.set()
         await asyncio.gather(*deleting)
