@@ -329,6 +329,26 @@ def have_others_wait_to_open_its_files(scene: Scene) -> str:
 
 
 @attack(shown_as="user")
+def have_others_signal_for_each_of_its_descriptors(scene: Scene) -> str:
+    """Whoever reads in a folder, such as that of the libraries: for thousands, each time."""
+    folder = os.open("/", os.O_RDONLY)
+    try:
+        fcntl.fcntl(folder, fcntl.F_NOTIFY, fcntl.DN_ACCESS | fcntl.DN_MULTISHOT)
+    finally:
+        os.close(folder)
+    return "is told of it"
+
+
+@attack(shown_as="user")
+def have_others_signal_all_its_processes(scene: Scene) -> str:
+    """Whoever reads its output, for each time that it has opened that."""
+    for end in os.pipe():
+        fcntl.fcntl(end, fcntl.F_SETOWN, -os.getpgrp())
+        os.close(end)
+    return "may have them signalled"
+
+
+@attack(shown_as="user")
 def have_others_wait_to_close_its_sockets(scene: Scene) -> str:
     """A thread of the kernel, where they are left in each other's queues: what is behind them, also
     of other jobs, stays as memory that no limit counts."""
