@@ -186,6 +186,12 @@ class Retention:
         """Those to be deleted next."""
         now = time.time_ns()
         totals = await self._store.ended_totals()
+        # Of a time to come is what ended before all others: the clock has been set back since.
+        later = await self._store.ended_after(now, BATCH_JOBS)
+        oldest = [each for each in later if each.ended_ns > time.time_ns()]
+        surplus = surplus_of(self._keep, totals.jobs, totals.log_bytes, oldest, now)
+        if surplus:
+            return surplus
         oldest = await self._store.ended_before(now, BATCH_JOBS)
         return surplus_of(self._keep, totals.jobs, totals.log_bytes, oldest, now)
 

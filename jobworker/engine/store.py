@@ -156,6 +156,10 @@ IS_OWNER = (
     "SELECT 1 FROM jobs INDEXED BY jobs_by_owner "
     f"WHERE owner = ? AND owner != '' AND id = ? AND status IN ({', '.join('?' * len(Status))})"
 )
+ENDED = (
+    "SELECT id, ended_ns, log_bytes FROM jobs WHERE ended_ns > 0 AND ended_ns {} ? "
+    "ORDER BY ended_ns, id LIMIT ?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,12 +354,11 @@ class Store:
 
     async def ended_before(self, time_ns: int, count: int) -> list[EndedJob]:
         """Those that ended before this time, at most so many, the longest ended first."""
-        return await self._read(
-            EndedJob._make,
-            "SELECT id, ended_ns, log_bytes FROM jobs WHERE ended_ns > 0 AND ended_ns < ? "
-            "ORDER BY ended_ns, id LIMIT ?",
-            (time_ns, count),
-        )
+        return await self._read(EndedJob._make, ENDED.format("<"), (time_ns, count))
+
+    async def ended_after(self, time_ns: int, count: int) -> list[EndedJob]:
+        """The same of those that ended after this time."""
+        return await self._read(EndedJob._make, ENDED.format(">"), (time_ns, count))
 
     async def ended_totals(self) -> EndedTotals:
         query = "SELECT ended_jobs, log_bytes FROM totals"

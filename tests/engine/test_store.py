@@ -305,6 +305,7 @@ def test_no_question_takes_longer_with_more_jobs(tmp_path: Path) -> None:
         "whether one is its owner": lambda store: store.is_owner("alice", 20),
         "unended": lambda store: store.unended(),
         "ended": lambda store: store.ended_before(1 << 62, 10),
+        "ended later": lambda store: store.ended_after(0, 10),
         "totals": lambda store: store.ended_totals(),
     }
     steps: dict[str, list[int]] = {question: [] for question in questions}
@@ -534,6 +535,8 @@ def test_what_retention_asks_for(tmp_path: Path) -> None:
         assert await store.ended_before(500, 10) == in_order[:3]
         assert await store.ended_before(1 << 62, 2) == in_order[:2]
         assert await store.ended_before(100, 10) == []
+        assert await store.ended_after(100, 2) == in_order[1:3]
+        assert await store.ended_after(500, 10) == []
         assert await store.ended_totals() == EndedTotals(4, 100)
 
         await store.put(replace(ended[1], log_bytes=5))  # some of it was dropped

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +113,23 @@ def test_ended_jobs_give_way(start_server: StartServer) -> None:
             client.get(ids[0])
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert client.info().ended_jobs == 3
+
+
+def test_what_ended_before_the_clock_was_set_back_gives_way_first(
+    start_server: StartServer,
+) -> None:
+    server = start_server(KEEP_JOBS="3")
+    with server.connect() as client:
+        for _ in range(3):
+            client.run("true")
+    server.stop()
+    with contextlib.closing(sqlite3.connect(server.state / "jobs.db")) as records:
+        records.execute("UPDATE jobs SET ended_ns = ended_ns + 3600000000000")
+        records.commit()
+    with start_server(KEEP_JOBS="3").connect() as client:
+        new = [client.run("true")[0].id for _ in range(3)]
+        wait_until(lambda: len(client.jobs()) == 3)
+        assert {job.id for job in client.jobs()} == set(new)
 
 
 def test_no_room_no_job(start_server: StartServer) -> None:
