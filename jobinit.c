@@ -178,6 +178,7 @@ enum {
 	MOST_VIEWS = 8,
 	MOST_BINDS = 32,
 	LONGEST_PROBLEM = 256,
+	JOBS_OOM_SCORE = 200,  /* above the server's */
 	OWN_FAILURE = 125,     /* exit code by hand, as of env(1) and its like */
 };
 
@@ -247,6 +248,7 @@ static bool was_connected, must_retry, listener_rests, has_dead;
 
 static struct rlimit original_open_files;
 static int descriptor_ceiling;
+static char jobs_oom_score[12] = "0";
 
 static int closer_fd = -1; /* a socket to who closes jobs' outputs */
 
@@ -1118,14 +1120,14 @@ static void reset_signals(void)
 	sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-static bool reset_oom_score(void)
+static bool set_oom_score(void)
 {
 	bool done;
 
 	/* The file belongs to root while the process is not dumpable. Nobody gains by that
 	 * moment: no descriptor of jobinit's is left here. */
 	prctl(PR_SET_DUMPABLE, 1);
-	done = write_file("/proc/self/oom_score_adj", "0");
+	done = write_file("/proc/self/oom_score_adj", jobs_oom_score);
 	prctl(PR_SET_DUMPABLE, 0);
 	/* Raising is free to all. Lowering one that was inherited is not: such a job stays a
 	 * likelier victim than it need be, which harms nobody else. */
@@ -1511,7 +1513,7 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	reset_signals();
 	umask(022);
 	must(setrlimit(RLIMIT_NOFILE, &original_open_files) == 0, STEP_OPEN_FILES_LIMIT);
-	must(reset_oom_score(), STEP_OOM_SCORE);
+	must(set_oom_score(), STEP_OOM_SCORE);
 	/* After the cgroup, which becomes the root of what the job sees. */
 	if (request->is_confined)
 		enter_namespaces(request);
@@ -3069,6 +3071,23 @@ static void take_own_signals(void)
 		die("signalfd");
 }
 
+/* When the memory of all is short, the kernel ends whose processes have most of it mapped: of a
+ * server, and jobs that hold theirs in files of /tmp or in memfds, that is the server. So jobs go
+ * first, unless it has grown by so many thousandths of all that memory: what clients have it take
+ * must not end others' jobs. */
+static void choose_oom_score(void)
+{
+	FILE *file = fopen("/proc/self/oom_score_adj", "re");
+	int servers = 0, score;
+
+	if (file && fscanf(file, "%d", &servers) != 1)
+		servers = 0;
+	if (file)
+		fclose(file);
+	score = (servers < 0 ? 0 : servers) + JOBS_OOM_SCORE;
+	snprintf(jobs_oom_score, sizeof jobs_oom_score, "%d", score < 1000 ? score : 1000);
+}
+
 static void protect_oneself(void)
 {
 	/* Allowed to root only. When memory is short, one process knows how all jobs end. */
@@ -3181,6 +3200,7 @@ static int serve(bool confines_all)
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	if (chdir("/") < 0)
 		die("/");
+	choose_oom_score();
 	protect_oneself();
 	if (!start_closer())
 		die("closer");

@@ -705,18 +705,21 @@ def test_a_job_has_the_original_limit_of_open_files(launcher: Launcher) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_a_job_has_the_usual_oom_score(launcher: Launcher, tmp_path: Path) -> None:
-    """Not the one that jobinit inherited, nor the low one that root can give to itself."""
+@pytest.mark.parametrize(("inherited", "of_jobs"), [(0, 200), (300, 500), (900, 1000)])
+def test_a_job_has_a_higher_oom_score_than_the_server(
+    launcher: Launcher, tmp_path: Path, inherited: int, of_jobs: int
+) -> None:
+    """Than that which jobinit inherited, whatever it gives to itself."""
     likely = tmp_path / "likely"
     likely.write_text(
-        f"#!/bin/sh\necho 300 > /proc/self/oom_score_adj\nexec {launcher.binary} --serve\n"
+        f"#!/bin/sh\necho {inherited} > /proc/self/oom_score_adj\nexec {launcher.binary} --serve\n"
     )
     likely.chmod(0o755)
 
     async def scenario(server: Server) -> None:
-        assert await server.output("/bin/cat", "/proc/self/oom_score_adj") == "0\n"
+        assert await server.output("/bin/cat", "/proc/self/oom_score_adj") == f"{of_jobs}\n"
         own = Path(f"/proc/{server.pid}/oom_score_adj").read_text()
-        assert own == ("-900\n" if _has_capability(CAP_SYS_RESOURCE) else "300\n")
+        assert own == ("-900\n" if _has_capability(CAP_SYS_RESOURCE) else f"{inherited}\n")
 
     launcher.run(scenario, likely)
 

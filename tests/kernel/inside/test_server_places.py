@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import grpc
@@ -73,6 +74,34 @@ def test_a_server_in_its_delegated_cgroup_moves_itself_to_a_leaf(
             assert Path(f"/proc/{pid}/cgroup").read_text() == leaf
         job, output = client.run("cat /proc/self/cgroup")
         assert output.decode() == leaf.replace("-server\n", f"/job-{job.id}\n")
+
+
+HOLD = """
+import os, time
+file = os.memfd_create("held")
+for _ in range(80):
+    os.write(file, bytes(1 << 20))
+print("held", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_jobs_go_before_their_server_where_the_memory_of_all_is_short(
+    delegated: Path, tmp_path: Path, certificates: Path
+) -> None:
+    """That of a unit with MemoryMax=, all held in files that nobody has mapped."""
+    settings = {"CGROUP_BASE": str(delegated), "DEFAULT_MEMORY": "100"}
+    with (
+        serving(tmp_path, certificates, delegated, USER, **settings) as server,
+        server.connect() as client,
+    ):
+        (delegated / "memory.max").write_text(str(350 << 20))
+        jobs = [client.create(sys.executable, "-S", "-c", HOLD).id for _ in range(6)]
+        wait_until(lambda: any(client.get(job).status == "FAILED" for job in jobs))
+        assert client.run("echo fine")[1] == b"fine\n"
+        for job in jobs:
+            if client.get(job).status == "RUNNING":
+                client.stop(job, grace_milliseconds=0)
 
 
 def test_what_a_dead_server_and_its_jobinit_left_is_killed(
