@@ -96,18 +96,25 @@ def _with_rotated(log_file: Path) -> list[Path]:
     folder = log_file.parent
     others = [each for each in folder.glob("*") if not each.name.startswith(log_file.name)]
     if others or str(folder.resolve()) in SHARED_FOLDERS:
-        return [log_file, *folder.glob(f"{glob.escape(log_file.name)}?*")]
+        return [log_file, *_rotated(log_file)]
     return [folder, log_file]  # which may be a link to elsewhere
 
 
+def _rotated(log_file: Path) -> list[Path]:
+    return list(log_file.parent.glob(f"{glob.escape(log_file.name)}?*"))
+
+
 def _standard_files() -> list[Path]:
-    """The log, where whoever starts this process has it in a file; and what is printed."""
+    """The log, where whoever starts this process has it in a file, with what rotations have left
+    of it beside; and what is printed."""
     found = []
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # it is closed
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
                 found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
-    return found
+    # What is a folder, or a link, is no log.
+    files = (each for path in set(found) for each in _rotated(path) if not each.is_symlink())
+    return [*found, *filter(Path.is_file, files)]
 
 
 def _homes(code: Iterable[Path]) -> list[Path]:

@@ -18,7 +18,12 @@ from jobworker.engine.files import REPLACED, Allowed, JobFiles, is_in_any
 from jobworker.engine.jobinit import Identity, StartRequest, View
 from jobworker.engine.mounts import other_places
 from jobworker.engine.user import User, find_user, own_user
-from jobworker.errors import InvalidRequestError, ResourceExhaustedError, SettingError
+from jobworker.errors import (
+    InvalidRequestError,
+    ResourceExhaustedError,
+    SettingError,
+    StartupError,
+)
 from jobworker.job import NETWORKS, JobSpec
 
 
@@ -120,7 +125,7 @@ class Isolation:
         may ask for.
 
         Users are looked up here, once. Raises SettingError where one does not exist, or where
-        this process has not the rights that a profile takes.
+        this process has not the rights that a profile takes; StartupError where it is not known.
         """
         self.problem = _problem()
         self.problems: dict[Profile, str] = {}  # of those that were to be allowed, and cannot be
@@ -438,11 +443,23 @@ def _problem() -> str:
         missing = [name for number, name in CAPABILITIES.items() if not _has_capability(number)]
         if missing:
             return f"the server is root, but lacks {', '.join(missing)}"
-    elif not os.path.exists("/proc/self/ns/user"):
+    elif not _is_there("/proc/self/ns/user"):
         return "the server is not root, and this kernel has no user namespaces"
-    if not os.path.exists(SECCOMP):
+    if not _is_there(SECCOMP):
         return "this kernel has no seccomp filters"
     return ""
+
+
+def _is_there(path: str) -> bool:
+    """Raises StartupError where that is not known, as for want of memory: what passes is no reason
+    for profile none."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
+    except OSError as error:
+        raise StartupError(f"cannot look at {path}: {error.strerror}; start again") from error
+    return True
 
 
 def _overflow_uid() -> int:

@@ -14,9 +14,15 @@ from typing import Any
 import pytest
 
 from engine.own_mounts import answer_of
+from jobworker.engine import isolation
 from jobworker.engine.isolation import NOTHING_SEEN, Files, Isolation, Profile
 from jobworker.engine.user import own_user
-from jobworker.errors import InvalidRequestError, ResourceExhaustedError, SettingError
+from jobworker.errors import (
+    InvalidRequestError,
+    ResourceExhaustedError,
+    SettingError,
+    StartupError,
+)
 from jobworker.job import JobSpec
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs jobs as other users")
@@ -29,6 +35,17 @@ def test_jobs_are_confined_and_unprivileged_by_default() -> None:
     assert confinement.user.name == "nobody"
     assert confinement.is_confined
     assert confinement.identity and confinement.identity.uid == confinement.user.uid != 0
+
+
+def test_what_cannot_be_looked_at_is_no_reason_for_profile_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop of links stands for want of memory."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    monkeypatch.setattr(isolation, "SECCOMP", str(loop))
+    with pytest.raises(StartupError, match="start again"):
+        Isolation()
 
 
 @as_root

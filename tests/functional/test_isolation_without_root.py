@@ -191,14 +191,17 @@ def test_nothing_is_put_in_the_place_of_the_servers_files(client: Client, server
 def test_neither_in_that_of_its_log(certificates: Path) -> None:
     """The next start would append to what a link leads to."""
     with public_folder() as folder, public_folder() as logs:
-        os.chown(logs, USER, USER)
+        (logs / "log.1").touch()  # of a rotation
+        for path in (logs, logs / "log.1"):
+            os.chown(path, USER, USER)
         launcher = ["sh", "-c", 'exec >> "$0/log" && exec "$@"', str(logs)]
         with (
             servers(folder, certificates, launcher) as start,
             start(PROFILE="").connect() as client,
         ):
-            _, output = client.run(f"cat {logs}/log {folder}/server.log; ln -s / {logs}/x")
-            assert output.count(b"Permission denied") == 2, output
+            names = f"{logs}/log {logs}/log.1 {folder}/server.log"
+            _, output = client.run(f"cat {names}; ln -s / {logs}/x")
+            assert output.count(b"Permission denied") == 3, output
             assert output.count(b"Read-only file system") == 1, output
 
 
