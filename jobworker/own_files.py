@@ -101,7 +101,7 @@ def _with_rotated(log_file: Path) -> list[Path]:
 
 
 def _rotated(log_file: Path) -> list[Path]:
-    return list(log_file.parent.glob(f"{glob.escape(log_file.name)}?*"))
+    return list(log_file.parent.glob(f"{glob.escape(log_file.name)}[.-]?*"))
 
 
 def _standard_files() -> list[Path]:

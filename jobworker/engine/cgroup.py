@@ -163,8 +163,8 @@ class Cgroup:
         # each process goes on that has used up its share of the processor.
         self._lift_cpu_limit()
         self._tell("cgroup.kill")
-        self._kill_each()
         self.lift_io_limits()
+        self._kill_each()
 
     def _kill_each(self) -> None:
         """The kernel gives the signal to the first thread of each process (up to Linux 6.18 at
@@ -722,7 +722,9 @@ def _kill_in(path: str, pids: list[int]) -> None:
                 if (descriptor := _open_process(pid)) is not None:
                     descriptors[pid] = descriptor
             for pid in descriptors.keys() & set(_processes(path)):
-                with contextlib.suppress(ProcessLookupError):
+                # Not allowed: of profile none, it has changed its user. The kernel's own way needs
+                # no right over it.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
                     signal.pidfd_send_signal(descriptors[pid], signal.SIGKILL)
         finally:
             for descriptor in descriptors.values():

@@ -66,7 +66,7 @@ REFUSALS = {
     errno.EUSERS,  # namespaces are too deep in others
 }
 NAMESPACE_LIMITS = Path("/proc/sys/user")
-NAMESPACES = ("user", "mnt", "pid", "ipc", "uts", "cgroup")  # that confined jobs take
+NAMESPACES = ("mnt", "pid", "ipc", "uts", "cgroup")  # that confined jobs take
 
 PR_SET_CHILD_SUBREAPER = 36
 # Of linux/pidfd.h, since Linux 6.15: struct pidfd_info as it first was, 64 bytes.
@@ -500,6 +500,8 @@ def _takes_what_is_not_allowed(error: StartFailedError | ViewError) -> bool:
     or of time on some machines, says nothing."""
     is_of_network = isinstance(error, StartFailedError) and error.step == "network"
     kinds = ("net",) if is_of_network else NAMESPACES
+    if os.geteuid() != 0:
+        kinds = ("user", *kinds)
     limits = (NAMESPACE_LIMITS / f"max_{kind}_namespaces" for kind in kinds)
     return any(int(limit.read_text()) == 0 for limit in limits if limit.exists())
 

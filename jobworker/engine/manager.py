@@ -700,7 +700,9 @@ class Manager:
             raise
         except Exception:
             # Nobody thought of it, and the log tells of it. There may be a record, even a process.
-            await self._certainly(live, partial(self._fail_start, live, FAULT))
+            if live.job.status is Status.INITIALIZING:
+                self._jobinits.signal(live.job.id, signal.SIGKILL)
+                await self._certainly(live, partial(self._fail_start, live, FAULT))
             raise
         except asyncio.CancelledError:
             self._drop(live)

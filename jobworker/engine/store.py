@@ -157,7 +157,8 @@ IS_OWNER = (
     f"WHERE owner = ? AND owner != '' AND id = ? AND status IN ({', '.join('?' * len(Status))})"
 )
 ENDED = (
-    "SELECT id, ended_ns, log_bytes FROM jobs WHERE ended_ns > 0 AND ended_ns {} ? "
+    # The bound that is looked for comes first; the other names the index.
+    "SELECT id, ended_ns, log_bytes FROM jobs WHERE ended_ns {} ? AND ended_ns > 0 "
     "ORDER BY ended_ns, id LIMIT ?"
 )
 
@@ -261,16 +262,16 @@ class Store:
 
     async def wait_for_ids(self) -> None:
         """Returns once `reserve_id` does not block. Raises StoreError."""
-        while self._more_ids or self._ids.are_used_up:
-            if self._more_ids is None:
+        while True:
+            is_under_way = self._more_ids is not None and not self._more_ids.done()
+            if not is_under_way and not self._ids.are_used_up:
+                return
+            if not is_under_way:
                 self._more_ids = asyncio.ensure_future(asyncio.to_thread(self._ids.reserve_more))
-                self._more_ids.add_done_callback(self._forget_more_ids)
+                # Seen, also where nobody waits for it any more.
+                self._more_ids.add_done_callback(lambda done: done.cancelled() or done.exception())
+            assert self._more_ids
             await asyncio.shield(self._more_ids)
-
-    def _forget_more_ids(self, more_ids: asyncio.Future[None]) -> None:
-        self._more_ids = None
-        if not more_ids.cancelled():
-            more_ids.exception()  # seen, also where nobody waits any more
 
     def reserve_id(self) -> int:
         """An id that was never given out, and never will be, whatever happens. Blocks once in

@@ -244,7 +244,7 @@ def test_waits_of_many_jobs_share_one_thread(tree: CgroupTree, run: Run, start: 
         waiting = [asyncio.create_task(cgroup.wait_unpopulated(20)) for cgroup in cgroups]
         await asyncio.sleep(0)
         assert waits(tree) == (before[0] + MANY, before[1])
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads  # some of before may end
         for cgroup, task in zip(cgroups, waiting, strict=True):
             cgroup.kill()
             assert await task

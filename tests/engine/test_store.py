@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import faulthandler
 import os
 import shutil
 import signal
@@ -305,7 +306,7 @@ def test_no_question_takes_longer_with_more_jobs(tmp_path: Path) -> None:
         "whether one is its owner": lambda store: store.is_owner("alice", 20),
         "unended": lambda store: store.unended(),
         "ended": lambda store: store.ended_before(1 << 62, 10),
-        "ended later": lambda store: store.ended_after(0, 10),
+        "ended later": lambda store: store.ended_after(1 << 62, 10),
         "totals": lambda store: store.ended_totals(),
     }
     steps: dict[str, list[int]] = {question: [] for question in questions}
@@ -576,6 +577,29 @@ def take(folder: Path, count: int) -> list[int]:
 def test_ids_count_up_from_1_without_a_gap(tmp_path: Path) -> None:
     ids = [job_id for count in (1, 2, 5000, 3) for job_id in take(tmp_path, count)]
     assert ids == list(range(1, 5007))
+
+
+def test_who_waits_for_ids_when_they_have_just_come_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked in each turn of the loop, so also in that between the end of the write and its news."""
+    monkeypatch.setattr(store_module, "ID_BLOCK", 20)
+    faulthandler.dump_traceback_later(DEADLINE_SECONDS, exit=True)  # it would take the loop
+    ids: list[int] = []
+
+    async def take_one(store: Store) -> None:
+        await store.wait_for_ids()
+        ids.append(store.reserve_id())
+
+    async def test(store: Store) -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(5000):
+                group.create_task(take_one(store))
+                await asyncio.sleep(0)
+
+    run(tmp_path, test)
+    faulthandler.cancel_dump_traceback_later()
+    assert sorted(ids) == list(range(1, 5001))
 
 
 def copy_of_a_running_store(folder: Path, copy: Path, count: int) -> list[int]:
