@@ -171,11 +171,19 @@ def test_kill_reaches_all_that_the_job_started(cgroup: Cgroup, start: Start) -> 
     assert process.stdout.read() == b""
 
 
-def test_kill_reaches_who_has_lost_the_first_thread(cgroup: Cgroup, start: Start) -> None:
-    """Of such a process the kernel's own way ends nothing."""
-    process = start(cgroup, *leaderless.ONE)
+def start_leaderless(start: Start, cgroup: Cgroup) -> subprocess.Popen[bytes]:
+    """Moved before it loses its first thread, as the kernel would move the others alone."""
+    process = start(cgroup, "sh", "-c", 'kill -STOP $$; exec "$@"', "sh", *leaderless.ONE)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    process.send_signal(signal.SIGCONT)
     assert process.stdout
     process.stdout.readline()
+    return process
+
+
+def test_kill_reaches_who_has_lost_the_first_thread(cgroup: Cgroup, start: Start) -> None:
+    """Of such a process the kernel's own way ends nothing."""
+    process = start_leaderless(start, cgroup)
 
     cgroup.kill()
 
@@ -192,9 +200,7 @@ def test_kill_passes_over_who_ends_meanwhile(
     def refuse(pid: int) -> int:
         raise OSError(number, os.strerror(number), str(pid))
 
-    process = start(cgroup, *leaderless.ONE)
-    assert process.stdout
-    process.stdout.readline()
+    process = start_leaderless(start, cgroup)
     monkeypatch.setattr(os, "pidfd_open", refuse)
     cgroup.kill()
     monkeypatch.undo()
