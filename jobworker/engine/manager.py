@@ -975,7 +975,7 @@ class Manager:
                     live.is_end_stored = True
             finally:
                 live.is_storing_end = False
-        # Others may have asked meanwhile: all get theirs, in their order.
+        # Others may have asked meanwhile: all get theirs, but for pauses in their order.
         signals = [number for number in live.unsent if number not in live.pausing]
         live.unsent = [number for number in live.unsent if number in live.pausing]
         for number in signals if live.exited is None else ():

@@ -200,13 +200,15 @@ _fastio.read_message = read_slowly
 """
 
 
-def test_streams_of_old_output_on_a_slow_disk(
-    start_server: StartServer, mallory: str, tmp_path: Path
-) -> None:
-    """Each at another place: another's, of 30 messages, is read in between."""
+@pytest.fixture
+def on_slow_disk(start_server: StartServer, tmp_path: Path) -> Server:
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
-    server = start_server(launcher=("env", f"PYTHONPATH={tmp_path}"))
-    with server.connect(mallory) as client, server.connect() as other:
+    return start_server(launcher=("env", f"PYTHONPATH={tmp_path}"))
+
+
+def test_streams_of_old_output_on_a_slow_disk(on_slow_disk: Server, mallory: str) -> None:
+    """Each at another place: another's, of 30 messages, is read in between."""
+    with on_slow_disk.connect(mallory) as client, on_slow_disk.connect() as other:
         old, _ = client.run("head -c 40000000 /dev/zero")
         others, _ = other.run("head -c 1000000 /dev/zero")
         opened: Any = [
@@ -221,13 +223,9 @@ def test_streams_of_old_output_on_a_slow_disk(
             each.cancel()
 
 
-def test_streams_of_old_output_that_are_given_up(
-    start_server: StartServer, mallory: str, tmp_path: Path
-) -> None:
+def test_streams_of_old_output_that_are_given_up(on_slow_disk: Server, mallory: str) -> None:
     """One after the other, while the disk is asked for each: nobody waits for that."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
-    server = start_server(launcher=("env", f"PYTHONPATH={tmp_path}"))
-    with server.connect(mallory) as client, server.connect() as other:
+    with on_slow_disk.connect(mallory) as client, on_slow_disk.connect() as other:
         old, _ = client.run("head -c 40000000 /dev/zero")
         others, _ = other.run("head -c 100000 /dev/zero")
         for number in range(1000):
