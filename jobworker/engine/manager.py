@@ -28,7 +28,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 from jobworker import job as transition
 from jobworker._fastio import Extent, Log
@@ -82,13 +81,11 @@ from jobworker.job import (
     Status,
 )
 from jobworker.roles import Caller
+from jobworker.turns import ALWAYS_FREE, Turn, Turns
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-Turn = contextlib.AbstractAsyncContextManager[None]
-ALWAYS_FREE: Turn = contextlib.nullcontext()
 
 # With these a job that is recorded fails to start. InvalidRequestError: what was there when
 # the request was checked is there no longer.
@@ -217,8 +214,7 @@ class Manager:
         self._remover = Worker("cgroups", remove_empty)
         # Apart from the threads of `to_thread`, which what runs already needs for its end.
         self._lookers = ThreadPoolExecutor(LOOK_THREADS, "look")
-        # By the client; each as long as one of its looks is under way, or waits.
-        self._looks: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._looks = Turns(MOST_LOOKS)
         self._looks_aside_until = 0.0  # on the loop's clock
         self._live: dict[int, _LiveJob] = {}
         self._ledgers: dict[str, Ledger] = {}  # by the owner of the jobs
@@ -788,7 +784,7 @@ class Manager:
     async def _look_up(self, client: str, function: Callable[..., T], *arguments: Any) -> T:
         """In a thread of those that may wait for ever, where a filesystem does not answer. Those
         of one client that work for long leave others the processor in between."""
-        turn = self._looks.setdefault(client, asyncio.Semaphore(MOST_LOOKS))
+        turn = self._looks.of(client)
         await turn.acquire()
         worked_seconds = 0.0
 

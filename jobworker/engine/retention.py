@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
-from weakref import WeakValueDictionary
 
 from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Quota
 from jobworker.engine.store import EndedJob, Store
 from jobworker.errors import JobWorkerError, StoreError
 from jobworker.job import Job
+from jobworker.turns import ALWAYS_FREE, Turns
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,7 @@ class Retention:
         # Apart from the threads of `to_thread`, which jobs need for their end: much output takes
         # long to remove.
         self._threads = ThreadPoolExecutor(THREADS, "retention")
-        # By the client whose jobs are deleted; each as long as files of one are, or wait.
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._turns = Turns(1)  # of whose jobs a client has deleted
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, live_ids: Iterable[int]) -> None:
@@ -85,16 +84,17 @@ class Retention:
         if 0 < job.output_bytes <= LARGEST_PACKED_BYTES:
             self._pack_soon(job)
 
-    def delete(self, jobs: Iterable[Job]) -> asyncio.Future[None]:
+    def delete(self, jobs: Iterable[Job], *, in_turn: bool = True) -> asyncio.Future[None]:
         """Forgets ended jobs, and removes what they have written. Raises StoreError.
 
+        in_turn: after what else of each client's is being removed; else before all that waits.
         Who goes away meanwhile does not leave files without a record."""
-        task = asyncio.get_running_loop().create_task(self._delete(list(jobs)))
+        task = asyncio.get_running_loop().create_task(self._delete(list(jobs), in_turn))
         self._deleting.add(task)
         task.add_done_callback(self._deleting.discard)
         return asyncio.shield(task)
 
-    async def _delete(self, jobs: list[Job]) -> None:
+    async def _delete(self, jobs: list[Job], in_turn: bool) -> None:
         for job in jobs:
             if task := self._packing.get(job.id):
                 task.cancel()
@@ -105,16 +105,16 @@ class Retention:
             await self._store.delete(ids)
         except StoreError:
             # As on a full disk, on which these files may be what makes room for that.
-            await self._delete_files_or_say(jobs)
+            await self._delete_files_or_say(jobs, in_turn)
             await self._store.delete(ids)
         else:
-            await self._delete_files_or_say(jobs)
+            await self._delete_files_or_say(jobs, in_turn)
 
-    async def _delete_files_or_say(self, jobs: Iterable[Job]) -> None:
+    async def _delete_files_or_say(self, jobs: Iterable[Job], in_turn: bool) -> None:
         try:
             for job in jobs:
                 if job.output_bytes:
-                    async with self._turns.setdefault(job.owner, asyncio.Lock()):
+                    async with self._turns.of(job.owner) if in_turn else ALWAYS_FREE:
                         await self._in_thread(self._delete_files, job)
         except OSError as error:
             log.error("files of deleted jobs stay until the next start: %s", error)
@@ -176,7 +176,7 @@ class Retention:
             try:
                 while surplus := await self._surplus():
                     jobs = [await self._store.get(each.id, brief=True) for each in surplus]
-                    await self.delete(job for job in jobs if job)
+                    await self.delete((job for job in jobs if job), in_turn=False)
                     log.info("deleted %d ended jobs, up to job %d", len(jobs), surplus[-1].id)
             except PASSING_ERRORS as error:
                 log.error("ended jobs cannot be deleted: %s", error)

@@ -18,7 +18,6 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
-from weakref import WeakValueDictionary
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -40,6 +39,7 @@ from jobworker.roles import Caller, Clients, Identity
 from jobworker.rpc import connections, convert
 from jobworker.rpc.audit import AuditLog
 from jobworker.rpc.identity import certificate_of, identity_of
+from jobworker.turns import ALWAYS_FREE, Turn, Turns
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +90,8 @@ MOST_FIELDS = 70_000
 LARGEST_HEADERS_BYTES = 16 << 10
 HEADER_BYTES = 32
 
-ALWAYS_FREE: contextlib.nullcontext[None] = contextlib.nullcontext()
-
 Context = grpc.aio.ServicerContext[Any, Any]
 Parse = Callable[[bytes], Any]
-Turn = contextlib.AbstractAsyncContextManager[None]
 # The answer of a stream is None.
 Method = Callable[[Any, "Entry", Context], Awaitable[Any]]
 # Whether who may this may have the stream: raises JobWorkerError if not. Knows it at once, as all
@@ -243,9 +240,9 @@ class Gate:
         self._calls: set[_Call] = set()
         self._refused: dict[_Call, float] = {}  # since when, of those that are not counted
         self._clients: dict[str, _Client] = {}
-        # By the client; each as long as a message is read within it: that goes on though its reader
-        # has gone, and all calls of the client with it.
-        self._disk_turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        # Not with what else is counted of each client: a disk is read on though all calls that
+        # wanted it have gone.
+        self._disk_turns = Turns(MOST_READ_FROM_DISK)
         self._refusals: dict[str, _Refusals] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._shutting: set[str] = set()
@@ -476,8 +473,7 @@ class Gate:
 
     def _disk_turn(self, call: _Call) -> asyncio.Semaphore:
         assert call.passport is not None
-        name = call.passport.identity.name
-        return self._disk_turns.setdefault(name, asyncio.Semaphore(MOST_READ_FROM_DISK))
+        return self._disk_turns.of(call.passport.identity.name)
 
     def _keep_asking(self, call: _Call, still_may: StillMay) -> None:
         still_may(self._access(call))

@@ -84,7 +84,7 @@ def test_who_deletes_much_keeps_no_job_from_its_end() -> None:
 
 
 def test_who_deletes_much_keeps_no_other_from_it() -> None:
-    """But for jobs of others whose own files are being removed."""
+    """Neither others nor what makes room: but for others whose own files are being removed."""
 
     def ended(job_id: int, owner: str, output_bytes: int) -> Job:
         job = Job(job_id, JobSpec("true"), Status.COMPLETED, created_ns=NOW)
@@ -106,6 +106,8 @@ def test_who_deletes_much_keeps_no_other_from_it() -> None:
             await asyncio.sleep(0.05)
             other = retention.delete([ended(100, "bob", 1000)])
             await asyncio.wait_for(other, DEADLINE_SECONDS / 2)
+            oldest = retention.delete([ended(101, "alice", 1000)], in_turn=False)
+            await asyncio.wait_for(oldest, DEADLINE_SECONDS / 2)
         finally:
             output.may_go_on.set()
         await asyncio.gather(*deleting)
