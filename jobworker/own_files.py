@@ -94,9 +94,9 @@ def _with_rotated(log_file: Path) -> list[Path]:
     """And what rotations have left of it beside; all of its folder where nothing else is in there,
     for those to come."""
     folder = log_file.parent
-    others = [each for each in folder.glob("*") if not each.name.startswith(log_file.name)]
-    if others or str(folder.resolve()) in SHARED_FOLDERS:
-        return [log_file, *_rotated(log_file)]
+    logs = [log_file, *_rotated(log_file)]
+    if set(folder.glob("*")) - set(logs) or str(folder.resolve()) in SHARED_FOLDERS:
+        return logs
     return [folder, log_file]  # which may be a link to elsewhere
 
 

@@ -887,6 +887,8 @@ class Manager:
             step, number = error.step, error.error_number
         elif isinstance(error, CgroupError):
             step, number = "cgroup", getattr(error.__cause__, "errno", 0) or 0
+        elif error is FAULT:
+            step, number = "server", 0
         else:
             step, number = "jobinit", getattr(error, "errno", 0) or errno.EPIPE
         detail = str(error)

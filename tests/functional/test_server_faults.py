@@ -124,7 +124,8 @@ def test_a_job_that_is_recorded_ends(faulty: Server) -> None:
             client.create("true", name="recorded")
         check(faulty, str(caught.value.details()), "LookupError")
         [job] = client.jobs()
-    assert (job.status, job.detail) == ("FAILED", "a fault of the server, whose log tells of it")
+    assert (job.status, job.failed_step, job.failed_errno) == ("FAILED", "server", 0)
+    assert job.detail == "a fault of the server, whose log tells of it"
     faulty.stop()
     with contextlib.closing(sqlite3.connect(faulty.state / "jobs.db")) as store:
         assert store.execute("SELECT status FROM jobs").fetchall() == [("FAILED",)]
