@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import itertools
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from jobworker import _fastio
@@ -172,8 +174,8 @@ class Cgroup:
         killed: set[tuple[str, int]] = set()
         while members := self._members() - killed:
             self._tell("cgroup.freeze")  # lest they fork faster than they are found
-            for path in {path for path, _ in members}:
-                _kill_in(path, [pid for its_path, pid in members if its_path == path])
+            for path, processes in itertools.groupby(sorted(members), itemgetter(0)):
+                _kill_in(path, [pid for _, pid in processes])
             killed |= members
             self._tell("cgroup.kill")  # what they have forked before
 
