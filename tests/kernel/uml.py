@@ -31,6 +31,7 @@ MEMORY = "2G"
 DISK_BYTES = 256 << 20
 INSTALL_SECONDS = 120
 GUEST = Path(__file__).with_name("guest.py")
+REGISTERS = Path(__file__).with_name("registers.c")
 
 # Run in namespaces of its own. $1: the one folder that stays writable, for the disks and for
 # the memory, which is a file. The rest: the kernel's command line.
@@ -51,7 +52,7 @@ while read -r _ _ _ _ point _; do
 done </proc/self/mountinfo
 export TMPDIR="$folder/memory" HOME="$folder/memory"
 # Not exec: as PID 1, a kernel that has panicked could not abort, and would hang.
-linux.uml "$@"
+LD_PRELOAD="$folder/registers.so" linux.uml "$@"
 exit $?
 """
 
@@ -122,6 +123,8 @@ class Kernel:
         """folder: for its disks, an empty one; root: where pytest runs in it."""
         self._console_path = folder / "console"
         _make_disks(folder)
+        library = ["gcc", "-shared", "-fPIC", "-O2", "-o", folder / "registers.so", REGISTERS]
+        subprocess.run(library, check=True)
         init = _write_init(folder, root, pytest_arguments)
         (folder / "memory").mkdir()
         self._reports_fd, guest_fd = os.pipe()
