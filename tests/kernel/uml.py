@@ -123,8 +123,8 @@ class Kernel:
         """folder: for its disks, an empty one; root: where pytest runs in it."""
         self._console_path = folder / "console"
         _make_disks(folder)
-        library = ["gcc", "-shared", "-fPIC", "-O2", "-o", folder / "registers.so", REGISTERS]
-        subprocess.run(library, check=True)
+        library = folder / "registers.so"
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-o", library, REGISTERS], check=True)
         init = _write_init(folder, root, pytest_arguments)
         (folder / "memory").mkdir()
         self._reports_fd, guest_fd = os.pipe()
