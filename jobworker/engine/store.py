@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from jobworker.engine.mounts import mount_id_of, read_mounts
 from jobworker.engine.pace import Pace
 from jobworker.errors import StateFolderError, StoreError
 from jobworker.job import (
@@ -619,14 +620,14 @@ class _LastRun:
 
     def __init__(self, path: Path) -> None:
         boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            if os.fstat(descriptor).st_size < self.BYTES:
-                # Written and not truncated: a full disk is an error here, and no SIGBUS later.
-                os.pwrite(descriptor, bytes(self.BYTES), 0)
-            self._map = mmap.mmap(descriptor, self.BYTES)
-        finally:
-            os.close(descriptor)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if os.fstat(self._file).st_size < self.BYTES:
+            # Written and not truncated: a full disk is an error here, and no SIGBUS later.
+            os.pwrite(self._file, bytes(self.BYTES), 0)
+        self._is_mapped = not _is_on_copying(path)
+        self._map = mmap.mmap(self._file if self._is_mapped else -1, self.BYTES)
+        if not self._is_mapped:
+            self._map[:] = os.pread(self._file, self.BYTES, 0)
         # One store of eight bytes, which no signal can divide.
         self._number = memoryview(self._map)[self.NEXT_ID].cast("Q")
         state = self._map[self.STATE].rstrip(b"\0")
@@ -637,31 +638,44 @@ class _LastRun:
         self._boot = boot
 
     def begin(self, next_id: int) -> None:
-        self.set_next_id(next_id)
-        self._set_state(self._boot)
-        # Or, after a power loss, this would be the file of the run before, whose end was clean.
-        self._map.flush()
+        try:
+            self.set_next_id(next_id)
+            self._set_state(self._boot)
+            # Or, after a power loss, this would be the file of the run before, whose end was clean.
+            os.fsync(self._file)
+        except OSError as error:  # no id is given out until all of it can be written
+            log.error("it cannot be noted that a server runs: %s", error.strerror)
 
     def set_next_id(self, next_id: int) -> None:
+        """Raises OSError."""
         self._number[0] = next_id
+        self._save()
 
     def note(self, error: Exception) -> None:
         """What is damaged is dealt with at the next start."""
         if isinstance(error, sqlite3.Error) and _is_damage(error):
             log.critical("the job records are damaged: %s; restart the server", error)
-            self._set_state(self.DAMAGED)
+            with contextlib.suppress(OSError):
+                self._set_state(self.DAMAGED)
 
     def end(self) -> None:
         if self._map[self.STATE] == self._boot:
-            self._set_state(self.CLEAN)
+            with contextlib.suppress(OSError):  # the next one has a look, after a restart
+                self._set_state(self.CLEAN)
         self.close()
 
     def close(self) -> None:
         self._number.release()
         self._map.close()
+        os.close(self._file)
 
     def _set_state(self, state: bytes) -> None:
         self._map[self.STATE] = state.ljust(36, b"\0")
+        self._save()
+
+    def _save(self) -> None:
+        if not self._is_mapped:
+            os.pwrite(self._file, self._map, 0)
 
 
 class _Ids:
@@ -692,9 +706,12 @@ class _Ids:
     def take(self) -> int:
         if self.are_used_up:
             self.reserve_more()
+        try:
+            self._last_run.set_next_id(self._next + 1)
+        except OSError as error:
+            raise StoreError(f"no job id can be given out: {error.strerror}") from error
         job_id = self._next
         self._next += 1
-        self._last_run.set_next_id(self._next)
         if self._reserved - self._next < ID_BLOCK // 2 and self._ahead is None:
             self._ahead = threading.Thread(target=self._reserve_ahead, name="store-ids")
             self._ahead.start()
@@ -766,9 +783,19 @@ def _open_database(path: Path, check: bool) -> tuple[sqlite3.Connection, int]:
     return connection, newest_id or 0
 
 
+def _is_on_copying(path: Path) -> bool:
+    """A file system that writes elsewhere what is changed: where the disk is full, a change of a
+    mapped file is SIGBUS, and the end of this process."""
+    mount = read_mounts().get(mount_id_of(str(path.parent)))
+    return mount is not None and mount.filesystem in {"btrfs", "bcachefs", "zfs"}
+
+
 def _connect(path: Path) -> sqlite3.Connection:
+    # SQLite maps a file that all processes share which use the database, or is alone with it.
+    vfs = "unix-excl" if _is_on_copying(path) else "unix"
     return sqlite3.connect(
-        path,
+        f"{path.absolute().as_uri()}?vfs={vfs}",
+        uri=True,
         timeout=LOCK_WAIT_MILLISECONDS / 1000,
         check_same_thread=False,
         isolation_level=None,

@@ -671,6 +671,83 @@ def test_next_id_that_is_no_number(tmp_path: Path) -> None:
         run(tmp_path, nothing)
 
 
+# $0: an image of btrfs, $1: a folder for it; then Python, and two programs for it.
+TWICE = """
+set -e
+mount -o loop "$0" "$1"
+"$2" -c "$3" "$1"
+exec "$2" -c "$4" "$1"
+"""
+
+FILLED = """if True:
+    import asyncio, ctypes, os, pathlib, sys
+    from jobworker.engine.store import Store
+    from jobworker.errors import StoreError
+    from jobworker.job import JobSpec, created
+
+    def fill(folder, name, size):
+        file = os.open(f"{folder}/{name}{size}", os.O_CREAT | os.O_WRONLY)
+        try:
+            while True:
+                os.write(file, bytes(size))
+        except OSError:
+            ctypes.CDLL(None).syncfs(file)
+
+    async def main(folder):
+        store = Store.open(pathlib.Path(folder, "jobs.db"))
+        await store.put(created(store.reserve_id(), JobSpec("/bin/true"), 1))
+        for name in "abc":
+            for size in (1 << 20, 64 << 10, 4 << 10, 1):
+                fill(folder, name, size)
+        for attempt in range(3):
+            try:
+                print(store.reserve_id())
+            except StoreError as error:
+                print(error)
+            try:
+                await store.put(created(2, JobSpec("/bin/true"), 1))
+            except StoreError:
+                print("not put")
+        sys.stdout.flush()
+        os._exit(0)  # as by kill -9
+
+    asyncio.run(main(sys.argv[1]))
+"""
+
+OPENED_AGAIN = """if True:
+    import asyncio, pathlib, sys
+    from jobworker.engine.store import Store
+
+    async def main(path):
+        store = Store.open(path)
+        print("open", [job.id for job in await store.unended()])
+        await store.close()
+
+    asyncio.run(main(pathlib.Path(sys.argv[1], "jobs.db")))
+"""
+
+
+def test_a_full_disk_on_which_nothing_is_written_in_place(tmp_path: Path) -> None:
+    """btrfs takes room for each change, of a mapped file too: without, the change is SIGBUS."""
+    if not shutil.which("mkfs.btrfs"):
+        pytest.skip("NOT TESTED: a full btrfs, as there is no program mkfs.btrfs")
+    image, place = tmp_path / "image", tmp_path / "place"
+    with image.open("wb") as file:
+        file.truncate(128 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True)
+    place.mkdir()
+    mounts = ["unshare", "--mount"]
+    if subprocess.run([*mounts, "mount", "-o", "loop", image, place], check=False).returncode != 0:
+        pytest.skip("NOT TESTED: a full btrfs, which cannot be mounted here")
+    paths = [str(image), str(place), sys.executable]
+    script = ["sh", "-c", TWICE, *paths, FILLED, OPENED_AGAIN]
+    done = subprocess.run([*mounts, *script], stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0, done
+    lines = done.stdout.splitlines()
+    assert "no job id can be given out: No space left on device" in lines
+    assert lines[-1] == "open [1]"
+
+
 KILLED = """if True:
     import asyncio, pathlib, sys
     from jobworker.engine.store import Store
