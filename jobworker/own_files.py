@@ -101,7 +101,8 @@ def _with_rotated(log_file: Path) -> list[Path]:
 
 
 def _rotated(log_file: Path) -> list[Path]:
-    return list(log_file.parent.glob(f"{glob.escape(log_file.name)}[.-]?*"))
+    # Not pathlib's, which raises PermissionError where others started this with a log of their own.
+    return list(map(Path, glob.glob(f"{glob.escape(str(log_file))}[.-]?*")))
 
 
 def _standard_files() -> list[Path]:
@@ -113,8 +114,8 @@ def _standard_files() -> list[Path]:
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
                 found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
     # What is a folder, or a link, is no log.
-    files = (each for path in set(found) for each in _rotated(path) if not each.is_symlink())
-    return [*found, *filter(Path.is_file, files)]
+    files = (each for path in set(found) for each in _rotated(path) if not os.path.islink(each))
+    return [*found, *filter(os.path.isfile, files)]
 
 
 def _homes(code: Iterable[Path]) -> list[Path]:

@@ -688,6 +688,19 @@ def test_what_its_user_cannot_reach_is_left_out(certificates: Path) -> None:
             assert "jobinit is process" in start(PROFILE="default").log
 
 
+@pytest.mark.parametrize("mode", [0o700, 0o744])
+def test_a_log_that_its_user_cannot_reach_is_left_out(certificates: Path, mode: int) -> None:
+    """As in a folder of root's, who has started the server."""
+    with public_folder() as closed, public_folder() as folder:
+        (closed / "logs").mkdir()
+        (closed / "logs" / "output.1").touch()
+        (closed / "logs").chmod(mode)
+        closed.chmod(mode)
+        launcher = ["sh", "-c", f'exec "$@" >{closed}/logs/output', "sh"]
+        with servers(folder, certificates, launcher) as start:
+            assert "jobinit is process" in start(PROFILE="default").log
+
+
 def test_nor_by_way_of_another_mount(certificates: Path) -> None:
     """Of a folder between the outermost one that the user could change, and what is hidden."""
     with public_folder() as place, public_folder() as again, public_folder() as folder:
