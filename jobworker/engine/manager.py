@@ -1159,6 +1159,8 @@ def _close_pipes(held: Held | None) -> None:
 def _why_lost(job: Job) -> str:
     if job.created_ns < _boot_ns():
         return "the machine was restarted while the job ran"
+    if job.status is Status.INITIALIZING and not job.output_bytes:
+        return "the server died as it started the job, and no jobinit is left that knows if it ran"
     return "jobinit and the server both died while the job ran"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -24,6 +25,8 @@ from functional.server import Client, Server, wait_until
 from jobinit_processes import jobs_of
 from jobworker.daemon import JOBINIT
 from jobworker.engine.jobinits import Jobinits
+from jobworker.engine.store import Store
+from jobworker.job import JobSpec, created
 from jobworker.pb import job_worker_pb2 as pb
 
 StartServer = Callable[..., Server]
@@ -405,6 +408,28 @@ def test_where_both_die_the_job_is_lost_with_its_output(start_server: StartServe
         assert lost.stdout_bytes == 7
         assert client.output(job.id) == b"before\n"
         assert int(client.create("true").id) > int(job.id)
+
+
+def test_of_a_start_that_nobody_knows_of_it_is_not_told_that_the_job_ran(
+    start_server: StartServer,
+) -> None:
+    """A jobinit that held no job has ended by itself."""
+    server = start_server(STOP_JOBS="no")
+    server.stop(signal.SIGKILL)
+    wait_for_end(server.jobinit_pid())
+
+    async def put() -> int:
+        store = Store.open(server.state / "jobs.db")
+        job_id = store.reserve_id()
+        await store.put(created(job_id, JobSpec("/bin/true"), time.time_ns()))
+        await store.close()
+        return job_id
+
+    job_id = asyncio.run(put())
+    with start_server().connect() as client:
+        job = client.wait(str(job_id))
+    assert (job.cause, job.exitCode) == (pb.LOST, -1)
+    assert "as it started the job, and no jobinit is left that knows if it ran" in job.detail
 
 
 def test_a_job_without_a_record_is_killed(start_server: StartServer, tmp_path: Path) -> None:
