@@ -349,9 +349,11 @@ class Output:
             await future
 
     def room_bytes(self) -> int:
-        """What is left on the disk."""
+        """What is left on the disk: nothing where it can take no more files (some file systems
+        know no such number)."""
         disk = os.fstatvfs(self._directory)
-        return disk.f_bavail * disk.f_frsize
+        takes_files = disk.f_favail > 0 or disk.f_files == 0
+        return disk.f_bavail * disk.f_frsize if takes_files else 0
 
     def size_bytes(self) -> int:
         """Of the disk."""
@@ -633,10 +635,12 @@ def _open_folder(folder: Path) -> int:
 def _try_splice(folder: Path, directory: int) -> None:
     """Bytes go from pipe to disk by splice and in no other way, so that they are never in
     the server's memory only; a filesystem that cannot do that is refused here."""
-    probe = os.open(".probe", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
-    os.unlink(".probe", dir_fd=directory)
-    ours, theirs = os.pipe()
+    descriptors = list(os.pipe())
     try:
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC
+        descriptors.append(os.open(".probe", flags, 0o600, dir_fd=directory))
+        os.unlink(".probe", dir_fd=directory)
+        ours, theirs, probe = descriptors
         os.write(theirs, b"x")
         os.splice(ours, probe, 1, offset_dst=0)
     except OSError as error:
@@ -649,7 +653,7 @@ def _try_splice(folder: Path, directory: int) -> None:
             "ext4, xfs, btrfs or tmpfs"
         ) from error
     finally:
-        for descriptor in (probe, ours, theirs):
+        for descriptor in descriptors:
             os.close(descriptor)
 
 

@@ -4,7 +4,9 @@ when there is room."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -21,8 +23,9 @@ from jobworker.pb import job_worker_pb2 as pb
 
 MIB = 1 << 20
 DISK_BYTES = 8 * MIB
+OPTIONS = f"size={DISK_BYTES},nr_inodes=500"
 # In a mount namespace of its own; a pipe end of the server's is all that is seen of it outside.
-MOUNT = f'mkdir -p "$0" && mount -t tmpfs -o size={DISK_BYTES} tmpfs "$0" && exec "$@"'
+MOUNT = f'mkdir -p "$0" && mount -t tmpfs -o {OPTIONS} tmpfs "$0" && exec "$@"'
 SIZE = 20 * MIB
 WRITE = f"head -c {SIZE} /dev/zero; echo end >&2"
 
@@ -49,7 +52,7 @@ def start_on_disk_that_stays(
         assert keeper.stdout
         assert keeper.stdout.readline() == b"mounted\n"
         launcher = ["nsenter", f"--mount=/proc/{keeper.pid}/ns/mnt"]
-        yield lambda **settings: start_server(launcher=launcher, DISK_RESERVE="0", **settings)
+        yield lambda **settings: start_server(launcher=launcher, **settings)
 
 
 def fill(server: Server) -> Path:
@@ -59,6 +62,16 @@ def fill(server: Server) -> Path:
         while True:
             file.write(bytes(4096))
     return filler
+
+
+def fill_with_files(server: Server) -> Path:
+    """Until it takes no more, though there is room."""
+    folder = state_of(server) / "files"
+    folder.mkdir()
+    with contextlib.suppress(OSError):
+        for number in itertools.count():
+            (folder / str(number)).touch()
+    return folder
 
 
 def state_of(server: Server) -> Path:
@@ -176,6 +189,25 @@ def test_a_server_starts_on_a_full_disk(start_on_disk_that_stays: Callable[..., 
         assert client.get(job.id).status == "RUNNING"
         (state_of(server) / "filler").unlink()
         client.stop(job.id)
+
+
+def test_a_disk_is_full_that_takes_no_more_files(
+    start_on_disk_that_stays: Callable[..., Server],
+) -> None:
+    server = start_on_disk_that_stays(STOP_JOBS="no")
+    with server.connect() as client:
+        job = client.shell("trap 'exit 5' TERM; echo ready; while sleep 0.05; do :; done")
+        next(client.stream(job.id))
+        fill_with_files(server)
+        server.stop(signal.SIGKILL)
+    server = start_on_disk_that_stays(STOP_JOBS="no", DISK_RESERVE="1")
+    with server.connect() as client:
+        with pytest.raises(grpc.RpcError, match="has 0 MiB left"):
+            client.create("true")
+        shutil.rmtree(state_of(server) / "files")
+        client.stop(job.id)
+        assert client.wait(job.id).exitCode == 5
+        assert client.run("exit 3")[0].exitCode == 3
 
 
 def test_to_delete_a_job_frees_a_full_disk(
