@@ -995,10 +995,11 @@ class Manager:
             await self._store_unended(live)
         if live.job.is_ended:
             return
-        if live.cgroup and live.job.status is Status.RUNNING:
-            await asyncio.to_thread(live.cgroup.kill)
-        else:  # of one that starts there is one process, which may not have a cgroup yet
+        if not live.cgroup or live.job.status is not Status.RUNNING:
+            # Of one that starts there is one process, which may not have a cgroup yet.
             self._jobinits.signal(live.job.id, signal.SIGKILL)
+        if live.cgroup:  # also of one that starts, which may wait for a disk at its limit
+            await asyncio.to_thread(live.cgroup.kill)
 
     async def _end(self, live: _LiveJob) -> None:
         """From the exit of the main process to the record of the ending."""

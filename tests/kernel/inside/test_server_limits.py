@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -253,6 +254,41 @@ def test_who_waits_for_a_disk_at_its_limit_can_be_ended(client: Client) -> None:
     ended = client.wait(late.id)
     assert ended.cause == pb.TIMED_OUT
     assert (ended.end_time_ns - ended.start_time_ns) / 1e9 < 20
+
+
+def test_who_waits_for_a_disk_while_it_starts_can_be_ended(
+    tmp_path: Path, certificates: Path
+) -> None:
+    """At 20 bytes a second, what the exec has to know of the interpreter's folder takes minutes,
+    and the kernel lets no signal through meanwhile."""
+    folder, partition = Path("/mnt"), "/dev/ubdb1"
+    command, interpreter = folder / "command", folder / "a" / "b" / "c" / "interpreter"
+    subprocess.run(["mkfs.ext4", "-q", "-F", partition], check=True)
+    with mounted(partition, folder):
+        interpreter.parent.mkdir(parents=True)
+        shutil.copy("/bin/true", interpreter)
+        command.write_text(f"#!{interpreter}\n")
+        command.chmod(0o755)
+    with (
+        mounted(partition, folder),  # anew, and so nothing of it is in memory
+        serving(tmp_path, certificates) as server,
+        server.connect() as client,
+    ):
+        command.read_bytes()  # that, the kernel would give up at a signal
+        created = client.create_soon(str(command), maxIOBPS=20, working_directory=str(folder))
+        wait_until(lambda: any(map(waits_for_a_disk, Path(client.info().cgroup).glob("job-*"))))
+        [job] = client.jobs()
+        assert job.status == "INITIALIZING"
+        assert client.stop(job.id, grace_milliseconds=0).status == "STOPPED"
+        assert created.result().status == "STOPPED"
+
+
+def waits_for_a_disk(cgroup: Path) -> bool:
+    """Its one process."""
+    with contextlib.suppress(OSError, ValueError):
+        [pid] = (cgroup / "cgroup.procs").read_text().split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
+    return False
 
 
 LEAVE_WRITES = """
