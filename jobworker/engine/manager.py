@@ -105,9 +105,10 @@ LONG_LOOK_SECONDS = 0.001
 LOOKS_ASIDE_SECONDS = 1.0
 STORE_RUNNING_SECONDS = 0.2
 FEW_CREATES = 4  # at once: these are stored without waiting for company
-# Between the same signal to one job: jobinit, which is there for all, gives it to each process of
-# its group, which takes a millisecond where these are thousands.
+# Between the same signal to one job, which gets so many others meanwhile: jobinit, which is there
+# for all, gives each to all processes of its group, which takes long where these are thousands.
 SIGNAL_PAUSE_SECONDS = 1.0
+MOST_SIGNALS = 2
 STORE_RETRY_SECONDS = 1.0
 END_RETRY_SECONDS = 0.5
 CLOCK_TOLERANCE_SECONDS = 1.0  # between a process's start and its exec, as the clock tells them
@@ -974,8 +975,9 @@ class Manager:
             finally:
                 live.is_storing_end = False
         # Others may have asked meanwhile: all get theirs, but for pauses in their order.
-        signals = [number for number in live.unsent if number not in live.pausing]
-        live.unsent = [number for number in live.unsent if number in live.pausing]
+        room = MOST_SIGNALS - len(live.pausing)
+        signals = [number for number in live.unsent if number not in live.pausing][:room]
+        live.unsent = [number for number in live.unsent if number not in signals]
         for number in signals if live.exited is None else ():
             self._jobinits.signal(live.job.id, number)
             live.pausing.add(number)
@@ -983,7 +985,7 @@ class Manager:
 
     def _end_pause(self, live: _LiveJob, number: int) -> None:
         live.pausing.remove(number)
-        if number in live.unsent and live.exited is None and not live.is_storing_end:
+        if live.unsent and live.exited is None and not live.is_storing_end:
             self._spawn(self._store_and_signal(live))
 
     def _kill_soon(self, live: _LiveJob) -> None:

@@ -119,6 +119,22 @@ def test_a_signal_that_is_asked_for_all_the_time(client: Client) -> None:
     assert {stop.result().status for stop in stops} == {"STOPPED"}
 
 
+def test_many_signals_at_once(client: Client) -> None:
+    """Two a second, in the order in which they came: all of them are for all processes, too."""
+    names = ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM")
+    traps = "; ".join(f'trap "echo {name}" {name}' for name in names)
+    job = client.shell(f"{traps}; echo up; while :; do sleep 0.01; done")
+    wait_for_line(client, job.id, b"up")
+    began = time.monotonic()
+    stops = [client.stop_soon(job.id, signal=signal.Signals[f"SIG{name}"]) for name in names]
+    wait_for_line(client, job.id, b"ALRM")
+    assert time.monotonic() - began >= 2
+    client.stop(job.id, signal=signal.SIGKILL)
+    came = client.output(job.id, stream=pb.STDOUT).decode().split()
+    assert came == ["up", *names]
+    assert {stop.result().status for stop in stops} == {"STOPPED"}
+
+
 def test_what_ignores_the_signal_is_killed(client: Client) -> None:
     job = client.shell('trap "" TERM; echo up; sleep 60 & wait; sleep 60')
     wait_for_line(client, job.id, b"up")
