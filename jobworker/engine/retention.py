@@ -19,7 +19,7 @@ from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Quota
 from jobworker.engine.store import EndedJob, Store
 from jobworker.errors import JobWorkerError, StoreError
 from jobworker.job import Job
-from jobworker.turns import ALWAYS_FREE, Turns
+from jobworker.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Retention:
         # Apart from the threads of `to_thread`, which jobs need for their end: much output takes
         # long to remove.
         self._threads = ThreadPoolExecutor(THREADS, "retention")
-        self._turns = Turns(1)  # of whose jobs a client has deleted
+        self._turns = Turns(1)
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, live_ids: Iterable[int]) -> None:
@@ -78,6 +78,11 @@ class Retention:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, function, *arguments)
 
+    async def _in_turn(self, job: Job, function: Callable[..., T], *arguments: object) -> T:
+        """The same, one after the other for jobs of one client: others find a thread."""
+        async with self._turns.of(job.owner):
+            return await self._in_thread(function, *arguments)
+
     def take(self, job: Job) -> None:
         """A job whose ending has just been stored."""
         self._ended.set()
@@ -87,7 +92,7 @@ class Retention:
     def delete(self, jobs: Iterable[Job], *, in_turn: bool = True) -> asyncio.Future[None]:
         """Forgets ended jobs, and removes what they have written. Raises StoreError.
 
-        in_turn: after what else of each client's is being removed; else before all that waits.
+        in_turn: after what else of the same client's is removed; else with no regard to that.
         Who goes away meanwhile does not leave files without a record."""
         task = asyncio.get_running_loop().create_task(self._delete(list(jobs), in_turn))
         self._deleting.add(task)
@@ -113,9 +118,10 @@ class Retention:
     async def _delete_files_or_say(self, jobs: Iterable[Job], in_turn: bool) -> None:
         try:
             for job in jobs:
-                if job.output_bytes:
-                    async with self._turns.of(job.owner) if in_turn else ALWAYS_FREE:
-                        await self._in_thread(self._delete_files, job)
+                if job.output_bytes and in_turn:
+                    await self._in_turn(job, self._delete_files, job)
+                elif job.output_bytes:
+                    await self._in_thread(self._delete_files, job)
         except OSError as error:
             log.error("files of deleted jobs stay until the next start: %s", error)
 
@@ -134,13 +140,13 @@ class Retention:
         """While nobody reads it: a reader goes on where it began."""
         try:
             await self._output.wait_unread(job.id)
-            packed = await self._in_thread(self._output.pack, job.id, job.output_bytes)
+            packed = await self._in_turn(job, self._output.pack, job.id, job.output_bytes)
             if packed is None:
                 return
             await self._store.put_output(job.id, *packed)
             # Who came before it was stored reads the files.
             await self._output.wait_unread(job.id)
-            await self._in_thread(self._delete_files, job)
+            await self._in_turn(job, self._delete_files, job)
         except PASSING_ERRORS as error:
             log.warning("the output of job %d stays in files: %s", job.id, error)
 

@@ -229,6 +229,15 @@ class Client:
     def shell(self, script: str, **fields: Any) -> pb.Job:
         return self.create("sh", "-c", script, **fields)
 
+    def delete_soon(self, job_id: str) -> Any:
+        """A future of the answer to DeleteJob."""
+        method: Any = self._channel.unary_unary(
+            "/job_worker.JobService/DeleteJob",
+            lambda message: message.SerializeToString(),
+            pb.DeleteJobRes.FromString,
+        )
+        return method.future(pb.DeleteJobReq(id=job_id), timeout=CALL_SECONDS)
+
     def get(self, job_id: str) -> pb.Job:
         job: pb.Job = self.call("GetJob", pb.GetJobReq(id=job_id))
         return job

@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from functional.server import Client, Server, wait_until
+from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
 
 StartServer = Callable[..., Server]
@@ -130,6 +131,61 @@ def test_what_ended_before_the_clock_was_set_back_gives_way_first(
         new = [client.run("true")[0].id for _ in range(3)]
         wait_until(lambda: len(client.jobs()) == 3)
         assert {job.id for job in client.jobs()} == set(new)
+
+
+# To remove the files of a job takes as long as with a disk that turns.
+SLOW_DISK = """
+import time
+from jobworker.engine.output import Output
+
+delete = Output.delete
+
+def delete_slowly(*what):
+    time.sleep(0.1)
+    delete(*what)
+
+Output.delete = delete_slowly
+"""
+
+
+def start_on_slow_disk(start_server: StartServer, folder: Path, **settings: str) -> Server:
+    (folder / "sitecustomize.py").write_text(SLOW_DISK)
+    return start_server(launcher=("env", f"PYTHONPATH={folder}"), **settings)
+
+
+def test_who_deletes_much_does_not_keep_the_oldest(
+    start_server: StartServer, certificates: Path, tmp_path: Path
+) -> None:
+    certs.make_client(certificates, "deleting", "user")
+    server = start_on_slow_disk(start_server, tmp_path, KEEP_BYTES="20000000")
+    with server.connect("deleting") as client, server.connect() as other:
+        client.run("head -c 50000 /dev/zero")
+        oldest, _ = other.run("head -c 9000000 /dev/zero")
+        spec = pb.CreateJobReq(command="head", args=["-c", "50000", "/dev/zero"])
+        made = client.call("CreateJobs", pb.CreateJobsReq(jobs=[spec] * 200)).results
+        for each in made:
+            client.wait(each.id)
+        deletes = [client.delete_soon(each.id) for each in made]
+        other.run("head -c 15000000 /dev/zero")
+        wait_until(lambda: f"{oldest.id}.0.log" not in files(server))
+        assert not deletes[-1].done()
+
+
+def test_who_has_many_small_outputs_keeps_no_other_from_deleting(
+    start_server: StartServer, certificates: Path, tmp_path: Path
+) -> None:
+    certs.make_client(certificates, "small", "user")
+    server = start_on_slow_disk(start_server, tmp_path)
+    with server.connect("small") as client, server.connect() as other:
+        large, _ = other.run("head -c 50000 /dev/zero")
+        spec = pb.CreateJobReq(command="echo", args=["out"])
+        made = client.call("CreateJobs", pb.CreateJobsReq(jobs=[spec] * 200)).results
+        client.wait(made[-1].id)
+        before = len(files(server))
+        other.call("DeleteJob", pb.DeleteJobReq(id=large.id))
+        left = files(server)
+        assert f"{large.id}.0.log" not in left
+        assert len(left) > before - 60  # of 30 jobs
 
 
 def test_no_room_no_job(start_server: StartServer) -> None:
