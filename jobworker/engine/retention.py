@@ -31,6 +31,8 @@ PRUNE_PAUSE_SECONDS = 1.0
 # So often where none ends, as they grow older all the same.
 AGE_SECONDS = 60.0
 BATCH_JOBS = 200
+# What deletes may take when the server ends: the next one removes files without a record.
+CLOSE_SECONDS = 3.0
 # RuntimeError: the machine had no number left for a thread.
 PASSING_ERRORS = (JobWorkerError, OSError, RuntimeError)
 
@@ -71,8 +73,14 @@ class Retention:
         tasks = [*self._tasks, *self._packing.values()]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *self._deleting, return_exceptions=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._deleting:
+            _, late = await asyncio.wait(self._deleting, timeout=CLOSE_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        # What has begun works in a folder that is closed next.
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,32 @@ def test_who_deletes_much_keeps_no_other_from_it() -> None:
             output.may_go_on.set()
         await asyncio.gather(*deleting)
         await retention.close()
+
+    asyncio.run(run())
+
+
+def test_who_deletes_much_keeps_no_server_from_its_end() -> None:
+    """The next one removes the rest."""
+    job = Job(1, JobSpec("true"), Status.COMPLETED, created_ns=NOW, stdout_bytes=100_000)
+    removed = []
+
+    class Slow:
+        def delete(self, job_id: int, *_: Any) -> None:
+            time.sleep(0.2)
+            removed.append(job_id)
+
+    async def run() -> None:
+        store: Any = SlowStore()
+        store.may_answer.set()
+        output: Any = Slow()
+        retention = Retention(store, output, Keep())
+        deleting = [retention.delete([job]) for _ in range(100)]
+        await asyncio.sleep(0)
+        await retention.close()
+        begun = len(removed)
+        await asyncio.gather(*deleting, return_exceptions=True)
+        assert len(removed) == begun < 100
+        assert len(store.deleted) == 100
 
     asyncio.run(run())
 
