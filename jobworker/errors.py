@@ -249,6 +249,10 @@ class JobinitError(JobWorkerError):
     """jobinit is gone, or broke its protocol."""
 
 
+class JobinitGoneError(JobinitError):
+    """It has ended as it started a job, which may have come to its exec."""
+
+
 class ViewError(JobinitError):
     """What confined jobs are to see could not be made. error_number: why not."""
 

@@ -45,6 +45,7 @@ from jobworker.engine.jobinit import (
 )
 from jobworker.errors import (
     JobinitError,
+    JobinitGoneError,
     JobWorkerError,
     StartFailedError,
     StartupError,
@@ -236,7 +237,7 @@ class Jobinits:
         """The same, of a job that was starting when it was told of by `connect`."""
         jobinit = self._holds[job_id].jobinit
         if jobinit is None:
-            raise JobinitError("the jobinit that was starting it is gone")
+            raise JobinitGoneError("the jobinit that was starting it is gone")
         return await self._started(jobinit, job_id, jobinit.await_start(job_id))
 
     async def _started(
@@ -245,11 +246,12 @@ class Jobinits:
         self._hold(jobinit, job_id, None)
         try:
             started = await start
-        except JobinitError:
+        except JobinitError as error:
+            if not jobinit.is_closed:
+                raise
             # Before it is gone, the child may not yet have found out, and go on.
-            if jobinit.is_closed:
-                await self._wait_gone(jobinit.pid)
-            raise
+            await self._wait_gone(jobinit.pid)
+            raise JobinitGoneError(str(error)) from error
         self._hold(jobinit, job_id, started)
         return started
 

@@ -57,6 +57,7 @@ from jobworker.errors import (
     CgroupError,
     InvalidRequestError,
     JobinitError,
+    JobinitGoneError,
     JobNotFoundError,
     JobStateError,
     JobWorkerError,
@@ -884,6 +885,12 @@ class Manager:
             await self._store.put(live.job, may_wait=True)
 
     async def _fail_start(self, live: _LiveJob, error: Exception) -> None:
+        if isinstance(error, JobinitGoneError) and (
+            self.cgroups.path is None or self.cgroups.find(live.job.id)
+        ):  # without its cgroup it did not come to its exec
+            live.job = transition.changed(live.job, cleanup_uncertain=live.cgroup is None)
+            await self._lose(live, None)
+            return
         if isinstance(error, StartFailedError):
             step, number = error.step, error.error_number
         elif isinstance(error, CgroupError):
@@ -1163,7 +1170,7 @@ def _why_lost(job: Job) -> str:
     if job.created_ns < _boot_ns():
         return "the machine was restarted while the job ran"
     if job.status is Status.INITIALIZING and not job.output_bytes:
-        return "the server died as it started the job, and no jobinit is left that knows if it ran"
+        return "nobody is left that knows if the job was started"
     return "jobinit and the server both died while the job ran"
 
 

@@ -144,7 +144,7 @@ class Farm:
         pledge = self.folder / f"pledge-{number}-{time.monotonic_ns()}"
         args = (str(WORK), kind, str(number), str(pledge))
         job = client.create(sys.executable, "-I", *args)
-        if job.cause == pb.START_FAILED:
+        if job.cause in {pb.START_FAILED, pb.LOST}:
             return  # jobinit died over it: nothing was promised
         self.jobs.append(Worked(job.id, kind, number % 200, pledge))
         if number % 2:
