@@ -653,7 +653,7 @@ enum { LAST_REVIEWED_CALL = 469 };
 
 enum verdict {
 	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LATE_ENDS, PLAIN_FCNTLS,
-	PLAIN_IOCTLS, PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2, PLAIN_MODE_ELSEWHERE,
+	PLAIN_IOCTLS, NO_CORES_1, NO_CORES_2, PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2, PLAIN_MODE_ELSEWHERE,
 	VERDICTS,
 };
 
@@ -712,6 +712,13 @@ static struct rule rules[] = {
 	/* For some it looks for modules, as for sockets that it does not know; some reach what the
 	 * view hides. */
 	{SYS_ioctl, PLAIN_IOCTLS},
+	/* While it writes of a crash, even to nowhere, the kernel looks at all addresses that the job has
+	 * reserved, which may be 128 TiB, and up to Linux 6.1 at least no signal ends that. So the limit
+	 * on core dumps stays what it is; answered as done, as many programs lower or raise it. */
+#ifdef SYS_setrlimit
+	{SYS_setrlimit, NO_CORES_1},
+#endif
+	{SYS_prlimit64, NO_CORES_2},
 	/* The set-user-ID bit, where jobs have jobinit's user: another user of the machine who ran
 	 * such a program, outside of any job, would have that user too. The numbers are those of the
 	 * argument that is the mode, from 0 on, or the flags before it; openat2 has both in memory. */
@@ -939,6 +946,25 @@ static unsigned make_ioctl_filter(void)
 	return first;
 }
 
+/* Returns where it begins. resource: the number of the argument that says of what the limit is; the
+ * next one is where the new limit is, for prlimit NULL where none is set. */
+static unsigned make_core_filter(unsigned resource)
+{
+	const unsigned size = sizeof(((struct seccomp_data *)0)->args[0]), half = size / 2;
+	const unsigned place = offsetof(struct seccomp_data, args) + resource * size;
+	unsigned first;
+
+	first = emit(BPF_LD | BPF_W | BPF_ABS, place, 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, RLIMIT_CORE, 0, 4);
+	emit(BPF_LD | BPF_W | BPF_ABS, place + size, 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 3);
+	emit(BPF_LD | BPF_W | BPF_ABS, place + size + half, 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 1);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | 0, 0, 0);
+	return first;
+}
+
 /* Returns where it begins. flags: the number of the argument that says whether there is a mode; 0:
  * there always is. */
 static unsigned make_mode_filter(unsigned mode, unsigned flags)
@@ -987,6 +1013,8 @@ static void make_filter(void)
 	targets[NO_LATE_ENDS] = make_socket_end_filter();
 	targets[PLAIN_FCNTLS] = make_fcntl_filter();
 	targets[PLAIN_IOCTLS] = make_ioctl_filter();
+	targets[NO_CORES_1] = make_core_filter(0);
+	targets[NO_CORES_2] = make_core_filter(1);
 	for (i = PLAIN_MODE_1; i <= PLAIN_MODE_ELSEWHERE; i++)
 		targets[i] = targets[ALLOW];
 	if (geteuid() != 0) {
@@ -1445,8 +1473,8 @@ static bool lower_limits(bool has_own_user)
 
 	getrlimit(RLIMIT_NPROC, &processes);
 	getrlimit(RLIMIT_CORE, &core);
-	/* Less than any dump; and of 0 a program that core_pattern names would be told. A job that
-	 * wants dumps may raise it again. */
+	/* Less than any dump; and of 0 a program that core_pattern names would be told. No
+	 * job can change that: see the rules above. */
 	core.rlim_cur = core.rlim_max > 0;
 	return setrlimit(RLIMIT_CORE, &core) == 0 && setrlimit(RLIMIT_RTPRIO, &none) == 0
 	       && setrlimit(RLIMIT_NICE, &none) == 0

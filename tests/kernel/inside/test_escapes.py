@@ -141,26 +141,55 @@ def test_signals_upwards(stage: Stage, profile: str) -> None:
 
 
 @pytest.mark.parametrize("profile", CONFINING)
-def test_a_crash_is_no_matter_of_the_machines_unless_it_wants_that(
-    stage: Stage, profile: str, tmp_path: Path
-) -> None:
-    """What the machine has for cores is a program of root's, outside of any job. A job may ask for
-    it by its limit: where the second is told of, so would the first have been."""
+def test_a_crash_is_no_matter_of_the_machines(stage: Stage, profile: str, tmp_path: Path) -> None:
+    """What the machine has for cores is a program of root's, outside of any job. It is told of
+    the last, which nothing confines: so it would have been of those before."""
     handler, pattern = tmp_path / "handler", Path("/proc/sys/kernel/core_pattern")
     handler.write_text(f"#!/bin/sh\necho $1 >> {tmp_path}/told\n")
     handler.chmod(0o755)
     before = pattern.read_text()
     pattern.write_text(f"|{handler} %e")
+    crashes = {"first": "", "second": "ulimit -c unlimited;", "third": "ulimit -S -c 0;"}
     try:
-        for name, limit in (("first", ""), ("second", "ulimit -c unlimited;")):
+        for name, limit in {**crashes, "last": "ulimit -c unlimited;"}.items():
             script = f"{limit} ln -s /bin/sh /tmp/{name}; exec /tmp/{name} -c 'kill -SEGV $$'"
-            job, _ = stage.client.run(script, profile=profile)
+            job, _ = stage.client.run(script, profile=profile if name in crashes else "none")
             assert job.signal == signal.SIGSEGV
         told = tmp_path / "told"
-        wait_until(lambda: told.exists() and "second" in told.read_text())
+        wait_until(lambda: told.exists() and "last" in told.read_text())
     finally:
         pattern.write_text(before)
-    assert told.read_text() == "second\n"
+        Path("/tmp/last").unlink(missing_ok=True)
+    assert told.read_text() == "last\n"
+
+
+CRASH = """
+import os, resource
+limit = resource.getrlimit(resource.RLIMIT_CORE)
+os.chdir("/tmp")
+for new in (limit[1], 0):
+    if os.fork() == 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (new, limit[1]))
+        resource.prlimit(0, resource.RLIMIT_CORE, (new, limit[1]))
+        assert resource.prlimit(0, resource.RLIMIT_CORE) == limit
+        os.abort()
+    status = os.wait()[1]
+    print(os.WTERMSIG(status), os.WCOREDUMP(status), os.listdir())
+"""
+
+
+@pytest.mark.parametrize("profile", CONFINING)
+def test_no_crash_is_written_anywhere(stage: Stage, profile: str) -> None:
+    """This kernel looks at all addresses that are reserved then, and lets no signal through
+    meanwhile: with 400 GiB of them and no memory, a job ended 5 s after it had been killed."""
+    pattern = Path("/proc/sys/kernel/core_pattern")
+    before = pattern.read_text()
+    pattern.write_text("core")
+    try:
+        job = stage.client.create("python3", "-I", "-c", CRASH, profile=profile)
+        assert stage.client.output(job.id) == b"6 False []\n6 False []\n"
+    finally:
+        pattern.write_text(before)
 
 
 # Of each family that a job may have, kinds and protocols that are there, and that are not. And
