@@ -653,7 +653,8 @@ enum { LAST_REVIEWED_CALL = 469 };
 
 enum verdict {
 	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LATE_ENDS, PLAIN_FCNTLS,
-	PLAIN_IOCTLS, NO_CORES_1, NO_CORES_2, PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2, PLAIN_MODE_ELSEWHERE,
+	PLAIN_IOCTLS, NO_CORES_1, NO_CORES_2, PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2,
+	PLAIN_MODE_ELSEWHERE,
 	VERDICTS,
 };
 
@@ -1468,15 +1469,14 @@ static bool leave_room(int resource, rlim_t own)
  * real-time priority. What of its limits is higher than usual was given to the server. */
 static bool lower_limits(bool has_own_user)
 {
-	static const struct rlimit none;
-	struct rlimit core, processes;
+	/* Less than any dump; and of 0 a program that core_pattern names would be told. No job can
+	 * change that: see the rules above. Who may not raise one that is 0 leaves it. */
+	static const struct rlimit none, least_core = {1, 1};
+	struct rlimit processes;
 
 	getrlimit(RLIMIT_NPROC, &processes);
-	getrlimit(RLIMIT_CORE, &core);
-	/* Less than any dump; and of 0 a program that core_pattern names would be told. No
-	 * job can change that: see the rules above. */
-	core.rlim_cur = core.rlim_max > 0;
-	return setrlimit(RLIMIT_CORE, &core) == 0 && setrlimit(RLIMIT_RTPRIO, &none) == 0
+	return (setrlimit(RLIMIT_CORE, &least_core) == 0 || errno == EPERM)
+	       && setrlimit(RLIMIT_RTPRIO, &none) == 0
 	       && setrlimit(RLIMIT_NICE, &none) == 0
 	       && (has_own_user
 		   || (leave_room(RLIMIT_NOFILE, original_open_files.rlim_max)

@@ -63,12 +63,16 @@ print([getrlimit(each) for each in (RLIMIT_CORE, RLIMIT_RTPRIO, RLIMIT_NICE)])
 """
 
 
-def test_what_the_server_may_is_not_handed_down(tmp_path: Path, certificates: Path) -> None:
-    launcher = ["prlimit", "--core=unlimited", "--rtprio=50", "--nice=30"]
+@pytest.mark.parametrize("core", [0, -1])
+def test_what_the_server_may_is_not_handed_down(
+    tmp_path: Path, certificates: Path, core: int
+) -> None:
+    """Of crashes that leave 0 bytes, a program that core_pattern names would be told."""
+    launcher = ["prlimit", f"--core={core}", "--rtprio=50", "--nice=30"]
     server = Server(
         tmp_path, certificates, launcher=launcher, PROFILE="default", PROFILES_ALLOWED="none"
     )
-    expected = {"none": [(-1, -1), (50, 50), (30, 30)], "default": [(1, -1), (0, 0), (0, 0)]}
+    expected = {"none": [(core, core), (50, 50), (30, 30)], "default": [(1, 1), (0, 0), (0, 0)]}
     with server.connect() as client:
         for profile, limits in expected.items():
             job = client.create("python3", "-c", LIMITS, profile=profile)
