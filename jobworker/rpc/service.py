@@ -106,6 +106,8 @@ class JobService:
                 entry.note(partial(_told_of, each, result))
 
         workers = asyncio.gather(*(work() for _ in range(min(MOST_CREATED, count))))
+        # Seen, also where nobody waits for it any more, as the server ends.
+        workers.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             await asyncio.shield(workers)
         except asyncio.CancelledError:

@@ -216,6 +216,15 @@ class Client:
         request = pb.CreateJobReq(command=command, args=args, **fields)
         return method.future(request, timeout=CALL_SECONDS)
 
+    def create_many_soon(self, job: pb.CreateJobReq, count: int) -> Any:
+        """A future of the answer to CreateJobs, with so many of the same."""
+        method: Any = self._channel.unary_unary(
+            "/job_worker.JobService/CreateJobs",
+            lambda message: message.SerializeToString(),
+            pb.CreateJobsRes.FromString,
+        )
+        return method.future(pb.CreateJobsReq(jobs=[job] * count), timeout=CALL_SECONDS)
+
     def stop_soon(self, job_id: str, **fields: Any) -> Any:
         """A future of `stop`."""
         method: Any = self._channel.unary_unary(

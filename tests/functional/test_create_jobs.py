@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import grpc
 import pytest
 
 from functional.server import Client, Server
 from jobworker.pb import job_worker_pb2 as pb
+from slow_links import slow_way
 
 
 def create_all(client: Client, *requests: pb.CreateJobReq) -> list[pb.CreateJobsRes.Result]:
@@ -60,3 +66,16 @@ def test_a_viewer_may_not(server: Server) -> None:
         with pytest.raises(grpc.RpcError) as caught:
             create_all(viewer, pb.CreateJobReq(command="true"))
         assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_the_end_of_the_server_meanwhile(start_server: Callable[..., Server]) -> None:
+    """Its log tells of no fault."""
+    server = start_server(STOP_JOBS="no")
+    with tempfile.TemporaryDirectory() as folder, server.connect() as client:
+        path = ":".join([slow_way(Path(folder) / "links")] * 99)
+        slow = pb.CreateJobReq(command="x", environment={"PATH": path})
+        creates = [client.create_many_soon(slow, 500) for _ in range(16)]
+        creates += [client.create_soon("x", environment=slow.environment) for _ in range(300)]
+        time.sleep(3)  # so that they have begun
+        assert server.stop() == 0
+    assert "Traceback" not in server.log
