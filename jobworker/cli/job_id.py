@@ -15,6 +15,7 @@ from jobworker.job import Job, Status
 # Whoever presses the tabulator does not wait long, nor read much.
 ANSWER_SECONDS = 1.0
 MOST_JOBS = 50
+MOST_DIGITS = 19
 
 
 class JobId(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
@@ -29,6 +30,8 @@ class JobId(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not (value.isascii() and value.isdigit()):
             self.fail(f"{value!r} is no job's id: ids are numbers, `jobworker list` shows them")
+        if len(value) > MOST_DIGITS:
+            self.fail(f"no job's id has {len(value)} digits; `jobworker list` shows them")
         return value
 
     def shell_complete(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -452,7 +453,7 @@ def _signal_number(_: click.Context, __: click.Parameter, value: str | None) -> 
     """From 15, TERM or SIGTERM; 0: not given."""
     if value is None:
         return 0
-    if value.isdigit() and 1 <= int(value) < signal.NSIG:
+    if re.fullmatch("[0-9]{1,3}", value) and 1 <= int(value) < signal.NSIG:
         return int(value)
     name = value.upper()
     found = signal.Signals.__members__.get(name if name.startswith("SIG") else f"SIG{name}")

@@ -77,7 +77,7 @@ def _command_errno(error: grpc.RpcError) -> int:
     """0: the server has not told any."""
     metadata: Any = error.trailing_metadata()  # pairs; its type stub says otherwise
     for name, value in metadata or ():
-        if name == COMMAND_ERRNO and str(value).isdecimal():
+        if name == COMMAND_ERRNO and re.fullmatch("[0-9]{1,4}", str(value)):
             return int(value)
     return 0
 

@@ -29,6 +29,14 @@ def test_ids_are_asked_for(jobworker: Program) -> None:
     assert job_id in dict(completed(jobworker, f"jobworker stream {job_id}"))
 
 
+@pytest.mark.parametrize("job_id", ["x", "²", "١", "-1", "9" * 20, "9" * 5000])
+def test_what_is_no_id(jobworker: Program, job_id: str) -> None:
+    for command in ("get", "wait", "rm"):
+        answer = jobworker(command, "--", job_id)
+        assert answer.returncode == 2
+        assert "`jobworker list` shows them" in answer.stderr
+
+
 def test_only_what_runs_can_be_stopped(jobworker: Program) -> None:
     running, ended = jobworker.create("sleep", "60"), jobworker.create("true")
     jobworker("wait", ended)
@@ -52,9 +60,3 @@ def test_a_server_that_does_not_answer(jobworker: Program, address: str) -> None
     started = time.monotonic()
     assert completed(jobworker, "jobworker get ", JOB_WORKER_SERVER=address) == []
     assert time.monotonic() - started < 8
-
-
-def test_what_is_no_id(jobworker: Program) -> None:
-    answer = jobworker("get", "١")  # a digit, but not one of the protocol's
-    assert answer.returncode == 2
-    assert "`jobworker list`" in answer.stderr

@@ -257,6 +257,13 @@ def test_stop_with_a_signal(jobworker: Program, name: str) -> None:
     assert jobworker.json("stop", job_id, "--signal", name)["signal_name"] == "SIGINT"
 
 
+@pytest.mark.parametrize("name", ["0", "65", "²", "9" * 5000, "NONE"])
+def test_stop_with_what_is_no_signal(jobworker: Program, name: str) -> None:
+    answer = jobworker("stop", "1", "--signal", name)
+    assert answer.returncode == 2
+    assert "is no signal" in answer.stderr
+
+
 def test_stop_without_grace(jobworker: Program) -> None:
     job_id = jobworker.create("sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done")
     with jobworker.start("stream", job_id, stdout=subprocess.PIPE) as stream:

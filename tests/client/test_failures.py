@@ -44,6 +44,9 @@ class Aborting(grpc.GenericRpcHandler):
     def _answer(self, request: pb.GetJobReq, context: grpc.ServicerContext) -> bytes:
         if request.id in KINDS:
             context.abort(grpc.StatusCode[request.id], "as asked for")
+        if request.id == "errno":
+            context.set_trailing_metadata((("command-errno", "9" * 5000),))
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "as asked for")
         if request.id == "terminal":
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "\x1b]0;title\x07\nü")
         if request.id == "no message":
@@ -125,6 +128,12 @@ def test_each_status_is_one_error(connect: Connect, address: str, code: str) -> 
         connect(address).get(code)
     error = caught.value
     assert (type(error), error.code, error.rpc) == (KINDS[code], code, "GetJob")
+
+
+def test_a_number_that_is_none(connect: Connect, address: str) -> None:
+    with pytest.raises(errors.RejectedError) as caught:
+        connect(address).get("errno")
+    assert caught.value.command_errno == 0
 
 
 def test_a_stream_goes_on_that_came_while_the_server_was_ended(
