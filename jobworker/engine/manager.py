@@ -106,8 +106,8 @@ LONG_LOOK_SECONDS = 0.001
 LOOKS_ASIDE_SECONDS = 1.0
 STORE_RUNNING_SECONDS = 0.2
 FEW_CREATES = 4  # at once: these are stored without waiting for company
-# Between the same signal to one job, which gets so many others meanwhile: jobinit, which is there
-# for all, gives each to all processes of its group, which takes long where these are thousands.
+# A job gets so many signals in that time, each of them once: jobinit, which is there for all, gives
+# each to all processes of the group, which takes long where these are thousands.
 SIGNAL_PAUSE_SECONDS = 1.0
 MOST_SIGNALS = 2
 STORE_RETRY_SECONDS = 1.0
@@ -537,6 +537,8 @@ class Manager:
         log.warning("job %d is lost: nobody is left to tell how it ended", live.job.id)
         if live.cgroup:
             await self._kill_cgroup(live, live.cgroup)
+        if self.cgroups.path is None:
+            live.job = transition.changed(live.job, cleanup_uncertain=True)
         if extent:
             live.job = transition.changed(
                 live.job,
@@ -888,7 +890,6 @@ class Manager:
         if isinstance(error, JobinitGoneError) and (
             self.cgroups.path is None or self.cgroups.find(live.job.id)
         ):  # without its cgroup it did not come to its exec
-            live.job = transition.changed(live.job, cleanup_uncertain=live.cgroup is None)
             await self._lose(live, None)
             return
         if isinstance(error, StartFailedError):
@@ -981,9 +982,13 @@ class Manager:
                     live.is_end_stored = True
             finally:
                 live.is_storing_end = False
-        # Others may have asked meanwhile: all get theirs, but for pauses in their order.
-        room = MOST_SIGNALS - len(live.pausing)
-        signals = [number for number in live.unsent if number not in live.pausing][:room]
+        # Others may have asked meanwhile: all get theirs, but for pauses in their order. SIGKILL,
+        # after which none means anything, waits for no other.
+        signals = [number for number in live.unsent if number not in live.pausing]
+        if signal.SIGKILL in signals:
+            signals = [signal.SIGKILL]
+        else:
+            signals = signals[: max(0, MOST_SIGNALS - len(live.pausing))]
         live.unsent = [number for number in live.unsent if number not in signals]
         for number in signals if live.exited is None else ():
             self._jobinits.signal(live.job.id, number)

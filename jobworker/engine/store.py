@@ -23,10 +23,10 @@ import dataclasses
 import itertools
 import json
 import logging
-import mmap
 import os
 import queue
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -255,10 +255,14 @@ class Store:
                 ids = _Ids(path.with_name("next-id"), last_run, newest_id)
                 undo.pop_all()
         except (sqlite3.Error, OSError) as error:
-            raise StateFolderError(
-                f"{path} cannot be used: {error}; check that the folder can be written and has "
-                "room, or give another one with JOB_WORKER_STATE_DIR"
-            ) from error
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY:
+                advice = "end the other program that has it open, such as a shell of sqlite3"
+            else:
+                advice = (
+                    "check that the folder can be written and has room, or give another one with "
+                    "JOB_WORKER_STATE_DIR"
+                )
+            raise StateFolderError(f"{path} cannot be used: {error}; {advice}") from error
         return cls(path, connections, last_run, ids)
 
     async def wait_for_ids(self) -> None:
@@ -610,7 +614,10 @@ class _Syncer:
 
 class _LastRun:
     """A file that outlives a server in the machine's memory, and tells the next one how this
-    one ended. In it the state, as text, and the next id, as a native integer."""
+    one ended. In it the state, as text, and the next id, as a native integer.
+
+    It is written and not mapped: a full file system that takes room for each change, as btrfs
+    does, would answer that with SIGBUS."""
 
     CLEAN = b"clean"  # written at the end; until then the boot's id stands there
     DAMAGED = b"damaged"
@@ -619,63 +626,56 @@ class _LastRun:
     BYTES = 72
 
     def __init__(self, path: Path) -> None:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+        self._boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if os.fstat(self._file).st_size < self.BYTES:
-            # Written and not truncated: a full disk is an error here, and no SIGBUS later.
-            os.pwrite(self._file, bytes(self.BYTES), 0)
-        self._is_mapped = not _is_on_copying(path)
-        self._map = mmap.mmap(self._file if self._is_mapped else -1, self.BYTES)
-        if not self._is_mapped:
-            self._map[:] = os.pread(self._file, self.BYTES, 0)
-        # One store of eight bytes, which no signal can divide.
-        self._number = memoryview(self._map)[self.NEXT_ID].cast("Q")
-        state = self._map[self.STATE].rstrip(b"\0")
+        self._content = bytearray(os.pread(self._file, self.BYTES, 0).ljust(self.BYTES, b"\0"))
+        self._is_synced = False
+        state = bytes(self._content[self.STATE]).rstrip(b"\0")
         self.was_there = bool(state)
         # A killed process damages nothing: SQLite and the kernel know all that it did.
-        self.was_orderly = state in {self.CLEAN, boot}
-        self.next_id = self._number[0] if self.was_orderly else None
-        self._boot = boot
+        self.was_orderly = state in {self.CLEAN, self._boot}
+        next_id = int.from_bytes(self._content[self.NEXT_ID], sys.byteorder)
+        self.next_id = next_id if self.was_orderly else None
 
     def begin(self, next_id: int) -> None:
+        self._set_state(self._boot)
         try:
             self.set_next_id(next_id)
-            self._set_state(self._boot)
-            # Or, after a power loss, this would be the file of the run before, whose end was clean.
-            os.fsync(self._file)
-        except OSError as error:  # no id is given out until all of it can be written
+        except OSError as error:  # with the first id that is given out it is tried again
             log.error("it cannot be noted that a server runs: %s", error.strerror)
 
     def set_next_id(self, next_id: int) -> None:
         """Raises OSError."""
-        self._number[0] = next_id
-        self._save()
+        self._content[self.NEXT_ID] = next_id.to_bytes(8, sys.byteorder)
+        self._write()
+        if not self._is_synced:
+            # Or, after a power loss, this would be the file of the run before, whose end was clean.
+            os.fsync(self._file)
+            self._is_synced = True
 
     def note(self, error: Exception) -> None:
         """What is damaged is dealt with at the next start."""
         if isinstance(error, sqlite3.Error) and _is_damage(error):
             log.critical("the job records are damaged: %s; restart the server", error)
+            self._set_state(self.DAMAGED)
             with contextlib.suppress(OSError):
-                self._set_state(self.DAMAGED)
+                self._write()
 
     def end(self) -> None:
-        if self._map[self.STATE] == self._boot:
-            with contextlib.suppress(OSError):  # the next one has a look, after a restart
-                self._set_state(self.CLEAN)
+        if self._content[self.STATE] == self._boot:
+            self._set_state(self.CLEAN)
+            with contextlib.suppress(OSError):  # the next one takes it for one that was killed
+                self._write()
         self.close()
 
     def close(self) -> None:
-        self._number.release()
-        self._map.close()
         os.close(self._file)
 
     def _set_state(self, state: bytes) -> None:
-        self._map[self.STATE] = state.ljust(36, b"\0")
-        self._save()
+        self._content[self.STATE] = state.ljust(36, b"\0")
 
-    def _save(self) -> None:
-        if not self._is_mapped:
-            os.pwrite(self._file, self._map, 0)
+    def _write(self) -> None:
+        os.pwrite(self._file, self._content, 0)
 
 
 class _Ids:
@@ -784,8 +784,8 @@ def _open_database(path: Path, check: bool) -> tuple[sqlite3.Connection, int]:
 
 
 def _is_on_copying(path: Path) -> bool:
-    """A file system that writes elsewhere what is changed: where the disk is full, a change of a
-    mapped file is SIGBUS, and the end of this process."""
+    """A file system that takes room for each change: where it is full, a change of a mapped file
+    is SIGBUS, and the end of this process."""
     mount = read_mounts().get(mount_id_of(str(path.parent)))
     return mount is not None and mount.filesystem in {"btrfs", "bcachefs", "zfs"}
 

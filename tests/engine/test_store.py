@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -661,6 +662,38 @@ def test_ids_where_only_the_records_are_left(tmp_path: Path) -> None:
     for name in ("next-id", "last-run"):
         (tmp_path / name).unlink()
     assert take(tmp_path, 1) == [ids[-1] + 1]
+
+
+def test_of_what_could_not_be_noted_at_the_start(tmp_path: Path) -> None:
+    """As on a full disk: it is once an id is given out, or a power loss would bring back the clean
+    end of the run before, and its ids."""
+    path = tmp_path / "last-run"
+    first = store_module._LastRun(path)
+    first.begin(5)
+    first.end()
+    second = store_module._LastRun(path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        second.begin(5)
+        with pytest.raises(OSError, match="too large"):
+            second.set_next_id(6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes().startswith(b"clean")
+    second.set_next_id(6)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
+    assert path.read_bytes().startswith(boot)
+    second.close()
+
+
+def test_another_program_that_has_the_records_open(tmp_path: Path) -> None:
+    take(tmp_path, 1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StateFolderError, match="end the other program that has it open"):
+            run(tmp_path, nothing)
 
 
 def test_next_id_that_is_no_number(tmp_path: Path) -> None:

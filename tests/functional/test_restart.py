@@ -427,6 +427,25 @@ def test_where_both_die_the_job_is_lost_with_its_output(start_server: StartServe
         assert int(client.create("true").id) > int(job.id)
 
 
+def test_where_both_die_it_may_go_on_without_cgroups(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    server = start_server(STOP_JOBS="no", CGROUP_BASE=str(tmp_path))
+    with server.connect() as client:
+        job = client.shell("echo $$; exec sleep 60")
+        pid = int(next(client.stream(job.id)).payload)
+        jobinit = server.jobinit_pid()
+    server.stop(signal.SIGKILL)
+    os.kill(jobinit, signal.SIGKILL)
+    try:
+        with start_server(CGROUP_BASE=str(tmp_path)).connect() as client:
+            lost = client.wait(job.id)
+            assert (lost.cause, lost.cleanup_uncertain) == (pb.LOST, True)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_of_a_start_that_nobody_knows_of_it_is_not_told_that_the_job_ran(
     start_server: StartServer,
 ) -> None:

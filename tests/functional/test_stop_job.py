@@ -135,6 +135,18 @@ def test_many_signals_at_once(client: Client) -> None:
     assert {stop.result().status for stop in stops} == {"STOPPED"}
 
 
+def test_a_kill_waits_for_no_other_signal(client: Client) -> None:
+    names = ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM")
+    traps = "; ".join(f'trap "echo {name}" {name}' for name in names)
+    job = client.shell(f"{traps}; echo up; while :; do sleep 0.01; done")
+    wait_for_line(client, job.id, b"up")
+    numbers = [signal.Signals[f"SIG{name}"] for name in (*names, "KILL")]
+    stops = [client.stop_soon(job.id, signal=number) for number in numbers]
+    assert {stop.result().status for stop in stops} == {"STOPPED"}
+    assert client.wait(job.id).signal == signal.SIGKILL
+    assert b"ALRM" not in client.output(job.id, stream=pb.STDOUT)
+
+
 def test_what_ignores_the_signal_is_killed(client: Client) -> None:
     job = client.shell('trap "" TERM; echo up; sleep 60 & wait; sleep 60')
     wait_for_line(client, job.id, b"up")
