@@ -815,19 +815,19 @@ static int compare_rules(const void *left, const void *right)
 /* For what it does not know of these families, protocols and kinds of socket, the kernel has a
  * program of root's look for a module, outside of any job. Raw ones take rights that no job has. Of
  * netlink there are only routes, which C libraries ask for: the rest tells of all processes and
- * devices of the machine, or has modules looked for by what is sent to it. Sockets of unix are of
- * few kinds, all known, and need no rule. */
+ * devices of the machine, or has modules looked for by what is sent to it. Those of ping have 65,536
+ * numbers in the whole machine: who asks for one that is free when none is goes through all of them
+ * for seconds, under one lock, and nothing else runs on that processor. Sockets of unix are of few
+ * kinds, all known, and need no rule. */
 struct socket_kind { unsigned family, type, protocol; };
 
 static const struct socket_kind socket_kinds[] = {
 	{AF_INET, SOCK_STREAM, 0}, {AF_INET, SOCK_STREAM, IPPROTO_TCP},
 	{AF_INET, SOCK_STREAM, 262 /* IPPROTO_MPTCP, which Go takes by default */},
 	{AF_INET, SOCK_DGRAM, 0}, {AF_INET, SOCK_DGRAM, IPPROTO_UDP},
-	{AF_INET, SOCK_DGRAM, IPPROTO_ICMP},
 	{AF_INET6, SOCK_STREAM, 0}, {AF_INET6, SOCK_STREAM, IPPROTO_TCP},
 	{AF_INET6, SOCK_STREAM, 262},
 	{AF_INET6, SOCK_DGRAM, 0}, {AF_INET6, SOCK_DGRAM, IPPROTO_UDP},
-	{AF_INET6, SOCK_DGRAM, IPPROTO_ICMPV6},
 	{AF_NETLINK, SOCK_RAW, NETLINK_ROUTE}, {AF_NETLINK, SOCK_DGRAM, NETLINK_ROUTE},
 };
 

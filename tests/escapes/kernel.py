@@ -472,6 +472,17 @@ def make_sockets_of_other_protocols(scene: Scene) -> str:
     return "has a netlink socket for whoever uses it"
 
 
+@attack(shown_as="user")
+def make_sockets_of_ping(scene: Scene) -> str:
+    """The whole machine has 65,536 numbers for them. Who asks for one when none is left keeps a
+    processor for seconds."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP).close()
+    except PermissionError as error:
+        raise Missing("net.ipv4.ping_group_range lets nobody") from error
+    return "may take them all"
+
+
 TIOCSETD = 0x5423
 
 

@@ -41,6 +41,7 @@ def stage(certificates: Path) -> Iterator[Stage]:
         "TMP_SIZE": f"{TMP_MIB}MiB",
         "TMP_FILES": str(TMP_FILES),
     }
+    Path("/proc/sys/net/ipv4/ping_group_range").write_text(f"0 {(1 << 31) - 1}")  # as systemd does
     with (
         public_folder() as folder,
         serving(folder, certificates, **SETTINGS, **limits, **may_be_arranged(folder)) as server,
