@@ -653,8 +653,8 @@ enum { LAST_REVIEWED_CALL = 469 };
 
 enum verdict {
 	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LATE_ENDS, PLAIN_FCNTLS,
-	PLAIN_IOCTLS, NO_CORES_1, NO_CORES_2, PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2,
-	PLAIN_MODE_ELSEWHERE,
+	PLAIN_IOCTLS, NO_CORES_1, NO_CORES_2, FEW_PAGES, FEW_MOVES, FEW_MESSAGES, FEW_OPERATIONS,
+	PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2, PLAIN_MODE_ELSEWHERE,
 	VERDICTS,
 };
 
@@ -720,6 +720,12 @@ static struct rule rules[] = {
 	{SYS_setrlimit, NO_CORES_1},
 #endif
 	{SYS_prlimit64, NO_CORES_2},
+	/* They go through as much as they are asked about, and no signal ends that: mincore of all
+	 * addresses takes minutes, of each thread, in which some kernels let nothing else run on that
+	 * processor. A change of semaphores that many wait for, with many operations each, makes the
+	 * kernel go through these anew for each that goes on, under one spin lock. */
+	{SYS_mincore, FEW_PAGES}, {SYS_move_pages, FEW_MOVES}, {SYS_recvmmsg, FEW_MESSAGES},
+	{SYS_semop, FEW_OPERATIONS}, {SYS_semtimedop, FEW_OPERATIONS},
 	/* The set-user-ID bit, where jobs have jobinit's user: another user of the machine who ran
 	 * such a program, outside of any job, would have that user too. The numbers are those of the
 	 * argument that is the mode, from 0 on, or the flags before it; openat2 has both in memory. */
@@ -748,11 +754,12 @@ enum {
 	REFUSED_CLONES = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER
 			 | CLONE_NEWPID | CLONE_NEWNET | NEW_TIME | CLONE_PARENT,
 	RULES = sizeof rules / sizeof *rules,
-	LONGEST_FILTER = 2 * RULES + 64, /* two comparisons for each rule at most */
+	LONGEST_TREE = 2 * RULES, /* two comparisons for each rule at most */
+	LONGEST_FILTER = LONGEST_TREE + 80,
 	FIRST_VERDICT = 256 - VERDICTS, /* jumps that are longer reach no instruction, but mean one */
 };
 
-_Static_assert(LONGEST_FILTER < FIRST_VERDICT, "jumps would not reach");
+_Static_assert(LONGEST_TREE < FIRST_VERDICT && LONGEST_FILTER <= 256, "jumps would not reach");
 
 static struct sock_filter filter[LONGEST_FILTER];
 static unsigned filter_size;
@@ -966,6 +973,22 @@ static unsigned make_core_filter(unsigned resource)
 	return first;
 }
 
+/* Returns where it begins. argument: the number of the one that must not be larger. */
+static unsigned make_count_filter(unsigned argument, unsigned most)
+{
+	const unsigned size = sizeof(((struct seccomp_data *)0)->args[0]), half = size / 2;
+	const unsigned place = offsetof(struct seccomp_data, args) + argument * size;
+	unsigned first;
+
+	first = emit(BPF_LD | BPF_W | BPF_ABS, place + half, 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 3);
+	emit(BPF_LD | BPF_W | BPF_ABS, place, 0, 0);
+	emit(BPF_JMP | BPF_JGT | BPF_K, most, 1, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | E2BIG, 0, 0);
+	return first;
+}
+
 /* Returns where it begins. flags: the number of the argument that says whether there is a mode; 0:
  * there always is. */
 static unsigned make_mode_filter(unsigned mode, unsigned flags)
@@ -1016,6 +1039,10 @@ static void make_filter(void)
 	targets[PLAIN_IOCTLS] = make_ioctl_filter();
 	targets[NO_CORES_1] = make_core_filter(0);
 	targets[NO_CORES_2] = make_core_filter(1);
+	targets[FEW_PAGES] = make_count_filter(1, 1 << 30 /* bytes */);
+	targets[FEW_MOVES] = make_count_filter(1, 1 << 16);
+	targets[FEW_MESSAGES] = make_count_filter(2, 1024 /* as the kernel's own of sendmmsg */);
+	targets[FEW_OPERATIONS] = make_count_filter(2, 8);
 	for (i = PLAIN_MODE_1; i <= PLAIN_MODE_ELSEWHERE; i++)
 		targets[i] = targets[ALLOW];
 	if (geteuid() != 0) {

@@ -24,8 +24,10 @@ from escapes.attack import (
     Missing,
     Scene,
     attack,
+    checked,
     considered,
     first_of,
+    libc,
     read_attempt,
     system_call,
     write_attempt,
@@ -368,6 +370,55 @@ def leave_connections_behind(scene: Scene) -> str:
         if not left.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT):
             raise OSError(errno.EPERM, "without effect")
     return "may leave them"
+
+
+# No signal ends what these have begun, so that a job of many of them ends hours later. Here of one
+# more than is let through, which is soon done.
+
+
+@attack(shown_as="user")
+def ask_for_what_is_in_memory_without_end(scene: Scene) -> str:
+    """Of all addresses, into the same memory again and again."""
+    size = (1 << 30) + 4096
+    told = (ctypes.c_ubyte * (size >> 12))()
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    first = ctypes.c_char.from_buffer(pages)
+    checked(libc.mincore(ctypes.byref(first), ctypes.c_size_t(size), told), "mincore")
+    return "may ask of all it has, in one call"
+
+
+@attack(shown_as="user")
+def ask_where_pages_are_without_end(scene: Scene) -> str:
+    count = (1 << 16) + 1
+    system_call(
+        "move_pages", 279, 0, count, (ctypes.c_void_p * count)(), 0, (ctypes.c_int * count)(), 0
+    )
+    return "may ask of any number"
+
+
+@attack(shown_as="user")
+def receive_without_end(scene: Scene) -> str:
+    """Of a socket that has been shut down, each message is there at once."""
+    count = 1025
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.close()
+        messages = (ctypes.c_char * (64 * count))()
+        checked(libc.recvmmsg(ours.fileno(), messages, count, 0, None), "recvmmsg")
+    return "may receive any number"
+
+
+@attack(shown_as="user")
+def keep_a_processor_by_semaphores(scene: Scene) -> str:
+    """Thousands wait with 500 operations each, and each lets only the one before it go on: the
+    kernel goes through all of them for each, and nothing else runs there meanwhile."""
+    operations = b"".join(struct.pack("<HhH", number, 1, 0) for number in range(9))
+    semaphores = checked(libc.semget(0, 9, 0o600), "semget")
+    try:
+        checked(libc.semop(semaphores, operations, 9), "semop")
+    finally:
+        libc.semctl(semaphores, 0, 0)  # IPC_RMID
+    return "may wait with any number of operations"
 
 
 # mov eax, 20 (getpid); int 0x80; ret: as a 32-bit program would call.
