@@ -142,3 +142,12 @@ def test_a_restart_by_systemd_leaves_the_jobs() -> None:
     for path in UNITS.glob("*.service"):
         assert "\nKillMode=process\n" in path.read_text()
         assert "\nDelegate=yes\n" in path.read_text()
+
+
+def test_no_start_is_the_last_one() -> None:
+    """By default systemd gives up after five in ten seconds: a job that had the server's port for
+    so long had ended the server for good."""
+    for path in UNITS.glob("*.service"):
+        before_service, _, service = path.read_text().partition("\n[Service]\n")
+        assert "\nStartLimitIntervalSec=0\n" in before_service
+        assert "\nRestart=always\n" in service
