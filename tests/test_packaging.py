@@ -151,3 +151,9 @@ def test_no_start_is_the_last_one() -> None:
         before_service, _, service = path.read_text().partition("\n[Service]\n")
         assert "\nStartLimitIntervalSec=0\n" in before_service
         assert "\nRestart=always\n" in service
+
+
+def test_no_unit_has_a_limit_on_processes_of_its_own() -> None:
+    """By default it is a share of the machine's that one job may reach."""
+    for path in UNITS.glob("*.service"):
+        assert "\nTasksMax=infinity\n" in path.read_text()

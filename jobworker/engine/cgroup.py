@@ -80,6 +80,8 @@ class CgroupTree:
             _move_server_out_of(directory, instance)
             path = _make_tree(mount, directory, instance)
             controllers = _enable_controllers(mount.point, path)
+            if not controllers["pids"]:
+                _leave_room(mount.point, path)
         except (CgroupError, OSError) as error:
             return cls(None, str(error), dict.fromkeys(CONTROLLERS, str(error)))
         _watch()  # jobs of the same user may leave it no thread later
@@ -467,6 +469,17 @@ def _enable(level: str, name: str) -> str:
     except OSError as error:
         return f"cannot write {path}: {_why_not_writable(error)}"
     return ""
+
+
+def _leave_room(top: str, path: str) -> None:
+    """Of the processes that a cgroup above may have, as TasksMax= of a unit sets them, all jobs
+    together leave a quarter: to start others, to go on, and to be started again."""
+    names = [f"{level}/pids.max" for level in _levels(top, path)[:-1]]
+    # That of the whole machine has no such file.
+    limits = [_read(name).strip() for name in names if os.path.exists(name)]
+    numbers = [int(limit) for limit in limits if limit != "max"]
+    room = str(min(numbers) * 3 // 4) if numbers else "max"
+    _write(f"{path}/pids.max", room)
 
 
 def _who_blocks(level: str) -> str:

@@ -6,11 +6,31 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
+import pytest
 
 from jobworker.pb import job_worker_pb2 as pb
-from kernel.inside.conftest import ROOT, USER, delegate, refusal, serving, wait_until
+from kernel.inside.conftest import (
+    ROOT,
+    USER,
+    delegate,
+    delegated_directory,
+    refusal,
+    serving,
+    wait_until,
+)
+
+FORK_BOMB = """
+import os, time
+try:
+    while os.fork():
+        pass
+except BlockingIOError:
+    print("no more", flush=True)
+time.sleep(1000)
+"""
 
 
 def test_a_user_without_delegation_is_told_how_to_get_it(
@@ -132,3 +152,31 @@ exec sleep 1000
         # The first process reaps them in its own time.
         wait_until(lambda: not any(Path(f"/proc/{int(pid)}").exists() for pid in pids))
         assert client.run("true")[0].status == "COMPLETED"
+
+
+@pytest.mark.parametrize("user", [0, USER])
+def test_jobs_leave_a_quarter_of_the_processes_that_their_unit_may_have(
+    tmp_path: Path, certificates: Path, user: int
+) -> None:
+    """Less than one of them may have. Without, no job started, nor the next server."""
+    with delegated_directory(user) as base:
+        own = base / "server"
+        own.mkdir()
+        delegate(own, user)
+        (base / "pids.max").write_text("160")
+        settings: dict[str, Any] = {"CGROUP_BASE": str(base), "STOP_JOBS": "no"}
+        with serving(tmp_path, certificates, own, user, **settings) as server:
+            with server.connect() as client:
+                bomb = client.create(sys.executable, "-c", FORK_BOMB)
+                cgroup = Path(client.info().cgroup, f"job-{bomb.id}")
+                assert next(client.stream(bomb.id)).payload == b"no more\n"
+                assert int((cgroup / "pids.current").read_text()) == 120
+                job, output = client.run("echo fine")
+                assert (job.status, output) == ("COMPLETED", b"fine\n")
+            server.stop(signal.SIGKILL)
+        with (
+            serving(tmp_path, certificates, own, user, **settings) as server,
+            server.connect() as client,
+        ):
+            client.stop(bomb.id, grace_milliseconds=0)
+            assert client.wait(bomb.id).cause == pb.STOPPED
