@@ -205,7 +205,8 @@ def _try(look: Look, path: str) -> Seen | OSError:
     except BlockingIOError:
         raise
     except OSError as error:
-        return error
+        # Which would keep the request, by the frames in it, until the collector comes.
+        return error.with_traceback(None)
 
 
 NOT_FOUND = "does not exist on the server"

@@ -792,7 +792,9 @@ class Manager:
         await turn.acquire()
         worked_seconds = 0.0
 
-        def look() -> T:
+        # Given as arguments: what it knew by itself would stay with its error until the collector
+        # comes.
+        def look(function: Callable[..., T], *arguments: Any) -> T:
             nonlocal worked_seconds
             began = time.thread_time()
             try:
@@ -801,7 +803,7 @@ class Manager:
                 worked_seconds = time.thread_time() - began
 
         try:
-            return await self._loop.run_in_executor(self._lookers, look)
+            return await self._loop.run_in_executor(self._lookers, look, function, *arguments)
         finally:
             if worked_seconds > LONG_LOOK_SECONDS:
                 self._loop.call_later(MOST_LOOKS * worked_seconds, turn.release)

@@ -436,6 +436,32 @@ def test_endings_that_are_not_taken(start_server: StartServer, mallory: str) -> 
         assert next(late).ending.id == job.id
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_what_creates_took_is_given_back(
+    start_server: StartServer, mallory: str, is_refused: bool
+) -> None:
+    """At once: the collector, which counts no strings, comes after hundreds of jobs."""
+    server = start_server()
+    arguments = [f"{number:08}" for number in range(30_000)]  # 2 MiB
+
+    def create() -> None:
+        if not is_refused:
+            # Not in the first folder of the PATH.
+            client.wait(client.create("true", *arguments).id)
+            return
+        with pytest.raises(grpc.RpcError) as caught:
+            client.create("passwd", *arguments, environment={"PATH": "/etc"})
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    with server.connect(mallory) as client:
+        for _ in range(10):
+            create()
+        before = server.rss_bytes()
+        for _ in range(50):
+            create()
+        assert server.rss_bytes() - before < 50 * MEBIBYTE
+
+
 # Of which each costs far more as an object than on the wire.
 MANY_VARIABLES = {f"{number:x}": "" for number in range(9_000)}
 
