@@ -31,6 +31,8 @@ PRUNE_PAUSE_SECONDS = 1.0
 # So often where none ends, as they grow older all the same.
 AGE_SECONDS = 60.0
 BATCH_JOBS = 200
+# So long the packing of what an earlier server has left waits for that of one job which is read.
+READ_SECONDS = 1.0
 # What deletes may take when the server ends: the next one removes files without a record.
 CLOSE_SECONDS = 3.0
 # RuntimeError: the machine had no number left for a thread.
@@ -161,6 +163,7 @@ class Retention:
     async def _tidy(self, live_ids: frozenset[int]) -> None:
         """What an earlier server did not come to do."""
         kept = 0
+        unpacked: list[int] = []
         for job_id in sorted(await self._in_thread(self._output.job_ids) - live_ids):
             job = await self._store.get(job_id, brief=True)
             if job is None and self._store.damaged:
@@ -168,15 +171,18 @@ class Retention:
             elif job is None:
                 log.warning("removing the output of job %d, of which there is no record", job_id)
                 await self._in_thread(self._output.delete_stray, job_id)
-            elif job_id in self._packing:
-                continue  # it has ended in between
             elif job.is_ended and 0 < job.output_bytes <= LARGEST_PACKED_BYTES:
-                await asyncio.wait([self._pack_soon(job)])
+                unpacked.append(job_id)
         if kept:
             log.warning(
                 "the output of %d jobs without a record stays: their records may be in %s",
                 *(kept, ", ".join(self._store.damaged)),
             )
+        # Last, as each waits for who reads it, which may be for ever.
+        for job_id in unpacked:
+            job = await self._store.get(job_id, brief=True)
+            if job and job_id not in self._packing:  # it has ended in between
+                await asyncio.wait([self._pack_soon(job)], timeout=READ_SECONDS)
 
     # Pruning
 

@@ -174,3 +174,28 @@ def test_who_gives_up_leaves_no_files_without_a_record(tmp_path: Path, is_closed
         await output.close()
 
     asyncio.run(main())
+
+
+def test_who_reads_keeps_nothing_of_an_earlier_server_where_it_was(tmp_path: Path) -> None:
+    """Neither files without a record, nor others' small outputs that are not packed yet."""
+
+    async def main() -> None:
+        output = Output(tmp_path, 1 << 20)
+        store = Store.open(tmp_path / "jobs.db")
+        for number in (1, 2):
+            job = Job(number, JobSpec("true"), Status.COMPLETED, created_ns=NOW, ended_ns=NOW)
+            await store.put(dataclasses.replace(job, stdout_bytes=2))
+        for number in (1, 2, 3):
+            (tmp_path / f"{number}.0.log").write_bytes(b"hi")
+            (tmp_path / f"{number}.0.idx").write_bytes(bytes(64))
+        output.count_reader(1, 1)
+        retention = Retention(store, output, Keep())
+        retention.start([])
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while {int(path.name[0]) for path in tmp_path.glob("*.0.*")} != {1}:
+                await asyncio.sleep(0.01)
+        await retention.close()
+        await store.close()
+        await output.close()
+
+    asyncio.run(main())
