@@ -7,6 +7,7 @@ among what is given to `write`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -98,16 +99,26 @@ class AuditLog:
     def _flush(self) -> None:
         try:
             while self._waiting:
-                line = self._waiting[0]
-                written = os.write(self._descriptor, line)
-                if written < len(line):  # what a full disk had room for
-                    self._waiting[0] = line[written:]
-                else:
-                    self._waiting.popleft()
+                self._write_whole(self._waiting[0])
+                self._waiting.popleft()
         except OSError as error:
             self._say(error)
             return
         self._say_again()
+
+    def _write_whole(self, line: bytes) -> None:
+        """Or nothing of it: what a full disk had no room for may come to another file, or the
+        server be killed before."""
+        written = 0
+        try:
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+        except OSError:
+            with contextlib.suppress(OSError):  # as of a file that can only be appended to
+                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+                written = 0
+            self._waiting[0] = line[written:]
+            raise
 
     def _say(self, error: OSError) -> None:
         problem = error.strerror or str(error)

@@ -135,6 +135,23 @@ def test_what_a_full_disk_has_no_room_for_waits(path: Path) -> None:
     assert [line["number"] for line in lines(path)] == list(range(21))
 
 
+def test_a_line_is_in_one_file_where_the_disk_was_full(path: Path) -> None:
+    """And none of it is there before there was room for all."""
+    audit_log = AuditLog(path)
+    audit_log.write(number=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+    try:
+        audit_log.write(number=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    moved = path.rename(path.with_name("audit.log.1"))
+    audit_log.look()
+    audit_log.close()
+    assert [line["number"] for line in lines(moved)] == [0]
+    assert [line["number"] for line in lines(path)] == [1]
+
+
 def test_what_does_not_fit_in_memory_is_counted(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
