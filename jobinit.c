@@ -653,7 +653,7 @@ enum { LAST_REVIEWED_CALL = 469 };
 
 enum verdict {
 	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LATE_ENDS, PLAIN_FCNTLS,
-	PLAIN_IOCTLS, NO_CORES_1, NO_CORES_2, FEW_PAGES, FEW_MOVES, FEW_MESSAGES, FEW_OPERATIONS,
+	PLAIN_IOCTLS, OWN_CORE, NO_CORES_1, NO_CORES_2, FEW_PAGES, FEW_MOVES, FEW_MESSAGES, FEW_OPERATIONS,
 	PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2, PLAIN_MODE_ELSEWHERE,
 	VERDICTS,
 };
@@ -713,6 +713,9 @@ static struct rule rules[] = {
 	/* For some it looks for modules, as for sockets that it does not know; some reach what the
 	 * view hides. */
 	{SYS_ioctl, PLAIN_IOCTLS},
+	/* By PR_SCHED_CORE, whose processes run beside no others on a core keep its sibling idle, which
+	 * counts for no limit on CPU. */
+	{SYS_prctl, OWN_CORE},
 	/* While it writes of a crash, even to nowhere, the kernel looks at all addresses that the job has
 	 * reserved, which may be 128 TiB, and up to Linux 6.1 at least no signal ends that. So the limit
 	 * on core dumps stays what it is; answered as done, as many programs lower or raise it. */
@@ -755,17 +758,19 @@ enum {
 			 | CLONE_NEWPID | CLONE_NEWNET | NEW_TIME | CLONE_PARENT,
 	RULES = sizeof rules / sizeof *rules,
 	LONGEST_TREE = 2 * RULES, /* two comparisons for each rule at most */
-	LONGEST_FILTER = LONGEST_TREE + 80,
+	LONGEST_FILTER = 256, /* as far as a jump reaches */
 	FIRST_VERDICT = 256 - VERDICTS, /* jumps that are longer reach no instruction, but mean one */
 };
 
-_Static_assert(LONGEST_TREE < FIRST_VERDICT && LONGEST_FILTER <= 256, "jumps would not reach");
+_Static_assert(LONGEST_TREE < FIRST_VERDICT, "jumps in the tree would mean verdicts");
 
 static struct sock_filter filter[LONGEST_FILTER];
 static unsigned filter_size;
 
 static unsigned emit(unsigned code, unsigned operand, unsigned if_true, unsigned if_false)
 {
+	if (filter_size == LONGEST_FILTER) /* its length differs by architecture and user */
+		abort();
 	filter[filter_size] = (struct sock_filter){code, if_true, if_false, operand};
 	return filter_size++;
 }
@@ -954,22 +959,42 @@ static unsigned make_ioctl_filter(void)
 	return first;
 }
 
-/* Returns where it begins. resource: the number of the argument that says of what the limit is; the
- * next one is where the new limit is, for prlimit NULL where none is set. */
+/* Returns where it begins. */
+static unsigned make_prctl_filter(void)
+{
+	unsigned first = emit(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[0]), 0, 0);
+
+	emit(BPF_JMP | BPF_JEQ | BPF_K, 62 /* PR_SCHED_CORE */, 0, 1);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	return first;
+}
+
+/* Returns where it begins. resource: the number of the argument that says of what the limit is. The
+ * next one is where the new limit is, and the one after that, for prlimit, where the old one is to be
+ * told: either may be NULL. A filter cannot tell the old one, so that is refused with a new one. */
 static unsigned make_core_filter(unsigned resource)
 {
 	const unsigned size = sizeof(((struct seccomp_data *)0)->args[0]), half = size / 2;
 	const unsigned place = offsetof(struct seccomp_data, args) + resource * size;
+	const unsigned tells_old = resource == 1 ? 4 : 0; /* instructions */
 	unsigned first;
 
 	first = emit(BPF_LD | BPF_W | BPF_ABS, place, 0, 0);
-	emit(BPF_JMP | BPF_JEQ | BPF_K, RLIMIT_CORE, 0, 4);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, RLIMIT_CORE, 0, 6 + tells_old);
 	emit(BPF_LD | BPF_W | BPF_ABS, place + size, 0, 0);
-	emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 3);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 2);
 	emit(BPF_LD | BPF_W | BPF_ABS, place + size + half, 0, 0);
-	emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 1);
-	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
+	emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 2 + tells_old, 0);
+	if (tells_old) {
+		emit(BPF_LD | BPF_W | BPF_ABS, place + 2 * size, 0, 0);
+		emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 3);
+		emit(BPF_LD | BPF_W | BPF_ABS, place + 2 * size + half, 0, 0);
+		emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 1);
+	}
 	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | 0, 0, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM, 0, 0);
+	emit(BPF_RET | BPF_K, SECCOMP_RET_ALLOW, 0, 0);
 	return first;
 }
 
@@ -1037,6 +1062,7 @@ static void make_filter(void)
 	targets[NO_LATE_ENDS] = make_socket_end_filter();
 	targets[PLAIN_FCNTLS] = make_fcntl_filter();
 	targets[PLAIN_IOCTLS] = make_ioctl_filter();
+	targets[OWN_CORE] = make_prctl_filter();
 	targets[NO_CORES_1] = make_core_filter(0);
 	targets[NO_CORES_2] = make_core_filter(1);
 	targets[FEW_PAGES] = make_count_filter(1, 1 << 30 /* bytes */);

@@ -421,6 +421,18 @@ def keep_a_processor_by_semaphores(scene: Scene) -> str:
     return "may wait with any number of operations"
 
 
+@attack(shown_as="user")
+def keep_the_siblings_of_processors_idle(scene: Scene) -> str:
+    """Who shares no core with others has the rest of it idle, which no limit on CPU counts."""
+    sched_core, create = 62, 1
+    try:
+        checked(libc.prctl(sched_core, create, 0, 0, 0), "prctl(PR_SCHED_CORE)")
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENODEV}:
+            raise
+    return "may, where kernel and processor have such cores"
+
+
 # mov eax, 20 (getpid); int 0x80; ret: as a 32-bit program would call.
 OTHER_ENTRY = bytes.fromhex("b814000000cd80c3")
 

@@ -1,7 +1,7 @@
 /* For linux.uml, which has room for 2,696 bytes of a process' vector registers: that is all of them
  * up to AVX-512 and PKRU (arch/x86/um/user-offsets.c). On processors with more, as AMX, the kernel
  * takes them only whole (EFAULT, arch/x86/kernel/fpu/regset.c), and no process would ever start.
- * So this is preloaded: it asks for all, and puts back what it does not hand on. */
+ * So this is preloaded: it asks for all, hands some on, and puts all back, the rest as not in use. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
