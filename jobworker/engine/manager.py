@@ -694,6 +694,9 @@ class Manager:
             live.cgroup = cgroup
             self._started(live, await self._jobinits.start(start))
         except START_ERRORS as error:
+            # Without its frames: a future in one of them has it, and would keep them until the
+            # collector comes.
+            error.with_traceback(None)
             await self._certainly(live, partial(self._fail_start, live, error))
         except StoreError as error:
             self._forget(live, error)

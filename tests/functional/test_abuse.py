@@ -436,22 +436,27 @@ def test_endings_that_are_not_taken(start_server: StartServer, mallory: str) -> 
         assert next(late).ending.id == job.id
 
 
-@pytest.mark.parametrize("is_refused", [False, True])
+@pytest.mark.parametrize("how", ["they run", "they are refused", "they do not start"])
 def test_what_creates_took_is_given_back(
-    start_server: StartServer, mallory: str, is_refused: bool
+    start_server: StartServer, mallory: str, tmp_path: Path, how: str
 ) -> None:
     """At once: the collector, which counts no strings, comes after hundreds of jobs."""
     server = start_server()
     arguments = [f"{number:08}" for number in range(30_000)]  # 2 MiB
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
 
     def create() -> None:
-        if not is_refused:
+        if how == "they run":
             # Not in the first folder of the PATH.
             client.wait(client.create("true", *arguments).id)
-            return
-        with pytest.raises(grpc.RpcError) as caught:
-            client.create("passwd", *arguments, environment={"PATH": "/etc"})
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        elif how == "they do not start":
+            assert client.create(str(script), *arguments).failed_step == "exec"
+        else:
+            with pytest.raises(grpc.RpcError) as caught:
+                client.create("passwd", *arguments, environment={"PATH": "/etc"})
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     with server.connect(mallory) as client:
         for _ in range(10):
