@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Quota
 from jobworker.engine.store import EndedJob, Store
@@ -46,6 +46,16 @@ class Keep:
     jobs: int = 0
     seconds: float = 0.0
     log_bytes: int = 0
+
+
+class _Written(NamedTuple):
+    """An ended job's output. Of the job no more is kept in memory: what it was asked for may be
+    large, and its output may be read for long."""
+
+    job_id: int
+    owner: str
+    bytes: int
+    quota: Quota
 
 
 class Retention:
@@ -88,77 +98,81 @@ class Retention:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, function, *arguments)
 
-    async def _in_turn(self, job: Job, function: Callable[..., T], *arguments: object) -> T:
+    async def _in_turn(self, owner: str, function: Callable[..., T], *arguments: object) -> T:
         """The same, one after the other for jobs of one client: others find a thread."""
-        async with self._turns.of(job.owner):
+        async with self._turns.of(owner):
             return await self._in_thread(function, *arguments)
 
     def take(self, job: Job) -> None:
         """A job whose ending has just been stored."""
         self._ended.set()
         if 0 < job.output_bytes <= LARGEST_PACKED_BYTES:
-            self._pack_soon(job)
+            self._pack_soon(_written_by(job))
 
     def delete(self, jobs: Iterable[Job], *, in_turn: bool = True) -> asyncio.Future[None]:
         """Forgets ended jobs, and removes what they have written. Raises StoreError.
 
         in_turn: after what else of the same client's is removed; else with no regard to that.
         Who goes away meanwhile does not leave files without a record."""
-        task = asyncio.get_running_loop().create_task(self._delete(list(jobs), in_turn))
+        task = asyncio.get_running_loop().create_task(
+            self._delete(list(map(_written_by, jobs)), in_turn)
+        )
         self._deleting.add(task)
         task.add_done_callback(self._deleting.discard)
         return asyncio.shield(task)
 
-    async def _delete(self, jobs: list[Job], in_turn: bool) -> None:
-        for job in jobs:
-            if task := self._packing.get(job.id):
+    async def _delete(self, outputs: list[_Written], in_turn: bool) -> None:
+        ids = [output.job_id for output in outputs]
+        for job_id in ids:
+            if task := self._packing.get(job_id):
                 task.cancel()
                 await asyncio.wait([task])
-        ids = [job.id for job in jobs]
         try:
             # First the records: of files without a record the next start knows what to do.
             await self._store.delete(ids)
         except StoreError:
             # As on a full disk, on which these files may be what makes room for that.
-            await self._delete_files_or_say(jobs, in_turn)
+            await self._delete_files_or_say(outputs, in_turn)
             await self._store.delete(ids)
         else:
-            await self._delete_files_or_say(jobs, in_turn)
+            await self._delete_files_or_say(outputs, in_turn)
 
-    async def _delete_files_or_say(self, jobs: Iterable[Job], in_turn: bool) -> None:
+    async def _delete_files_or_say(self, outputs: Iterable[_Written], in_turn: bool) -> None:
         try:
-            for job in jobs:
-                if job.output_bytes and in_turn:
-                    await self._in_turn(job, self._delete_files, job)
-                elif job.output_bytes:
-                    await self._in_thread(self._delete_files, job)
+            for output in outputs:
+                if output.bytes and in_turn:
+                    await self._in_turn(output.owner, self._delete_files, output)
+                elif output.bytes:
+                    await self._in_thread(self._delete_files, output)
         except OSError as error:
             log.error("files of deleted jobs stay until the next start: %s", error)
 
-    def _delete_files(self, job: Job) -> None:
-        self._output.delete(job.id, job.output_bytes, quota_of(job))
+    def _delete_files(self, output: _Written) -> None:
+        self._output.delete(output.job_id, output.bytes, output.quota)
 
     # Packing
 
-    def _pack_soon(self, job: Job) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(self._pack(job))
-        self._packing[job.id] = task
-        task.add_done_callback(lambda _: self._packing.pop(job.id, None))
+    def _pack_soon(self, output: _Written) -> asyncio.Task[None]:
+        job_id = output.job_id
+        task = asyncio.get_running_loop().create_task(self._pack(output))
+        self._packing[job_id] = task
+        task.add_done_callback(lambda _: self._packing.pop(job_id, None))
         return task
 
-    async def _pack(self, job: Job) -> None:
+    async def _pack(self, output: _Written) -> None:
         """While nobody reads it: a reader goes on where it began."""
+        job_id, owner = output.job_id, output.owner
         try:
-            await self._output.wait_unread(job.id)
-            packed = await self._in_turn(job, self._output.pack, job.id, job.output_bytes)
+            await self._output.wait_unread(job_id)
+            packed = await self._in_turn(owner, self._output.pack, job_id, output.bytes)
             if packed is None:
                 return
-            await self._store.put_output(job.id, *packed)
+            await self._store.put_output(job_id, *packed)
             # Who came before it was stored reads the files.
-            await self._output.wait_unread(job.id)
-            await self._in_turn(job, self._delete_files, job)
+            await self._output.wait_unread(job_id)
+            await self._in_turn(owner, self._delete_files, output)
         except PASSING_ERRORS as error:
-            log.warning("the output of job %d stays in files: %s", job.id, error)
+            log.warning("the output of job %d stays in files: %s", job_id, error)
 
     async def _tidy(self, live_ids: frozenset[int]) -> None:
         """What an earlier server did not come to do."""
@@ -182,7 +196,7 @@ class Retention:
         for job_id in unpacked:
             job = await self._store.get(job_id, brief=True)
             if job and job_id not in self._packing:  # it has ended in between
-                await asyncio.wait([self._pack_soon(job)], timeout=READ_SECONDS)
+                await asyncio.wait([self._pack_soon(_written_by(job))], timeout=READ_SECONDS)
 
     # Pruning
 
@@ -231,6 +245,10 @@ def surplus_of(
         jobs -= 1
         log_bytes -= each.log_bytes
     return surplus
+
+
+def _written_by(job: Job) -> _Written:
+    return _Written(job.id, job.owner, job.output_bytes, quota_of(job))
 
 
 def quota_of(job: Job) -> Quota:

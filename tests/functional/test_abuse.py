@@ -4,6 +4,7 @@ notice. How fast others are meanwhile is a question of the benchmarks."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -465,6 +466,31 @@ def test_what_creates_took_is_given_back(
         for _ in range(50):
             create()
         assert server.rss_bytes() - before < 50 * MEBIBYTE
+
+
+def test_large_jobs_that_are_read_after_they_have_ended(
+    start_server: StartServer, mallory: str
+) -> None:
+    """What they were asked for is not kept until their output has been taken."""
+    server = start_server()
+    arguments = [f"{number:08}" for number in range(28_000)]  # 2 MiB
+    with (
+        server.connect(mallory) as client,
+        connect(server, mallory, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)) as hostile,
+    ):
+
+        def create_and_read(count: int) -> None:
+            for _ in range(count):
+                job = client.create("sh", "-c", "sleep 0.5; echo hi", *arguments)
+                request = pb.GetJobsStreamReq(id=job.id).SerializeToString()
+                hostile.sendall(request_of("GetJobsStream", next(streams), request))
+            wait_until(lambda: not client.info().running_jobs)
+
+        streams = itertools.count(1, 2)
+        create_and_read(10)
+        before = server.rss_bytes()
+        create_and_read(60)
+        assert server.rss_bytes() - before < 60 * MEBIBYTE
 
 
 # Of which each costs far more as an object than on the wire.
