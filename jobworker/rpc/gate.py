@@ -118,13 +118,11 @@ class _Client:
     large: int = 0
     untaken_bytes: int = 0
     receiving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_RECEIVED))
-    parsing: asyncio.Lock = field(default_factory=asyncio.Lock)
     answering: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_ANSWERED))
     reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_READ))
     creating: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_CREATED))
     ending: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LARGE_ENDINGS))
     listing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    large_job: asyncio.Lock = field(default_factory=asyncio.Lock)
     connections: dict[str, int] = field(default_factory=dict)  # calls on each, by its peer
 
 
@@ -217,7 +215,7 @@ class Entry:
     large_ending: Callable[[], asyncio.Semaphore]
     # Within it, a job that is large is read and made a message: of each client one at once, as
     # nothing else is done in these milliseconds.
-    large_job: Callable[[], asyncio.Lock]
+    large_job: Callable[[], asyncio.Semaphore]
 
 
 class Gate:
@@ -240,9 +238,12 @@ class Gate:
         self._calls: set[_Call] = set()
         self._refused: dict[_Call, float] = {}  # since when, of those that are not counted
         self._clients: dict[str, _Client] = {}
-        # Not with what else is counted of each client: a disk is read on though all calls that
-        # wanted it have gone.
+        # Not with what else is counted of each client, which goes with its last call: a disk is
+        # read on though all calls that wanted it have gone, and the pause after what took the loop
+        # long is for others also where the client has one call at a time.
         self._disk_turns = Turns(MOST_READ_FROM_DISK)
+        self._parsing_turns = Turns(1)
+        self._large_job_turns = Turns(1)
         self._refusals: dict[str, _Refusals] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._shutting: set[str] = set()
@@ -280,10 +281,10 @@ class Gate:
                 functools.partial(self._keep_asking, call),
                 lambda: _client_of(call).reading,
                 functools.partial(self._reading_as, call),
-                functools.partial(self._disk_turn, call),
+                functools.partial(_turn_in, self._disk_turns, call),
                 lambda: _client_of(call).creating,
                 lambda: _client_of(call).ending,
-                lambda: _client_of(call).large_job,
+                functools.partial(_turn_in, self._large_job_turns, call),
             )
             request = answer = sent = None
             turn: Turn = ALWAYS_FREE
@@ -296,7 +297,7 @@ class Gate:
                     if takes_stream:
                         request = requests
                     else:
-                        request, turn = await _receive(call, context, parse)
+                        request, turn = await self._receive(call, context, parse)
                     if is_ours and is_stream:
                         call.still_may = _by_its_rule
                     async with _turn_of(call, is_refusable) or turn:
@@ -471,10 +472,6 @@ class Gate:
                 raise PermissionDeniedError(problem)
             yield
 
-    def _disk_turn(self, call: _Call) -> asyncio.Semaphore:
-        assert call.passport is not None
-        return self._disk_turns.of(call.passport.identity.name)
-
     def _keep_asking(self, call: _Call, still_may: StillMay) -> None:
         still_may(self._access(call))
         call.still_may = still_may
@@ -499,6 +496,30 @@ class Gate:
             client.calls += 1
         client.large += call.rpc in LARGE
         call.client = client
+
+    async def _receive(self, call: _Call, context: Context, parse: Parse) -> tuple[Any, Turn]:
+        """The request, and what it is to be answered within."""
+        turn: Turn = ALWAYS_FREE
+        receiving = _client_of(call).receiving
+        await receiving.acquire()
+        try:
+            data: Any = await context.read()
+            if data is grpc.aio.EOF:
+                raise InvalidRequestError("request", "there is none")
+            if len(data) <= LARGEST_LASTING_BYTES:
+                request = parse(data)
+                if call.rpc == "CreateJob" and convert.has_many_strings(request):
+                    turn = _Acquired(receiving)  # in memory it is far larger
+                return request, turn
+            # Each may take a tenth of a second.
+            async with leaving_time_for_others(_turn_in(self._parsing_turns, call)):
+                request = parse(data)
+            if call.rpc not in LARGE:
+                turn = _Acquired(receiving)
+            return request, turn
+        finally:
+            if turn is ALWAYS_FREE:
+                receiving.release()
 
     def _counted(self, call: _Call, answer: Any, is_refusable: bool) -> bytes:
         """The answer as it is sent; counted until then."""
@@ -641,7 +662,7 @@ def forget_frames(error: Exception) -> None:
 
 
 @contextlib.asynccontextmanager
-async def leaving_time_for_others(turn: asyncio.Lock) -> AsyncIterator[None]:
+async def leaving_time_for_others(turn: asyncio.Semaphore) -> AsyncIterator[None]:
     """For what takes the loop long, one after the other of each client: others come in between,
     for long enough, as gRPC lets in one call in each turn of the loop."""
     await turn.acquire()
@@ -778,32 +799,6 @@ def _streaming(inner: Any) -> Method:
     return method
 
 
-async def _receive(call: _Call, context: Context, parse: Parse) -> tuple[Any, Turn]:
-    """The request, and what it is to be answered within."""
-    assert call.client is not None
-    turn: Turn = ALWAYS_FREE
-    receiving = call.client.receiving
-    await receiving.acquire()
-    try:
-        data: Any = await context.read()
-        if data is grpc.aio.EOF:
-            raise InvalidRequestError("request", "there is none")
-        if len(data) <= LARGEST_LASTING_BYTES:
-            request = parse(data)
-            if call.rpc == "CreateJob" and convert.has_many_strings(request):
-                turn = _Acquired(receiving)  # in memory it is far larger
-            return request, turn
-        # Each may take a tenth of a second.
-        async with leaving_time_for_others(call.client.parsing):
-            request = parse(data)
-        if call.rpc not in LARGE:
-            turn = _Acquired(receiving)
-        return request, turn
-    finally:
-        if turn is ALWAYS_FREE:
-            receiving.release()
-
-
 def _turn_of(call: _Call, is_refusable: bool) -> Turn | None:
     """What its answer is to be made within; None: what its request has brought."""
     client = _client_of(call)
@@ -816,6 +811,11 @@ def _current_task() -> asyncio.Task[Any]:
     task = asyncio.current_task()
     assert task is not None
     return task
+
+
+def _turn_in(turns: Turns, call: _Call) -> asyncio.Semaphore:
+    assert call.passport is not None
+    return turns.of(call.passport.identity.name)
 
 
 def _client_of(call: _Call) -> _Client:

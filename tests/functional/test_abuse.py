@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -466,6 +467,25 @@ def test_what_creates_took_is_given_back(
         for _ in range(50):
             create()
         assert server.rss_bytes() - before < 50 * MEBIBYTE
+
+
+def test_large_requests_one_after_the_other(start_server: StartServer, mallory: str) -> None:
+    """Others have their time in between also where a client has one call at a time."""
+    server = start_server()
+    arguments, others = [""] * 57_000, 0
+    with server.connect(mallory) as client, server.connect() as other:
+        one_by_one = threading.Thread(target=create_refused, args=(client, 15, arguments))
+        one_by_one.start()
+        while one_by_one.is_alive():
+            other.info()
+            others += 1
+    assert others > 3 * 15
+
+
+def create_refused(client: Client, count: int, arguments: list[str]) -> None:
+    for _ in range(count):
+        with contextlib.suppress(grpc.RpcError):
+            client.create("true", *arguments, timeout_milliseconds=1 << 62)
 
 
 def test_large_jobs_that_are_read_after_they_have_ended(
