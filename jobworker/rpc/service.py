@@ -103,7 +103,10 @@ class JobService:
                     except asyncio.CancelledError:
                         entry.note(partial(_told_given_up, each))
                         raise
-                entry.note(partial(_told_of, each, result))
+                    entry.note(partial(_told_of, each, result))
+                    if result.code:  # most that are refused have waited for nothing
+                        async with entry.large_job():
+                            await asyncio.sleep(0)
 
         workers = asyncio.gather(*(work() for _ in range(min(MOST_CREATED, count))))
         # Seen, also where nobody waits for it any more, as the server ends.

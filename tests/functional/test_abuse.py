@@ -488,6 +488,24 @@ def create_refused(client: Client, count: int, arguments: list[str]) -> None:
             client.create("true", *arguments, timeout_milliseconds=1 << 62)
 
 
+def test_many_jobs_that_are_refused(start_server: StartServer, mallory: str) -> None:
+    """Nothing is waited for, and others have their turns in between all the same."""
+    server = start_server()
+    refused = pb.CreateJobReq(command="true", timeout_milliseconds=1 << 62)
+    request, others = pb.CreateJobsReq(jobs=[refused] * 1000).SerializeToString(), 0
+    with channel(server.address, server.certs, mallory) as opened, server.connect() as other:
+        other.info()
+        method: Any = opened.unary_unary("/job_worker.JobService/CreateJobs")
+        calls = [method.future(request, timeout=DEADLINE_SECONDS) for _ in range(8)]
+        while not all(call.done() for call in calls):
+            other.info()
+            others += 1
+    for call in calls:
+        results = pb.CreateJobsRes.FromString(call.result()).results
+        assert {result.code for result in results} == {grpc.StatusCode.INVALID_ARGUMENT.value[0]}
+    assert others > 5 * len(calls)
+
+
 def test_large_jobs_that_are_read_after_they_have_ended(
     start_server: StartServer, mallory: str
 ) -> None:
