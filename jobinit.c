@@ -1984,6 +1984,24 @@ static bool is_out_of_reach(void)
 	return is_absent() || (is_in_user_namespace && errno == EACCES);
 }
 
+/* By a folder of its user's own, which a job could open again. Rights over one end where its group
+ * has no number in the namespace. */
+static bool is_closed_by_its_user(const char *path)
+{
+	char folder[PATH_MAX] = "/";
+	const char *slash = path;
+	struct stat info, closed = {.st_uid = 0};
+
+	while (stat(folder, &info) == 0) {
+		closed = info;
+		slash = strchr(slash + 1, '/');
+		if (!slash)
+			break;
+		snprintf(folder, sizeof folder, "%.*s", (int)(slash - path), path);
+	}
+	return closed.st_uid == geteuid();
+}
+
 static void protect_paths(const struct view_request *request)
 {
 	const char *path = request->read_only;
@@ -2006,11 +2024,16 @@ static void hide_paths(const struct view_request *request)
 	uint32_t i;
 
 	for (i = 0; i < request->asked.hidden; i++, path = after(path)) {
-		if (stat(path, &info) == 0)
+		if (stat(path, &info) == 0) {
 			need(bind_mount(S_ISDIR(info.st_mode) ? HIDDEN_FOLDER : HIDDEN_FILE, path),
 			     "hide", path);
-		else
-			need(is_out_of_reach(), "look at", path);
+			continue;
+		}
+		need(is_out_of_reach(), "look at", path);
+		if (errno == EACCES && is_closed_by_its_user(path)) {
+			errno = EBUSY; /* and no refusal of the kernel's, as it passes */
+			need(false, "look, as a folder of this user's is closed, at", path);
+		}
 	}
 }
 

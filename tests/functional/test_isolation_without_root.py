@@ -701,6 +701,23 @@ def test_a_log_that_its_user_cannot_reach_is_left_out(certificates: Path, mode: 
             assert "jobinit is process" in start(PROFILE="default").log
 
 
+def test_another_proc_is_in_no_folder_that_a_job_could_open_again(certificates: Path) -> None:
+    """In the namespace of its user nobody has rights over what is of another group."""
+    with public_folder() as place, public_folder() as folder:
+        own = place / "own"
+        (own / "proc").mkdir(parents=True)
+        os.chown(own, USER, GROUP)
+        own.chmod(0)
+        launcher = ["sh", "-c", f'mount -t proc proc {own}/proc && exec "$@"', "sh"]
+        with servers(folder, certificates, launcher) as start:
+            for profile in ("", "default"):
+                with pytest.raises(AssertionError, match="a folder of this user's is closed"):
+                    start(PROFILE=profile)
+            own.chmod(0o700)
+            with start(PROFILE="").connect() as client:
+                assert b"Permission denied" in client.run(f"ls {own}/proc")[1]
+
+
 def test_nor_by_way_of_another_mount(certificates: Path) -> None:
     """Of a folder between the outermost one that the user could change, and what is hidden."""
     with public_folder() as place, public_folder() as again, public_folder() as folder:
