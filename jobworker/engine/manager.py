@@ -537,7 +537,7 @@ class Manager:
         log.warning("job %d is lost: nobody is left to tell how it ended", live.job.id)
         if live.cgroup:
             await self._kill_cgroup(live, live.cgroup)
-        if self.cgroups.path is None:
+        if self.cgroups.path is None and live.job.created_ns >= _boot_ns():
             live.job = transition.changed(live.job, cleanup_uncertain=True)
         if extent:
             live.job = transition.changed(
@@ -699,7 +699,7 @@ class Manager:
             error.with_traceback(None)
             await self._certainly(live, partial(self._fail_start, live, error))
         except StoreError as error:
-            self._forget(live, error)
+            self._forget(live, error.with_traceback(None))  # as above
             raise
         except Exception:
             # Nobody thought of it, and the log tells of it. There may be a record, even a process.
@@ -718,7 +718,7 @@ class Manager:
         """It could not be recorded, so it never was; who has heard of it is told so."""
         self._drop(live)
         for future in (live.begun, live.over):
-            future.set_exception(error)
+            future.set_exception(StoreError(*error.args))
             future.exception()  # seen, also where nobody waits
         if live.kill_timer:  # a stop came, whose record may be written after all
             live.kill_timer.cancel()

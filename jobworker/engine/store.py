@@ -255,7 +255,7 @@ class Store:
                 ids = _Ids(path.with_name("next-id"), last_run, newest_id)
                 undo.pop_all()
         except (sqlite3.Error, OSError) as error:
-            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
                 advice = "end the other program that has it open, such as a shell of sqlite3"
             else:
                 advice = (

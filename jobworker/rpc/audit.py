@@ -114,9 +114,10 @@ class AuditLog:
             while written < len(line):
                 written += os.write(self._descriptor, line[written:])
         except OSError:
-            with contextlib.suppress(OSError):  # as of a file that can only be appended to
-                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
-                written = 0
+            if written:
+                with contextlib.suppress(OSError):  # as of a file that can only be appended to
+                    os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+                    written = 0
             self._waiting[0] = line[written:]
             raise
 

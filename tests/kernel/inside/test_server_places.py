@@ -158,7 +158,7 @@ exec sleep 1000
 def test_jobs_leave_a_quarter_of_the_processes_that_their_unit_may_have(
     tmp_path: Path, certificates: Path, user: int
 ) -> None:
-    """Less than one of them may have. Without, no job started, nor the next server."""
+    """The unit may have fewer than a single job: without, no job started, nor the next server."""
     with delegated_directory(user) as base:
         own = base / "server"
         own.mkdir()
