@@ -119,28 +119,33 @@ def test_a_signal_that_is_asked_for_all_the_time(client: Client) -> None:
     assert {stop.result().status for stop in stops} == {"STOPPED"}
 
 
-def test_many_signals_at_once(client: Client) -> None:
-    """Two a second, in the order in which they came: all of them are for all processes, too."""
-    names = ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM")
-    traps = "; ".join(f'trap "echo {name}" {name}' for name in names)
+HANDLED = ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM")
+
+
+def start_with_handlers(client: Client) -> pb.Job:
+    """Which write the signal's name."""
+    traps = "; ".join(f'trap "echo {name}" {name}' for name in HANDLED)
     job = client.shell(f"{traps}; echo up; while :; do sleep 0.01; done")
     wait_for_line(client, job.id, b"up")
+    return job
+
+
+def test_many_signals_at_once(client: Client) -> None:
+    """Two a second, in the order in which they came: all of them are for all processes, too."""
+    job = start_with_handlers(client)
     began = time.monotonic()
-    stops = [client.stop_soon(job.id, signal=signal.Signals[f"SIG{name}"]) for name in names]
+    stops = [client.stop_soon(job.id, signal=signal.Signals[f"SIG{name}"]) for name in HANDLED]
     wait_for_line(client, job.id, b"ALRM")
     assert time.monotonic() - began >= 2
     client.stop(job.id, signal=signal.SIGKILL)
     came = client.output(job.id, stream=pb.STDOUT).decode().split()
-    assert came == ["up", *names]
+    assert came == ["up", *HANDLED]
     assert {stop.result().status for stop in stops} == {"STOPPED"}
 
 
 def test_a_kill_waits_for_no_other_signal(client: Client) -> None:
-    names = ("HUP", "INT", "QUIT", "USR1", "USR2", "ALRM")
-    traps = "; ".join(f'trap "echo {name}" {name}' for name in names)
-    job = client.shell(f"{traps}; echo up; while :; do sleep 0.01; done")
-    wait_for_line(client, job.id, b"up")
-    numbers = [signal.Signals[f"SIG{name}"] for name in (*names, "KILL")]
+    job = start_with_handlers(client)
+    numbers = [signal.Signals[f"SIG{name}"] for name in (*HANDLED, "KILL")]
     stops = [client.stop_soon(job.id, signal=number) for number in numbers]
     assert {stop.result().status for stop in stops} == {"STOPPED"}
     assert client.wait(job.id).signal == signal.SIGKILL
