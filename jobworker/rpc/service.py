@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import signal
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -173,17 +173,20 @@ class JobService:
                 raise GivenUp from None
             raise
 
-    async def get_jobs(self, request: pb.EmptyRequest, access: Access) -> bytes:
-        jobs, _ = await self._newest(access, owner=access.owner)
+    async def get_jobs(self, request: pb.EmptyRequest, entry: Entry, _context: Context) -> bytes:
+        access = entry.access()
+        jobs, _ = await self._newest(entry, access, owner=access.owner)
         return jobs.encoded()
 
-    async def list_jobs(self, request: pb.ListJobsReq, access: Access) -> bytes:
+    async def list_jobs(self, request: pb.ListJobsReq, entry: Entry, _context: Context) -> bytes:
+        access = entry.access()
         if request.page_size > LARGEST_PAGE_JOBS:
             problem = f"{request.page_size} is too large; use at most {LARGEST_PAGE_JOBS}"
             raise InvalidRequestError("page_size", problem)
         if access.owner is not None and request.owner not in {"", access.owner}:
             return b""  # as for an owner without jobs
         jobs, is_last = await self._newest(
+            entry,
             access,
             before_id=_page_start(request.page_token),
             most=request.page_size or PAGE_JOBS,
@@ -195,27 +198,38 @@ class JobService:
         return jobs.encoded() + pb.ListJobsRes(next_page_token=token).SerializeToString()
 
     async def _newest(
-        self, access: Access, before_id: int | None = None, most: int | None = None, **filters: Any
+        self,
+        entry: Entry,
+        access: Access,
+        before_id: int | None = None,
+        most: int | None = None,
+        **filters: Any,
     ) -> tuple[convert.JobsWithin, bool]:
-        """As many as fit into one answer, and whether there are no more. most: None: no limit."""
+        """As many as fit into one answer, and whether there are no more. most: None: no limit. May
+        take seconds, in which the caller must have the same access."""
         found = convert.JobsWithin()
         while most is None or found.count < most:
             count = (
                 MOST_JOBS_AT_ONCE if most is None else min(MOST_JOBS_AT_ONCE, most - found.count)
             )
-            part, before_id = await self._manager.page(before_id, count, **filters)
-            if not await self._add(part, found, access):
+            async with entry.reading_as(access):
+                part, before_id = await self._manager.page(before_id, count, **filters)
+            if not await self._add(part, found, entry, access):
                 return found, False
             if before_id is None:
                 return found, True
         return found, False
 
-    async def _add(self, part: list[Job], found: convert.JobsWithin, access: Access) -> bool:
+    async def _add(
+        self, part: list[Job], found: convert.JobsWithin, entry: Entry, access: Access
+    ) -> bool:
         """Whether all of them have fitted."""
         strings = 0
         for each in part:
             try:
-                job = await self._manager.get(each.id) if each.is_brief else each
+                job = each
+                if each.is_brief:
+                    job = await self._manager.get(each.id, turn=entry.reading_as(access))
             except JobNotFoundError:  # deleted meanwhile
                 continue
             strings += len(job.spec.args) + len(job.spec.environment)
@@ -226,7 +240,10 @@ class JobService:
                 return False
         return True
 
-    async def get_server_info(self, request: pb.EmptyRequest, access: Access) -> pb.ServerInfo:
+    async def get_server_info(
+        self, request: pb.EmptyRequest, entry: Entry, _context: Context
+    ) -> pb.ServerInfo:
+        access = entry.access()
         manager, caller = self._manager, access.caller
         defaults = manager.policy.default_limits
         usage = await manager.usage()
@@ -385,29 +402,27 @@ def _page_start(token: str) -> int | None:
 
 # Registration
 
-UnaryMethod = Callable[[Any, Access], Awaitable[Any]]
-
 
 class ServiceHandler(grpc.GenericRpcHandler):
     """All RPCs of the service in one generic handler: the server waits, for each call, on
     every method that was registered by itself (grpc #41796)."""
 
     def __init__(self, service: JobService, gate: Gate) -> None:
-        unary: list[tuple[str, UnaryMethod, Any]] = [
-            ("GetJobs", service.get_jobs, pb.EmptyRequest),
-            ("ListJobs", service.list_jobs, pb.ListJobsReq),
-            ("GetServerInfo", service.get_server_info, pb.EmptyRequest),
-        ]
         streams: list[tuple[str, Method, Any]] = [
             ("GetJobsStream", service.get_jobs_stream, pb.GetJobsStreamReq),
         ]
-        methods = {rpc: _unary(gate, rpc, *rest) for rpc, *rest in unary}
+        whole: list[tuple[str, Method, Any]] = [
+            ("GetJob", service.get_job, pb.GetJobReq),
+            ("GetJobs", service.get_jobs, pb.EmptyRequest),
+            ("ListJobs", service.list_jobs, pb.ListJobsReq),
+            ("GetServerInfo", service.get_server_info, pb.EmptyRequest),
+            ("StopJob", service.stop_job, pb.StopJobReq),
+            ("DeleteJob", service.delete_job, pb.DeleteJobReq),
+            ("CreateJob", service.create_job, pb.CreateJobReq),
+            ("CreateJobs", service.create_jobs, pb.CreateJobsReq),
+        ]
+        methods = {rpc: _whole(gate, rpc, *rest) for rpc, *rest in whole}
         methods |= {rpc: _stream(gate, rpc, *rest) for rpc, *rest in streams}
-        methods["GetJob"] = _whole(gate, "GetJob", service.get_job, pb.GetJobReq)
-        methods["StopJob"] = _whole(gate, "StopJob", service.stop_job, pb.StopJobReq)
-        methods["DeleteJob"] = _whole(gate, "DeleteJob", service.delete_job, pb.DeleteJobReq)
-        methods["CreateJob"] = _whole(gate, "CreateJob", service.create_job, pb.CreateJobReq)
-        methods["CreateJobs"] = _whole(gate, "CreateJobs", service.create_jobs, pb.CreateJobsReq)
         if methods.keys() != RULES.keys():
             raise RuntimeError(f"RPCs without a rule: {methods.keys() ^ RULES.keys()}")
         self._methods: Mapping[str, Any] = {
@@ -416,13 +431,6 @@ class ServiceHandler(grpc.GenericRpcHandler):
 
     def service(self, details: grpc.HandlerCallDetails) -> Any:
         return self._methods.get(details.method)
-
-
-def _unary(gate: Gate, rpc: str, method: UnaryMethod, request_type: Any) -> Any:
-    async def answer(request: Any, entry: Entry, _context: Context) -> Any:
-        return await method(request, entry.access())
-
-    return _whole(gate, rpc, answer, request_type)
 
 
 def _whole(gate: Gate, rpc: str, method: Method, request_type: Any) -> Any:

@@ -274,6 +274,33 @@ def test_calls_that_wait_for_their_turn_go_by_what_their_client_may_now(
         assert admin.get(own.id).status == "COMPLETED"
 
 
+@pytest.mark.parametrize("rpc", ["GetJobs", "ListJobs"])
+def test_a_list_is_made_by_one_role(start: Callable[..., Server], file: Path, rpc: str) -> None:
+    """It takes a second: where its client may see less by then, it is none."""
+    server = start('[cn.alice]\nrole = "admin"\n')
+    variables = {f"{number:x}": "secret" for number in range(9_000)}
+    with server.connect("alice-build") as alice, server.connect() as admin:
+        jobs = [admin.create("true", environment=variables) for _ in range(25)]
+        admin.wait(jobs[-1].id)
+
+        def says_so() -> bool:
+            switch_to("admin")
+            listing = soon(
+                alice, rpc, pb.ListJobsReq(page_size=1000) if is_paged else pb.EmptyRequest()
+            )
+            time.sleep(0.1)  # it is to be under way
+            switch_to("viewer")
+            return "roles have changed since this call began" in (listing.details() or "")
+
+        def switch_to(role: str) -> None:
+            file.write_text(f'[cn.alice]\nrole = "{role}"\n')
+            server.process.send_signal(signal.SIGHUP)
+            until(lambda: alice.info().role == role)
+
+        is_paged = rpc == "ListJobs"
+        until(says_so)
+
+
 def soon(client: Client, rpc: str, request: Any) -> Any:
     method: Any = client._channel.unary_unary(f"/job_worker.JobService/{rpc}")
     return method.future(request.SerializeToString(), timeout=WAIT_SECONDS)
