@@ -149,7 +149,7 @@ class JobService:
         if not job.is_large:
             return _shown(job, access)
         del job
-        async with entry.large_job():
+        async with leaving_time_for_others(entry.large_job()):
             return _shown(await self._manager.get(job_id, turn=entry.reading_as(access)), access)
 
     async def stop_job(

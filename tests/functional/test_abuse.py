@@ -616,15 +616,19 @@ def has_told_more(client: Client, job_id: str, than: int) -> bool:
     return client.get(job_id).stdout_bytes > than
 
 
+@pytest.mark.parametrize("seconds", ["0", "60"])
 def test_many_calls_about_a_job_with_many_variables(
-    start_server: StartServer, mallory: str
+    start_server: StartServer, mallory: str, seconds: str
 ) -> None:
-    """They are read one after the other, and others in between."""
+    """They are read and shown one after the other, and others in between: also where the job runs,
+    so that nothing has to be read."""
     server = start_server()
     with channel(server.address, server.certs, mallory) as opened, server.connect() as client:
-        job, small = client.create("true", environment=MANY_VARIABLES), client.create("true")
-        client.wait(job.id)
+        job = client.create("sleep", seconds, environment=MANY_VARIABLES)
+        small = client.create("true")
         client.wait(small.id)
+        if seconds == "0":
+            client.wait(job.id)
         method: Any = opened.unary_unary("/job_worker.JobService/GetJob")
         request = pb.GetJobReq(id=job.id).SerializeToString()
         began = time.monotonic()
