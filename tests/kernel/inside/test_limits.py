@@ -93,14 +93,17 @@ def test_the_cpu_limit_holds(create: Create) -> None:
 
 def test_without_a_cpu_limit_a_job_gets_all(create: Create) -> None:
     cgroup = create()
+
+    def gets_all() -> bool:
+        """In some second: in others, the machine may have had more to do."""
+        begun, before = time.monotonic(), cpu_seconds(cgroup.path)
+        time.sleep(1)
+        return (cpu_seconds(cgroup.path) - before) / (time.monotonic() - begun) > 0.8
+
     with started(cgroup, "sh", "-c", "echo; while :; do :; done") as job:
         assert job.stdout
         job.stdout.readline()
-        begun, before = time.monotonic(), cpu_seconds(cgroup.path)
-        with pytest.raises(Exception, match="timed out"):
-            job.wait(timeout=1)
-        share = (cpu_seconds(cgroup.path) - before) / (time.monotonic() - begun)
-    assert share > 0.8
+        assert any(gets_all() for _ in range(30))
 
 
 def test_kill_overtakes_who_forks_without_first_threads(create: Create) -> None:

@@ -441,7 +441,7 @@ def test_many_jobs_leave_no_cgroup(
     client: Client, server: Server, request: pytest.FixtureRequest
 ) -> None:
     # For a user, the same code meets the same kernel: some will do.
-    count = 500 if request.node.callspec.params["server"] == "root" else 50
+    count = 200 if request.node.callspec.params["server"] == "root" else 50
     ids = [client.create("true").id for _ in range(count)]
     wait_until(lambda: client.info().running_jobs == 0)
 
