@@ -205,7 +205,7 @@ def test_a_bulk_that_is_under_way_goes_on_as_its_client_may_now(
         )
         job = pb.CreateJobReq(command="true")
         bulk = send.future(pb.CreateJobsReq(jobs=[job] * 500), timeout=WAIT_SECONDS)
-        until(lambda: alice.info().running_jobs > 0)
+        until(lambda: alice.info().running_jobs == MOST_CREATED)
         file.write_text('[ou.build]\nrole = "viewer"\n')
         server.process.send_signal(signal.SIGHUP)
         until(lambda: alice.info().role == "viewer")
