@@ -970,26 +970,26 @@ static unsigned make_prctl_filter(void)
 	return first;
 }
 
-/* Returns where it begins. resource: the number of the argument that says of what the limit is. The
- * next one is where the new limit is, and the one after that, for prlimit, where the old one is to be
- * told: either may be NULL. A filter cannot tell the old one, so that is refused with a new one. */
-static unsigned make_core_filter(unsigned resource)
+/* Returns where it begins. limit: the number of the argument that says where the new limit is. The one
+ * before it says of what it is, and the one after it, for prlimit, where the old one is to be told:
+ * either place may be NULL. A filter cannot tell the old one, so that is refused with a new one. */
+static unsigned make_core_filter(unsigned limit)
 {
 	const unsigned size = sizeof(((struct seccomp_data *)0)->args[0]), half = size / 2;
-	const unsigned place = offsetof(struct seccomp_data, args) + resource * size;
-	const unsigned tells_old = resource == 1 ? 4 : 0; /* instructions */
+	const unsigned place = offsetof(struct seccomp_data, args) + limit * size;
+	const unsigned tells_old = limit == 2 ? 4 : 0; /* instructions */
 	unsigned first;
 
-	first = emit(BPF_LD | BPF_W | BPF_ABS, place, 0, 0);
+	first = emit(BPF_LD | BPF_W | BPF_ABS, place - size, 0, 0);
 	emit(BPF_JMP | BPF_JEQ | BPF_K, RLIMIT_CORE, 0, 6 + tells_old);
-	emit(BPF_LD | BPF_W | BPF_ABS, place + size, 0, 0);
+	emit(BPF_LD | BPF_W | BPF_ABS, place, 0, 0);
 	emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 2);
-	emit(BPF_LD | BPF_W | BPF_ABS, place + size + half, 0, 0);
+	emit(BPF_LD | BPF_W | BPF_ABS, place + half, 0, 0);
 	emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 2 + tells_old, 0);
 	if (tells_old) {
-		emit(BPF_LD | BPF_W | BPF_ABS, place + 2 * size, 0, 0);
+		emit(BPF_LD | BPF_W | BPF_ABS, place + size, 0, 0);
 		emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 3);
-		emit(BPF_LD | BPF_W | BPF_ABS, place + 2 * size + half, 0, 0);
+		emit(BPF_LD | BPF_W | BPF_ABS, place + size + half, 0, 0);
 		emit(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 1);
 	}
 	emit(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | 0, 0, 0);
@@ -1063,8 +1063,8 @@ static void make_filter(void)
 	targets[PLAIN_FCNTLS] = make_fcntl_filter();
 	targets[PLAIN_IOCTLS] = make_ioctl_filter();
 	targets[OWN_CORE] = make_prctl_filter();
-	targets[NO_CORES_1] = make_core_filter(0);
-	targets[NO_CORES_2] = make_core_filter(1);
+	targets[NO_CORES_1] = make_core_filter(1);
+	targets[NO_CORES_2] = make_core_filter(2);
 	targets[FEW_PAGES] = make_count_filter(1, 1 << 30 /* bytes */);
 	targets[FEW_MOVES] = make_count_filter(1, 1 << 16);
 	targets[FEW_MESSAGES] = make_count_filter(2, 1024 /* as the kernel's own of sendmmsg */);
