@@ -195,12 +195,18 @@ class Client:
         self._channel = open_channel
 
     def call(self, rpc: str, request: Any) -> Any:
-        method: Callable[..., Any] = self._channel.unary_unary(
+        return self._method(rpc)(request, timeout=CALL_SECONDS)
+
+    def call_soon(self, rpc: str, request: Any) -> Any:
+        """A future of the answer."""
+        return self._method(rpc).future(request, timeout=CALL_SECONDS)
+
+    def _method(self, rpc: str) -> Any:
+        return self._channel.unary_unary(
             f"/job_worker.JobService/{rpc}",
             lambda message: message.SerializeToString(),
             ANSWERS[rpc].FromString,
         )
-        return method(request, timeout=CALL_SECONDS)
 
     def create(self, command: str, *args: str, **fields: Any) -> pb.Job:
         job: pb.Job = self.call("CreateJob", pb.CreateJobReq(command=command, args=args, **fields))
@@ -208,44 +214,16 @@ class Client:
 
     def create_soon(self, command: str, *args: str, **fields: Any) -> Any:
         """A future of `create`."""
-        method: Any = self._channel.unary_unary(
-            "/job_worker.JobService/CreateJob",
-            lambda message: message.SerializeToString(),
-            pb.Job.FromString,
-        )
         request = pb.CreateJobReq(command=command, args=args, **fields)
-        return method.future(request, timeout=CALL_SECONDS)
-
-    def create_many_soon(self, job: pb.CreateJobReq, count: int) -> Any:
-        """A future of the answer to CreateJobs, with so many of the same."""
-        method: Any = self._channel.unary_unary(
-            "/job_worker.JobService/CreateJobs",
-            lambda message: message.SerializeToString(),
-            pb.CreateJobsRes.FromString,
-        )
-        return method.future(pb.CreateJobsReq(jobs=[job] * count), timeout=CALL_SECONDS)
+        return self.call_soon("CreateJob", request)
 
     def stop_soon(self, job_id: str, **fields: Any) -> Any:
         """A future of `stop`."""
-        method: Any = self._channel.unary_unary(
-            "/job_worker.JobService/StopJob",
-            lambda message: message.SerializeToString(),
-            pb.StopJobRes.FromString,
-        )
         request = pb.StopJobReq(id=job_id, **({"grace_milliseconds": 60_000} | fields))
-        return method.future(request, timeout=CALL_SECONDS)
+        return self.call_soon("StopJob", request)
 
     def shell(self, script: str, **fields: Any) -> pb.Job:
         return self.create("sh", "-c", script, **fields)
-
-    def delete_soon(self, job_id: str) -> Any:
-        """A future of the answer to DeleteJob."""
-        method: Any = self._channel.unary_unary(
-            "/job_worker.JobService/DeleteJob",
-            lambda message: message.SerializeToString(),
-            pb.DeleteJobRes.FromString,
-        )
-        return method.future(pb.DeleteJobReq(id=job_id), timeout=CALL_SECONDS)
 
     def get(self, job_id: str) -> pb.Job:
         job: pb.Job = self.call("GetJob", pb.GetJobReq(id=job_id))

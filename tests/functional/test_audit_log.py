@@ -31,7 +31,7 @@ from functional.http2 import (
     request_of,
     reset_of,
 )
-from functional.server import DEADLINE_SECONDS, Client, Server, slow_path, wait_until
+from functional.server import DEADLINE_SECONDS, Server, slow_path, wait_until
 from functional.test_authorization import make_client
 from jobworker import certs
 from jobworker.pb import job_worker_pb2 as pb
@@ -184,7 +184,7 @@ def test_jobs_of_a_call_that_is_given_up_have_their_lines(
     server = start_server(AUDIT_LOG=str(path), REVOKED=str(revoked))
     with server.connect(given_up_client(server)) as user, server.connect() as admin:
         job = pb.CreateJobReq(command="sleep", args=["60"])
-        call = future_of(user, "CreateJobs", pb.CreateJobsReq(jobs=[job] * 1000))
+        call = user.call_soon("CreateJobs", pb.CreateJobsReq(jobs=[job] * 1000))
         wait_until(lambda: admin.info().running_jobs > 0)
         if how == "cancelled":
             call.cancel()
@@ -208,13 +208,6 @@ def given_up_client(server: Server) -> str:
     return "given-up"
 
 
-def future_of(client: Client, rpc: str, request: Any) -> Any:
-    send: Any = client._channel.unary_unary(
-        f"/job_worker.JobService/{rpc}", type(request).SerializeToString
-    )
-    return send.future(request, timeout=DEADLINE_SECONDS)
-
-
 @pytest.mark.parametrize("how", ["its connection is shut", "the server ends"])
 def test_creates_that_take_long_have_their_lines(
     start_server: StartServer, path: Path, tmp_path: Path, how: str
@@ -228,7 +221,7 @@ def test_creates_that_take_long_have_their_lines(
     with server.connect(given_up_client(server)) as user, server.connect() as admin:
         os.kill(jobinit, signal.SIGSTOP)
         bulk = pb.CreateJobsReq(jobs=[job] * 5)
-        under_way = [future_of(user, "CreateJob", job), future_of(user, "CreateJobs", bulk)]
+        under_way = [user.call_soon("CreateJob", job), user.call_soon("CreateJobs", bulk)]
         wait_until(lambda: admin.info().running_jobs == 6)
         ids = {each.id for each in admin.jobs()}
         if how == "the server ends":
@@ -451,11 +444,8 @@ def test_a_bulk_that_is_killed_has_its_lines(start_server: StartServer, path: Pa
     """Of all jobs that were created, but for those that were under way just then."""
     server = start_server(AUDIT_LOG=str(path))
     with server.connect() as client:
-        create: Any = client._channel.unary_unary(
-            "/job_worker.JobService/CreateJobs", pb.CreateJobsReq.SerializeToString
-        )
         job = pb.CreateJobReq(command="true")
-        call = create.future(pb.CreateJobsReq(jobs=[job] * 1000), timeout=DEADLINE_SECONDS)
+        call = client.call_soon("CreateJobs", pb.CreateJobsReq(jobs=[job] * 1000))
         wait_until(lambda: len(calls(path, "CreateJobs")) > 100)
         assert not call.done()
         server.stop(signal.SIGKILL)

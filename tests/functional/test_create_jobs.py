@@ -74,7 +74,8 @@ def test_the_end_of_the_server_meanwhile(start_server: Callable[..., Server]) ->
     with tempfile.TemporaryDirectory() as folder, server.connect() as client:
         path = ":".join([slow_way(Path(folder) / "links")] * 99)
         slow = pb.CreateJobReq(command="x", environment={"PATH": path})
-        creates = [client.create_many_soon(slow, 500) for _ in range(16)]
+        many = pb.CreateJobsReq(jobs=[slow] * 500)
+        creates = [client.call_soon("CreateJobs", many) for _ in range(16)]
         creates += [client.create_soon("x", environment=slow.environment) for _ in range(300)]
         time.sleep(3)  # so that they have begun
         assert server.stop() == 0

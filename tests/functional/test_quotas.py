@@ -198,13 +198,8 @@ def test_a_bulk_that_is_under_way_goes_on_as_its_client_may_now(
     server = start('[ou.build]\nrole = "user"\n')
     with server.connect("alice-build") as alice:
         os.kill(server.jobinit_pid(), signal.SIGSTOP)
-        send: Any = alice._channel.unary_unary(
-            "/job_worker.JobService/CreateJobs",
-            pb.CreateJobsReq.SerializeToString,
-            pb.CreateJobsRes.FromString,
-        )
         job = pb.CreateJobReq(command="true")
-        bulk = send.future(pb.CreateJobsReq(jobs=[job] * 500), timeout=WAIT_SECONDS)
+        bulk = alice.call_soon("CreateJobs", pb.CreateJobsReq(jobs=[job] * 500))
         until(lambda: alice.info().running_jobs == MOST_CREATED)
         file.write_text('[ou.build]\nrole = "viewer"\n')
         server.process.send_signal(signal.SIGHUP)
@@ -262,8 +257,8 @@ def test_calls_that_wait_for_their_turn_go_by_what_their_client_may_now(
             admin.wait(job.id)
         others = [each.stop_soon(large.id) for _ in range(200) for each in (alice, bob)]
         late = [
-            soon(alice, "GetJob", pb.GetJobReq(id=secret.id)),
-            soon(bob, "DeleteJob", pb.DeleteJobReq(id=own.id)),
+            alice.call_soon("GetJob", pb.GetJobReq(id=secret.id)),
+            bob.call_soon("DeleteJob", pb.DeleteJobReq(id=own.id)),
         ]
         before = sum(call.done() for call in others)
         until(lambda: sum(call.done() for call in others) > before + 20)
@@ -285,8 +280,8 @@ def test_a_list_is_made_by_one_role(start: Callable[..., Server], file: Path, rp
 
         def says_so() -> bool:
             switch_to("admin")
-            listing = soon(
-                alice, rpc, pb.ListJobsReq(page_size=1000) if is_paged else pb.EmptyRequest()
+            listing = alice.call_soon(
+                rpc, pb.ListJobsReq(page_size=1000) if is_paged else pb.EmptyRequest()
             )
             time.sleep(0.1)  # it is to be under way
             switch_to("viewer")
@@ -299,11 +294,6 @@ def test_a_list_is_made_by_one_role(start: Callable[..., Server], file: Path, rp
 
         is_paged = rpc == "ListJobs"
         until(says_so)
-
-
-def soon(client: Client, rpc: str, request: Any) -> Any:
-    method: Any = client._channel.unary_unary(f"/job_worker.JobService/{rpc}")
-    return method.future(request.SerializeToString(), timeout=WAIT_SECONDS)
 
 
 def has_no_role(client: Client) -> bool:

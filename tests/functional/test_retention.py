@@ -165,7 +165,7 @@ def test_who_deletes_much_does_not_keep_the_oldest(
         made = client.call("CreateJobs", pb.CreateJobsReq(jobs=[spec] * 200)).results
         for each in made:
             client.wait(each.id)
-        deletes = [client.delete_soon(each.id) for each in made]
+        deletes = [client.call_soon("DeleteJob", pb.DeleteJobReq(id=each.id)) for each in made]
         other.run("head -c 15000000 /dev/zero")
         wait_until(lambda: f"{oldest.id}.0.log" not in files(server))
         assert not deletes[-1].done()

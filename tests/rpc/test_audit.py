@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -135,16 +136,23 @@ def test_what_a_full_disk_has_no_room_for_waits(path: Path) -> None:
     assert [line["number"] for line in lines(path)] == list(range(21))
 
 
+@contextlib.contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """As on a full disk: the signal that goes with the error is ignored in Python."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_line_is_in_one_file_where_the_disk_was_full(path: Path) -> None:
     """And none of it is there before there was room for all."""
     audit_log = AuditLog(path)
     audit_log.write(number=0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
-    try:
+    with files_no_larger_than(path.stat().st_size + 20):
         audit_log.write(number=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     moved = path.rename(path.with_name("audit.log.1"))
     audit_log.look()
     audit_log.close()
@@ -157,17 +165,11 @@ def test_what_does_not_fit_in_memory_is_counted(
 ) -> None:
     monkeypatch.setattr(audit, "MOST_WAITING", 3)
     audit_log = AuditLog(path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Whole files of nothing: the signal that goes with the error is ignored in Python.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    try:
-        with caplog.at_level(logging.ERROR):
-            for number in range(5):
-                audit_log.write(number=number)
-            with pytest.raises(AuditError):
-                audit_log.check()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_no_larger_than(0), caplog.at_level(logging.ERROR):
+        for number in range(5):
+            audit_log.write(number=number)
+        with pytest.raises(AuditError):
+            audit_log.check()
     audit_log.check()
     audit_log.close()
     assert [line.get("number", line.get("lines")) for line in lines(path)] == [0, 1, 2, 2]
