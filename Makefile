@@ -11,6 +11,8 @@ PIP := $(TURN) $(BIN)/pip --quiet --quiet --disable-pip-version-check
 # Of the tests, side by side, as they wait for most of their time. The second alone may install
 # programs, which cannot be done twice at once.
 PARTS := test-part-functional test-part-kernel-fuzz test-part-rest
+# Functional, yet beside the kernel's, so that the parts take much the same time.
+ABUSE := tests/functional/test_abuse.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test $(PARTS) test-kernel fuzz sanitize soak wheel lint bench bench-quick bench-report build proto venv clean
@@ -25,10 +27,10 @@ test:  ## every check and every test, of what would be shipped
 	@$(MAKE) --no-print-directory --jobs=4 --output-sync lint $(PARTS)
 
 test-part-functional: .venv/installed
-	.venv/installed/bin/pytest tests/functional
+	.venv/installed/bin/pytest tests/functional --ignore=$(ABUSE)
 
 test-part-kernel-fuzz: .venv/installed
-	.venv/installed/bin/pytest tests/kernel tests/fuzz
+	.venv/installed/bin/pytest tests/kernel tests/fuzz $(ABUSE)
 
 test-part-rest: .venv/installed
 	.venv/installed/bin/pytest --ignore=tests/functional --ignore=tests/kernel --ignore=tests/fuzz
