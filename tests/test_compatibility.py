@@ -1,5 +1,5 @@
 """Versions: each that stands in ARCHITECTURE.md is the code's, and what is older or newer is read
-or refused clearly. Older databases: engine/test_store.py. An older jobinit:
+or refused clearly. Older databases: engine/test_database.py. An older jobinit:
 functional/test_upgrade.py. Older servers and clients: client/, and the functional tests.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobworker import _fastio
-from jobworker.engine import jobinit, store
+from jobworker.engine import database, jobinit
 from jobworker.engine.output import Output, Place
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,7 @@ def version_in_architecture(what: str) -> int:
 
 
 def test_the_versions_are_written_down() -> None:
-    assert version_in_architecture("database") == store.SCHEMA_VERSION
+    assert version_in_architecture("database") == database.SCHEMA_VERSION
     assert version_in_architecture("jobinit protocol") == jobinit.PROTOCOL_VERSION
     header = (OUTPUT_1 / "1.0.idx").read_bytes()[:8]
     assert header == b"jwindex" + bytes([version_in_architecture("index")])

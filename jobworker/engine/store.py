@@ -1,10 +1,4 @@
-"""The records of all jobs, the output of small ones, and the ids of those to come.
-
-    jobs.db     the records, in SQLite (jobs.db-wal and jobs.db-shm belong to it)
-    next-id     no id from this one on was ever given out; renewed, with fsync, a block ahead
-    last-run    how the last server that used them ended, and the id that it would give next
-    jobs.db.damaged-*   a damaged database, moved aside: until it is removed, a job of which there
-                is no record may have one there
+"""The records of all jobs, and the output of small ones, in SQLite (`database`).
 
 Three threads, each with a connection of its own, so that none waits for another's disk:
 - the writer. Whatever was put while it was busy goes into one transaction, so a single record
@@ -26,16 +20,22 @@ import logging
 import os
 import queue
 import sqlite3
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jobworker.engine.mounts import mount_id_of, read_mounts
+from jobworker.engine.database import (
+    LOCK_WAIT_MILLISECONDS,
+    connect,
+    note_damage,
+    open_or_replace,
+    set_aside,
+    set_up,
+)
+from jobworker.engine.ids import Ids, LastRun, fsync
 from jobworker.engine.pace import Pace
 from jobworker.errors import StateFolderError, StoreError
 from jobworker.job import (
@@ -55,83 +55,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-APPLICATION_ID = 0x6A6F6277  # "jobw", in the file's header
-# Each brings the schema from the version that is its place in the list to the next.
-MIGRATIONS = (
-    """
-    CREATE TABLE jobs (
-        id INTEGER PRIMARY KEY,
-        status TEXT NOT NULL,
-        name TEXT NOT NULL,
-        created_ns INTEGER NOT NULL,
-        started_ns INTEGER NOT NULL,
-        ended_ns INTEGER NOT NULL,
-        cause INTEGER,
-        exit_code INTEGER NOT NULL,
-        signal INTEGER NOT NULL,
-        stdout_bytes INTEGER NOT NULL,
-        stderr_bytes INTEGER NOT NULL,
-        spec TEXT NOT NULL,
-        rest TEXT NOT NULL
-    );
-    CREATE INDEX jobs_by_status ON jobs (status, id);
-    CREATE INDEX jobs_by_name ON jobs (name, id) WHERE name != '';
-    CREATE TABLE facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-    """,
-    # Small outputs, what retention asks for, and no search in which jobs that do not fit are
-    # looked at. facts told which ids were given out; last-run does.
-    """
-    DROP TABLE facts;
-    ALTER TABLE jobs ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0;
-    UPDATE jobs SET log_bytes = stdout_bytes + stderr_bytes WHERE ended_ns > 0;
-    DROP INDEX jobs_by_name;
-    CREATE INDEX jobs_by_name ON jobs (name, status, id) WHERE name != '';
-    CREATE INDEX jobs_by_end ON jobs (ended_ns, id, log_bytes) WHERE ended_ns > 0;
-    CREATE TABLE outputs (
-        job_id INTEGER PRIMARY KEY,
-        segment BLOB NOT NULL,
-        "index" BLOB NOT NULL
-    );
-    CREATE TABLE totals (ended_jobs INTEGER NOT NULL, log_bytes INTEGER NOT NULL);
-    INSERT INTO totals SELECT count(*), coalesce(sum(log_bytes), 0) FROM jobs WHERE ended_ns > 0;
-    CREATE TRIGGER job_inserted AFTER INSERT ON jobs WHEN new.ended_ns > 0 BEGIN
-        UPDATE totals SET ended_jobs = ended_jobs + 1, log_bytes = log_bytes + new.log_bytes;
-    END;
-    CREATE TRIGGER job_updated AFTER UPDATE ON jobs WHEN new.ended_ns > 0 OR old.ended_ns > 0 BEGIN
-        UPDATE totals SET
-            ended_jobs = ended_jobs + (new.ended_ns > 0) - (old.ended_ns > 0),
-            log_bytes = log_bytes
-                + iif(new.ended_ns > 0, new.log_bytes, 0)
-                - iif(old.ended_ns > 0, old.log_bytes, 0);
-    END;
-    CREATE TRIGGER job_deleted AFTER DELETE ON jobs BEGIN
-        DELETE FROM outputs WHERE job_id = old.id;
-        UPDATE totals SET ended_jobs = ended_jobs - 1, log_bytes = log_bytes - old.log_bytes
-            WHERE old.ended_ns > 0;
-    END;
-    """,
-    # Whose a job is. Older ones are nobody's.
-    """
-    ALTER TABLE jobs ADD COLUMN owner TEXT NOT NULL DEFAULT '';
-    CREATE INDEX jobs_by_owner ON jobs (owner, status, id) WHERE owner != '';
-    CREATE INDEX jobs_by_owner_and_name ON jobs (owner, name, status, id)
-        WHERE owner != '' AND name != '';
-    """,
-)
-SCHEMA_VERSION = len(MIGRATIONS)
-
-# Ids that may be skipped when the machine loses power.
-ID_BLOCK = 1000
 SYNC_SECONDS = 1.0
 # Beyond it the WAL goes into the database. The next start must read what is in it.
 LONG_WAL_BYTES = 16 << 20
 # How long writing waits for readers that keep the WAL from being cut off, once a second.
 WAL_WAIT_MILLISECONDS = 20
-LOCK_WAIT_MILLISECONDS = 5000
-# To read a row in one go; SQLite's own default is 2 MiB of pages.
-CACHE_KIB = 4096
-
-DAMAGED = ".damaged-"  # and the time, behind the name of one that was moved aside
 
 UNENDED = (Status.INITIALIZING, Status.RUNNING)
 
@@ -220,10 +148,10 @@ class Store:
     """Of one state folder; belongs to the running event loop."""
 
     def __init__(
-        self, path: Path, connections: list[sqlite3.Connection], last_run: _LastRun, ids: _Ids
+        self, path: Path, connections: list[sqlite3.Connection], last_run: LastRun, ids: Ids
     ) -> None:
         """Use `open`."""
-        self.damaged = _set_aside(path)
+        self.damaged = set_aside(path)
         self._loop = asyncio.get_running_loop()
         self._last_run = last_run
         self._ids = ids
@@ -244,15 +172,15 @@ class Store:
         """
         try:
             with contextlib.ExitStack() as undo:
-                last_run = _LastRun(path.with_name("last-run"))
+                last_run = LastRun(path.with_name("last-run"))
                 undo.callback(last_run.close)
-                first, newest_id = _open_or_replace(path, last_run)
+                first, newest_id = open_or_replace(path, last_run)
                 undo.callback(first.close)
-                connections = [first, _connect(path), _connect(path)]
+                connections = [first, connect(path), connect(path)]
                 for connection in connections[1:]:
                     undo.callback(connection.close)
-                    _set_up(connection)
-                ids = _Ids(path.with_name("next-id"), last_run, newest_id)
+                    set_up(connection)
+                ids = Ids(path.with_name("next-id"), last_run, newest_id)
                 undo.pop_all()
         except (sqlite3.Error, OSError) as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
@@ -409,7 +337,7 @@ class Store:
         try:
             return await self._loop.run_in_executor(self._reader_thread, read)
         except sqlite3.Error as error:
-            self._last_run.note(error)
+            note_damage(error, self._last_run)
             raise StoreError(f"the job records cannot be read: {error}") from error
 
 
@@ -446,7 +374,7 @@ class _Writer:
         self,
         connection: sqlite3.Connection,
         syncer: _Syncer,
-        last_run: _LastRun,
+        last_run: LastRun,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._connection = connection
@@ -513,7 +441,7 @@ class _Writer:
         except Exception as error:  # noqa: BLE001 no error may end the thread that all wait for
             with contextlib.suppress(sqlite3.Error):
                 self._roll_back()
-            self._last_run.note(error)
+            note_damage(error, self._last_run)
             return StoreError(f"job records cannot be written: {error}")
         self._syncer.expect()
         return None
@@ -606,323 +534,13 @@ class _Syncer:
 
     def _sync(self) -> None:
         """SQLite syncs the WAL only when it moves it to the database (synchronous = NORMAL)."""
-        _fsync(self._wal)
+        fsync(self._wal)
         if os.stat(self._wal).st_size > LONG_WAL_BYTES:
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             self.is_wal_long = True
 
 
-class _LastRun:
-    """A file that outlives a server in the machine's memory, and tells the next one how this
-    one ended. In it the state, as text, and the next id, as a native integer.
-
-    It is written and not mapped: a full file system that takes room for each change, as btrfs
-    does, would answer that with SIGBUS."""
-
-    CLEAN = b"clean"  # written at the end; until then the boot's id stands there
-    DAMAGED = b"damaged"
-    STATE = slice(0, 36)
-    NEXT_ID = slice(64, 72)
-    BYTES = 72
-
-    def __init__(self, path: Path) -> None:
-        self._boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._content = bytearray(os.pread(self._file, self.BYTES, 0).ljust(self.BYTES, b"\0"))
-        self._is_synced = False
-        state = bytes(self._content[self.STATE]).rstrip(b"\0")
-        self.was_there = bool(state)
-        # A killed process damages nothing: SQLite and the kernel know all that it did.
-        self.was_orderly = state in {self.CLEAN, self._boot}
-        next_id = int.from_bytes(self._content[self.NEXT_ID], sys.byteorder)
-        self.next_id = next_id if self.was_orderly else None
-
-    def begin(self, next_id: int) -> None:
-        self._set_state(self._boot)
-        try:
-            self.set_next_id(next_id)
-        except OSError as error:  # with the first id that is given out it is tried again
-            log.error("it cannot be noted that a server runs: %s", error.strerror)
-
-    def set_next_id(self, next_id: int) -> None:
-        """Raises OSError."""
-        self._content[self.NEXT_ID] = next_id.to_bytes(8, sys.byteorder)
-        self._write()
-        if not self._is_synced:
-            # Or, after a power loss, this would be the file of the run before, whose end was clean.
-            os.fsync(self._file)
-            self._is_synced = True
-
-    def note(self, error: Exception) -> None:
-        """What is damaged is dealt with at the next start."""
-        if isinstance(error, sqlite3.Error) and _is_damage(error):
-            log.critical("the job records are damaged: %s; restart the server", error)
-            self._set_state(self.DAMAGED)
-            with contextlib.suppress(OSError):
-                self._write()
-
-    def end(self) -> None:
-        if self._content[self.STATE] == self._boot:
-            self._set_state(self.CLEAN)
-            with contextlib.suppress(OSError):  # the next one takes it for one that was killed
-                self._write()
-        self.close()
-
-    def close(self) -> None:
-        os.close(self._file)
-
-    def _set_state(self, state: bytes) -> None:
-        self._content[self.STATE] = state.ljust(36, b"\0")
-
-    def _write(self) -> None:
-        os.pwrite(self._file, self._content, 0)
-
-
-class _Ids:
-    """Counts up. The file holds a number that is larger than each one given out."""
-
-    def __init__(self, path: Path, last_run: _LastRun, newest_id: int) -> None:
-        """newest_id: of all jobs that are known."""
-        self._path = path
-        self._last_run = last_run
-        # After a power loss nobody knows what was given out of the block that was reserved.
-        next_id = last_run.next_id or _read_number(path) or 1
-        self._next = self._reserved = max(next_id, newest_id + 1)
-        self._ahead: threading.Thread | None = None
-        # On a full disk a server starts, and refuses jobs.
-        self._reserve_ahead()
-        last_run.begin(self._next)
-
-    @property
-    def are_used_up(self) -> bool:
-        return self._next == self._reserved
-
-    def reserve_more(self) -> None:
-        """For when they are used up. Blocks. Raises StoreError."""
-        self._finish_ahead()
-        if self.are_used_up:
-            self._reserve(self._reserved + ID_BLOCK)
-
-    def take(self) -> int:
-        if self.are_used_up:
-            self.reserve_more()
-        try:
-            self._last_run.set_next_id(self._next + 1)
-        except OSError as error:
-            raise StoreError(f"no job id can be given out: {error.strerror}") from error
-        job_id = self._next
-        self._next += 1
-        if self._reserved - self._next < ID_BLOCK // 2 and self._ahead is None:
-            self._ahead = threading.Thread(target=self._reserve_ahead, name="store-ids")
-            self._ahead.start()
-        elif self._ahead and not self._ahead.is_alive():
-            self._finish_ahead()
-        return job_id
-
-    def close(self) -> None:
-        """Gives back what was not used."""
-        self._finish_ahead()
-        try:
-            self._reserve(self._next)
-        except StoreError as error:
-            log.error("%s; some ids will be skipped", error)
-
-    def _reserve_ahead(self) -> None:
-        try:
-            self._reserve(self._reserved + ID_BLOCK)
-        except StoreError as error:
-            log.error("%s", error)  # tried again when none is left
-
-    def _finish_ahead(self) -> None:
-        if self._ahead:
-            self._ahead.join()
-            self._ahead = None
-
-    def _reserve(self, until: int) -> None:
-        try:
-            _write_whole(self._path, f"{until}\n")
-        except OSError as error:
-            raise StoreError(
-                f"no job ids can be reserved in {self._path}: {error.strerror}"
-            ) from error
-        self._reserved = until
-
-
 # Opening
-
-
-def _open_or_replace(path: Path, last_run: _LastRun) -> tuple[sqlite3.Connection, int]:
-    """The connection, and the largest id of all jobs that are known; 0 where there is none."""
-    check = not last_run.was_orderly
-    try:
-        if last_run.was_there:
-            _check_not_empty(path)
-        return _open_database(path, check)
-    except sqlite3.Error as error:
-        if not _is_damage(error):
-            raise
-        _move_aside(path, error)
-        return _open_database(path, check)
-
-
-def _open_database(path: Path, check: bool) -> tuple[sqlite3.Connection, int]:
-    connection = _connect(path)
-    try:
-        # Before anything that reads the schema: a newer one may look damaged to this version.
-        _check_version(path, connection)
-        _set_up(connection)
-        _use_wal(path, connection)
-        # It reads all there is: some 0.1 s for 100,000 jobs.
-        if check:
-            _check_whole(connection)
-        _migrate(path, connection)
-        (newest_id,) = connection.execute("SELECT max(id) FROM jobs").fetchone()
-    except BaseException:
-        connection.close()
-        raise
-    return connection, newest_id or 0
-
-
-def _is_on_copying(path: Path) -> bool:
-    """A file system that takes room for each change: where it is full, a change of a mapped file
-    is SIGBUS, and the end of this process."""
-    mount = read_mounts().get(mount_id_of(str(path.parent)))
-    return mount is not None and mount.filesystem in {"btrfs", "bcachefs", "zfs"}
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # SQLite maps a file that all processes share which use the database, or is alone with it.
-    vfs = "unix-excl" if _is_on_copying(path) else "unix"
-    return sqlite3.connect(
-        f"{path.absolute().as_uri()}?vfs={vfs}",
-        uri=True,
-        timeout=LOCK_WAIT_MILLISECONDS / 1000,
-        check_same_thread=False,
-        isolation_level=None,
-        cached_statements=4 * ROWS_AT_ONCE,
-    )
-
-
-def _set_up(connection: sqlite3.Connection) -> None:
-    connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute("PRAGMA wal_autocheckpoint = 0")  # the syncer does
-    connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-
-
-def _check_version(path: Path, connection: sqlite3.Connection) -> None:
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    if application not in {0, APPLICATION_ID}:
-        raise StateFolderError(
-            f"{path} belongs to another program; give another state folder with "
-            "JOB_WORKER_STATE_DIR"
-        )
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version > SCHEMA_VERSION:
-        raise StateFolderError(
-            f"{path} was made by a newer jobworker (its version is {version}, the newest known "
-            f"here {SCHEMA_VERSION}); install that one again, or give another state folder "
-            "with JOB_WORKER_STATE_DIR"
-        )
-
-
-def _use_wal(path: Path, connection: sqlite3.Connection) -> None:
-    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-    if mode != "wal":
-        raise StateFolderError(
-            f"{path} is on a filesystem where SQLite cannot share memory between connections; "
-            "give a folder on a local disk with JOB_WORKER_STATE_DIR"
-        )
-
-
-def _check_whole(connection: sqlite3.Connection) -> None:
-    (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    if answer != "ok":
-        raise _damage(answer)
-
-
-def _check_not_empty(path: Path) -> None:
-    """As of a copy onto a full disk: SQLite would take it for a new one."""
-    if path.exists() and not path.stat().st_size:
-        raise _damage("the file is empty")
-
-
-def _damage(problem: str) -> sqlite3.Error:
-    error = sqlite3.DatabaseError(problem)
-    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-    return error
-
-
-def _migrate(path: Path, connection: sqlite3.Connection) -> None:
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    for number in range(version, SCHEMA_VERSION):
-        if version:
-            log.info("%s: from version %d to %d", path, number, number + 1)
-        connection.executescript(
-            f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; "
-            f"PRAGMA application_id = {APPLICATION_ID}; COMMIT;"
-        )
-
-
-def _is_damage(error: sqlite3.Error) -> bool:
-    """Not what a full disk or missing permission is: the code's low byte, of SQLite's list."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-
-
-def _move_aside(path: Path, error: sqlite3.Error) -> None:
-    suffix = time.strftime(f"{DAMAGED}%Y%m%dT%H%M%SZ", time.gmtime())
-    # The database last: SQLite would remove the WAL of one that is new.
-    for end in ("-wal", "-shm", ""):
-        damaged = path.with_name(path.name + end)
-        if damaged.exists():
-            damaged.rename(path.with_name(path.name + suffix + end))
-    _fsync(path.parent)
-    log.error(
-        "%s is damaged (%s): moved aside, as %s, and a new one begun. Older jobs are not known "
-        "until their records are brought back, and as long as %s is there their output stays in "
-        "%s: stop the server, and bring them back as docs/operating.md says (sqlite3 %s .recover)",
-        path,
-        error,
-        path.name + suffix,
-        path.name + suffix,
-        path.with_name("output"),
-        path.name + suffix,
-    )
-
-
-def _set_aside(path: Path) -> list[str]:
-    return sorted(each.name for each in path.parent.glob(f"{path.name}{DAMAGED}*"))
-
-
-def _read_number(path: Path) -> int | None:
-    """None where there is no file."""
-    try:
-        return int(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise StateFolderError(
-            f"{path} holds no number; write one into it that is larger than every job's id"
-        ) from error
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """All of it or nothing, whatever happens to the machine."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path | str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Rows

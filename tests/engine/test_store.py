@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import faulthandler
 import os
-import resource
-import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -21,8 +17,17 @@ from typing import Any
 
 import pytest
 
-from jobworker import job as transition
+from engine.stores import (
+    ended_job,
+    every_job,
+    new_job,
+    put_all,
+    run,
+    running_job,
+    until,
+)
 from jobworker.engine import store as store_module
+from jobworker.engine.ids import fsync
 from jobworker.engine.store import (
     IS_OWNER,
     PART_CHARACTERS,
@@ -31,7 +36,7 @@ from jobworker.engine.store import (
     Page,
     Store,
 )
-from jobworker.errors import StateFolderError, StoreError
+from jobworker.errors import StoreError
 from jobworker.job import (
     Accounting,
     Bind,
@@ -40,13 +45,9 @@ from jobworker.job import (
     JobSpec,
     Limits,
     LogPolicy,
-    OomKills,
     Principal,
     Status,
 )
-
-DEADLINE_SECONDS = 60
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 FULL = Job(
     id=7,
@@ -88,54 +89,6 @@ FULL = Job(
     created_by=Principal("älice", "user", "0AFF"),
     stopped_by=Principal("root", "admin", "01"),
 )
-
-
-def run(folder: Path, test: Callable[[Store], Awaitable[object]]) -> None:
-    async def main() -> None:
-        store = Store.open(folder / "jobs.db")
-        try:
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                await test(store)
-        finally:
-            await store.close()
-
-    asyncio.run(main())
-
-
-async def nothing(store: Store) -> None:
-    pass
-
-
-def new_job(job_id: int, name: str = "", owner: str = "") -> Job:
-    client = Principal(owner, "user", "01") if owner else None
-    return transition.created(job_id, JobSpec("/bin/true", name=name), 1_000 + job_id, client)
-
-
-def running_job(job_id: int, name: str = "", owner: str = "") -> Job:
-    return transition.started(new_job(job_id, name, owner), 2_000 + job_id)
-
-
-def ended_job(job_id: int, name: str = "", exit_code: int = 0, owner: str = "") -> Job:
-    job = running_job(job_id, name, owner)
-    return transition.ended(job, exit_code << 8, OomKills(), 3_000 + job_id)
-
-
-async def put_all(store: Store, jobs: list[Job]) -> None:
-    await asyncio.gather(*map(store.put, jobs))
-
-
-async def every_job(store: Store) -> list[Job]:
-    page = await store.page(count=1000)
-    jobs = page.jobs
-    while page.before_id is not None:
-        page = await store.page(page.before_id, 1000)
-        jobs += page.jobs
-    return jobs
-
-
-async def until(is_true: Callable[[], bool]) -> None:
-    while not is_true():
-        await asyncio.sleep(0.005)
 
 
 # Records
@@ -562,511 +515,6 @@ def test_many_are_deleted_at_once(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
-# Ids
-
-
-def take(folder: Path, count: int) -> list[int]:
-    ids: list[int] = []
-
-    async def test(store: Store) -> None:
-        ids.extend(store.reserve_id() for _ in range(count))
-
-    run(folder, test)
-    return ids
-
-
-def test_ids_count_up_from_1_without_a_gap(tmp_path: Path) -> None:
-    ids = [job_id for count in (1, 2, 5000, 3) for job_id in take(tmp_path, count)]
-    assert ids == list(range(1, 5007))
-
-
-def test_who_waits_for_ids_when_they_have_just_come_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Asked in each turn of the loop, so also in that between the end of the write and its news."""
-    monkeypatch.setattr(store_module, "ID_BLOCK", 20)
-    faulthandler.dump_traceback_later(DEADLINE_SECONDS, exit=True)  # it would take the loop
-    ids: list[int] = []
-
-    async def take_one(store: Store) -> None:
-        await store.wait_for_ids()
-        ids.append(store.reserve_id())
-
-    async def test(store: Store) -> None:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(5000):
-                group.create_task(take_one(store))
-                await asyncio.sleep(0)
-
-    run(tmp_path, test)
-    faulthandler.cancel_dump_traceback_later()
-    assert sorted(ids) == list(range(1, 5001))
-
-
-def copy_of_a_running_store(folder: Path, copy: Path, count: int) -> list[int]:
-    """What a server that stops at once leaves on the disk, and the ids that it gave out."""
-    ids: list[int] = []
-
-    async def test(store: Store) -> None:
-        ids.extend(store.reserve_id() for _ in range(count))
-        await put_all(store, [new_job(i) for i in ids])
-        store._ids._finish_ahead()
-        shutil.copytree(folder, copy)
-
-    run(folder, test)
-    return ids
-
-
-def set_other_boot(folder: Path) -> None:
-    content = bytearray((folder / "last-run").read_bytes())
-    content[0:36] = b"0" * 36
-    (folder / "last-run").write_bytes(content)
-
-
-@pytest.mark.parametrize("count", [0, 1, 499, 501, 999, 1000, 1001, 2500])
-def test_ids_after_a_power_loss(tmp_path: Path, count: int) -> None:
-    """The records of the last second are gone, and so is what last-run said."""
-    folder, copy = tmp_path / "state", tmp_path / "copy"
-    folder.mkdir()
-    take(folder, 3)
-    old = (folder / "jobs.db").read_bytes()
-    ids = copy_of_a_running_store(folder, copy, count)
-    for path in copy.glob("jobs.db*"):
-        path.unlink()
-    (copy / "jobs.db").write_bytes(old)
-    content = bytearray((copy / "last-run").read_bytes())
-    content[64:72] = (1).to_bytes(8, sys.byteorder)
-    (copy / "last-run").write_bytes(content)
-    set_other_boot(copy)
-
-    assert take(copy, 1) > ids[-1:]
-    assert take(copy, 1)[0] <= 3 + count + 2 * store_module.ID_BLOCK
-
-
-def test_a_killed_process_costs_no_id(tmp_path: Path) -> None:
-    """The machine goes on, and with it what last-run says."""
-    ids = copy_of_a_running_store(tmp_path, tmp_path / "copy", 10)
-    assert take(tmp_path / "copy", 1) == [ids[-1] + 1]
-
-
-@pytest.mark.parametrize("removed", [{"jobs.db"}, {"last-run"}, {"jobs.db", "last-run"}])
-def test_ids_after_files_were_deleted(tmp_path: Path, removed: set[str]) -> None:
-    ids = take(tmp_path, 10)
-    for name in removed:
-        (tmp_path / name).unlink()
-    assert take(tmp_path, 1) == [ids[-1] + 1]
-
-
-def test_ids_where_only_the_records_are_left(tmp_path: Path) -> None:
-    ids = copy_of_a_running_store(tmp_path, tmp_path / "copy", 10)
-    for name in ("next-id", "last-run"):
-        (tmp_path / name).unlink()
-    assert take(tmp_path, 1) == [ids[-1] + 1]
-
-
-def test_of_what_could_not_be_noted_at_the_start(tmp_path: Path) -> None:
-    """As on a full disk: it is once an id is given out, or a power loss would bring back the clean
-    end of the run before, and its ids."""
-    path = tmp_path / "last-run"
-    first = store_module._LastRun(path)
-    first.begin(5)
-    first.end()
-    second = store_module._LastRun(path)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
-    try:
-        second.begin(5)
-        with pytest.raises(OSError, match="too large"):
-            second.set_next_id(6)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert path.read_bytes().startswith(b"clean")
-    second.set_next_id(6)
-    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
-    assert path.read_bytes().startswith(boot)
-    second.close()
-
-
-def test_another_program_that_has_the_records_open(tmp_path: Path) -> None:
-    take(tmp_path, 1)
-    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as other:
-        other.execute("PRAGMA locking_mode = EXCLUSIVE")
-        other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(StateFolderError, match="end the other program that has it open"):
-            run(tmp_path, nothing)
-
-
-def test_next_id_that_is_no_number(tmp_path: Path) -> None:
-    take(tmp_path, 1)
-    (tmp_path / "last-run").unlink()
-    (tmp_path / "next-id").write_text("what?\n")
-    with pytest.raises(StateFolderError, match="next-id holds no number; write one"):
-        run(tmp_path, nothing)
-
-
-# $0: an image of btrfs, $1: a folder for it; then Python, and two programs for it.
-TWICE = """
-set -e
-mount -o loop "$0" "$1"
-"$2" -c "$3" "$1"
-exec "$2" -c "$4" "$1"
-"""
-
-FILLED = """if True:
-    import asyncio, ctypes, os, pathlib, sys
-    from jobworker.engine.store import Store
-    from jobworker.errors import StoreError
-    from jobworker.job import JobSpec, created
-
-    def fill(folder, name, size):
-        file = os.open(f"{folder}/{name}{size}", os.O_CREAT | os.O_WRONLY)
-        try:
-            while True:
-                os.write(file, bytes(size))
-        except OSError:
-            ctypes.CDLL(None).syncfs(file)
-
-    async def main(folder):
-        store = Store.open(pathlib.Path(folder, "jobs.db"))
-        await store.put(created(store.reserve_id(), JobSpec("/bin/true"), 1))
-        for name in "abc":
-            for size in (1 << 20, 64 << 10, 4 << 10, 1):
-                fill(folder, name, size)
-        for attempt in range(3):
-            try:
-                print(store.reserve_id())
-            except StoreError as error:
-                print(error)
-            try:
-                await store.put(created(2, JobSpec("/bin/true"), 1))
-            except StoreError:
-                print("not put")
-        sys.stdout.flush()
-        os._exit(0)  # as by kill -9
-
-    asyncio.run(main(sys.argv[1]))
-"""
-
-OPENED_AGAIN = """if True:
-    import asyncio, pathlib, sys
-    from jobworker.engine.store import Store
-
-    async def main(path):
-        store = Store.open(path)
-        print("open", [job.id for job in await store.unended()])
-        await store.close()
-
-    asyncio.run(main(pathlib.Path(sys.argv[1], "jobs.db")))
-"""
-
-
-def test_a_full_disk_on_which_nothing_is_written_in_place(tmp_path: Path) -> None:
-    """btrfs takes room for each change, of a mapped file too: without, the change is SIGBUS."""
-    if not shutil.which("mkfs.btrfs"):
-        pytest.skip("NOT TESTED: a full btrfs, as there is no program mkfs.btrfs")
-    image, place = tmp_path / "image", tmp_path / "place"
-    with image.open("wb") as file:
-        file.truncate(128 << 20)
-    subprocess.run(["mkfs.btrfs", "-q", image], check=True)
-    place.mkdir()
-    mounts = ["unshare", "--mount"]
-    if subprocess.run([*mounts, "mount", "-o", "loop", image, place], check=False).returncode != 0:
-        pytest.skip("NOT TESTED: a full btrfs, which cannot be mounted here")
-    paths = [str(image), str(place), sys.executable]
-    script = ["sh", "-c", TWICE, *paths, FILLED, OPENED_AGAIN]
-    done = subprocess.run([*mounts, *script], stdout=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 0, done
-    lines = done.stdout.splitlines()
-    assert "no job id can be given out: No space left on device" in lines
-    assert lines[-1] == "open [1]"
-
-
-KILLED = """if True:
-    import asyncio, pathlib, sys
-    from jobworker.engine.store import Store
-    from jobworker.job import JobSpec, created
-
-    async def main():
-        store = Store.open(pathlib.Path(sys.argv[1]))
-        print("open", store.reserve_id(), flush=True)
-        while True:
-            ids = [store.reserve_id() for _ in range(20)]
-            put = [store.put(created(i, JobSpec("/bin/true"), i)) for i in ids[::2]]
-            await asyncio.gather(*put)
-            print(*ids, flush=True)
-
-    asyncio.run(main())
-"""
-
-
-def test_kill_9(tmp_path: Path) -> None:
-    """No id is given out twice, put or not, and nothing that was acknowledged is missing."""
-    given: list[int] = []
-    put: list[int] = []
-    for kill in range(5):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, tmp_path / "jobs.db"], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout
-        given.append(int(process.stdout.readline().split()[1]))
-        # Each at another moment of the writer, in one block of ids and beyond it.
-        for _ in range(1 + 17 * kill):
-            process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        *lines, _ = (process.stdout.read() + "\n").split("\n")
-        process.wait()
-        process.stdout.close()
-        for line in lines:
-            given += map(int, line.split())
-            put += list(map(int, line.split()))[::2]
-
-    async def test(store: Store) -> None:
-        known = {job.id for job in await every_job(store)}
-        assert set(put) <= known
-        assert store.reserve_id() > max(given)
-
-    run(tmp_path, test)
-    assert len(set(given)) == len(given)
-    assert given == sorted(given)
-
-
-# Versions and damage
-
-
-def make_database(path: Path, script: str) -> None:
-    connection = sqlite3.connect(path)
-    connection.executescript(script)
-    connection.close()
-
-
-def version_of(path: Path) -> int:
-    connection = sqlite3.connect(path)
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    connection.close()
-    return int(version)
-
-
-def test_a_database_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
-    make_database(tmp_path / "jobs.db", (FIXTURES / "jobs-1.sql").read_text())
-    (tmp_path / "next-id").write_text("1004\n")
-
-    async def test(store: Store) -> None:
-        jobs = (await store.page()).jobs
-        assert [(job.id, job.status) for job in jobs] == [
-            (4, "INITIALIZING"), (3, "RUNNING"), (2, "FAILED"), (1, "FAILED")
-        ]  # fmt: skip
-        first = jobs[-1]
-        assert first.spec == JobSpec(
-            *("/bin/echo", ("a", "ü\n"), Limits(50, 64, 1000), {"K": "v"}, "/tmp", "nightly", True)
-        )
-        assert first.accounting == Accounting(1, 2, 3, None, 5, 0)
-        assert (first.exit_code, first.cause, first.ended_ns) == (7, Cause.EXITED, 3000)
-        assert (jobs[2].failed_step, jobs[2].failed_errno) == ("exec", 2)
-        assert jobs[1].end_requested is Cause.STOPPED
-        assert (await store.page(name="nightly")).jobs == [first]
-        assert await store.unended() == jobs[1::-1]
-        assert await store.ended_totals() == EndedTotals(2, 30)
-        assert await store.ended_before(3000, 9) == [EndedJob(2, 2500, 0)]
-        assert store.reserve_id() == 1004
-        await store.delete([1])
-        assert await store.ended_totals() == EndedTotals(1, 0)
-
-    run(tmp_path, test)
-    assert version_of(tmp_path / "jobs.db") == store_module.SCHEMA_VERSION
-
-
-def test_a_database_of_version_2_is_brought_up_to_date(tmp_path: Path) -> None:
-    """Its jobs are nobody's, and all else is as it was."""
-    make_database(tmp_path / "jobs.db", (FIXTURES / "jobs-2.sql").read_text())
-
-    async def test(store: Store) -> None:
-        jobs = (await store.page()).jobs
-        assert [(job.id, job.status, job.owner) for job in jobs] == [
-            (4, "INITIALIZING", ""), (3, "RUNNING", ""), (2, "FAILED", ""), (1, "STOPPED", "")
-        ]  # fmt: skip
-        first = jobs[-1]
-        assert (first.created_by, first.stopped_by) == (None, None)
-        assert first.spec == JobSpec(
-            *("/bin/echo", ("a", "ü\n"), Limits(50, 64, 1000, 32), {"K": "v"}, "/tmp", "nightly"),
-            *(True, 5000, "nobody", "default", 1 << 20, LogPolicy.HEAD),
-        )
-        assert (first.lost_bytes, first.log_bytes) == (4, 60)
-        assert await store.get_output(1) == (b"segment\0", b"index")
-        assert not await store.is_owner("", 1)
-        assert not await store.is_owner("alice", 5)
-        assert (await store.page(owner="")).jobs == []
-        await store.put(new_job(5, "nightly", "alice"))
-        assert (await store.page(owner="alice")).jobs == [new_job(5, "nightly", "alice")]
-        assert [job.id for job in (await store.page(name="nightly")).jobs] == [5, 3, 1]
-        assert await store.ended_totals() == EndedTotals(2, 60)
-
-    run(tmp_path, test)
-    assert version_of(tmp_path / "jobs.db") == store_module.SCHEMA_VERSION
-
-
-def test_an_older_database_has_the_schema_of_a_new_one(tmp_path: Path) -> None:
-    """Every one of them: all the migrations from its version on."""
-    schemas = []
-    older = [path.read_text() for path in sorted(FIXTURES.glob("jobs-*.sql"))]
-    assert len(older) == store_module.SCHEMA_VERSION - 1
-    for name, script in enumerate(["", *older]):
-        folder = tmp_path / str(name)
-        folder.mkdir()
-        make_database(folder / "jobs.db", script)
-        run(folder, nothing)
-        connection = sqlite3.connect(folder / "jobs.db")
-        rows = connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name")
-        schemas.append([(row[0], " ".join((row[1] or "").split())) for row in rows])
-        connection.close()
-    assert all(schema == schemas[0] for schema in schemas)
-
-
-def test_a_migration_that_fails_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    take(tmp_path, 1)
-    with monkeypatch.context() as patch:
-        broken = (*store_module.MIGRATIONS, "DROP TABLE outputs; DROP TABLE no_such_table;")
-        patch.setattr(store_module, "MIGRATIONS", broken)
-        patch.setattr(store_module, "SCHEMA_VERSION", len(broken))
-        with pytest.raises(StateFolderError, match="no_such_table"):
-            run(tmp_path, nothing)
-    assert version_of(tmp_path / "jobs.db") == store_module.SCHEMA_VERSION
-    assert take(tmp_path, 1) == [2]
-
-
-def test_a_newer_database_is_refused_and_not_touched(tmp_path: Path) -> None:
-    """Nor taken for a damaged one, if what is in it is not understood here."""
-    make_database(
-        tmp_path / "jobs.db",
-        """
-        PRAGMA user_version = 99;
-        CREATE TABLE jobs (id);
-        PRAGMA writable_schema = ON;
-        UPDATE sqlite_master SET sql = 'CREATE NOVELTY jobs (id)';
-        """,
-    )
-    before = (tmp_path / "jobs.db").read_bytes()
-    with pytest.raises(StateFolderError, match=r"newer jobworker .*99"):
-        run(tmp_path, nothing)
-    assert (tmp_path / "jobs.db").read_bytes() == before
-    assert not list(tmp_path.glob("*damaged*"))
-
-
-def test_the_database_of_another_program_is_refused(tmp_path: Path) -> None:
-    make_database(tmp_path / "jobs.db", "PRAGMA application_id = 42; CREATE TABLE t (x);")
-    with pytest.raises(StateFolderError, match="another program"):
-        run(tmp_path, nothing)
-
-
-@pytest.mark.parametrize("boot", ["this boot", "other boot"])
-def test_garbage_is_moved_aside(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, boot: str
-) -> None:
-    ids = take(tmp_path, 10)
-    (tmp_path / "jobs.db").write_bytes(os.urandom(50_000))
-    if boot == "other boot":
-        set_other_boot(tmp_path)
-    assert take(tmp_path, 1) == [ids[-1] + 1]
-    (aside,) = tmp_path.glob("jobs.db.damaged-*")
-    assert aside.stat().st_size == 50_000
-    assert aside.name in caplog.text
-    assert ".recover" in caplog.text
-    assert damaged(tmp_path) == [aside.name]
-    aside.unlink()
-    assert damaged(tmp_path) == []
-
-
-def damaged(folder: Path) -> list[str]:
-    names: list[str] = []
-
-    async def look(store: Store) -> None:
-        names.extend(store.damaged)
-
-    run(folder, look)
-    return names
-
-
-def test_an_empty_database_is_damaged_unless_no_server_was_there(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "jobs.db").touch()
-    ids = take(tmp_path, 10)
-    assert damaged(tmp_path) == []
-    (tmp_path / "jobs.db").write_bytes(b"")
-    assert take(tmp_path, 1) == [ids[-1] + 1]
-    assert len(damaged(tmp_path)) == 1
-    assert "empty" in caplog.text
-
-
-def test_a_wal_is_moved_aside_before_its_database(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server may die in between, and SQLite removes the WAL of a new database."""
-    moved: list[str] = []
-
-    def rename(path: Path, target: Path) -> None:
-        moved.append(path.name)
-        os.rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
-    for name in ("jobs.db", "jobs.db-wal", "jobs.db-shm"):
-        (tmp_path / name).touch()
-    store_module._move_aside(tmp_path / "jobs.db", sqlite3.DatabaseError("damaged"))
-    assert sorted(moved) == ["jobs.db", "jobs.db-shm", "jobs.db-wal"]
-    assert moved[-1] == "jobs.db"
-
-
-def damage_pages(path: Path) -> None:
-    """Some in the middle, as a bad disk may."""
-    size = path.stat().st_size
-    with path.open("r+b") as file:
-        file.seek(size // 4 // 4096 * 4096)
-        file.write(os.urandom(size // 2))
-
-
-def test_damage_is_found_at_the_start_after_a_power_loss(tmp_path: Path) -> None:
-    ids = copy_of_a_running_store(tmp_path, tmp_path / "copy", 2000)
-    damage_pages(tmp_path / "jobs.db")
-    set_other_boot(tmp_path)
-
-    async def test(store: Store) -> None:
-        assert (await store.page()).jobs == []
-        assert store.reserve_id() > ids[-1]
-
-    run(tmp_path, test)
-    assert len(list(tmp_path.glob("jobs.db.damaged-*"))) == 1
-
-
-def test_damage_that_is_found_later_is_dealt_with_at_the_next_start(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    ids = copy_of_a_running_store(tmp_path, tmp_path / "copy", 2000)
-    damage_pages(tmp_path / "jobs.db")
-
-    async def find(store: Store) -> None:
-        with pytest.raises(StoreError, match="read"):
-            await every_job(store)
-
-    async def use(store: Store) -> None:
-        job_id = store.reserve_id()
-        assert job_id > ids[-1]
-        await store.put(new_job(job_id))
-        assert (await store.page()).jobs == [new_job(job_id)]
-
-    run(tmp_path, find)
-    assert "damaged" in caplog.text
-    assert not list(tmp_path.glob("jobs.db.damaged-*"))
-    run(tmp_path, use)
-    assert len(list(tmp_path.glob("jobs.db.damaged-*"))) == 1
-
-
-@pytest.mark.parametrize("folder", ["/proc", "/no/such/folder"])
-def test_a_folder_that_cannot_be_written(folder: str) -> None:
-    with pytest.raises(StateFolderError, match="JOB_WORKER_STATE_DIR"):
-        run(Path(folder), nothing)
-
-
 # The WAL
 
 
@@ -1125,7 +573,6 @@ def test_a_foreign_reader_keeps_the_wal_only_while_it_reads(
 
 def test_an_idle_store_has_all_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    fsync = store_module._fsync
 
     def noted(path: Path | str) -> None:
         fsync(path)
@@ -1138,7 +585,7 @@ def test_an_idle_store_has_all_on_the_disk(tmp_path: Path, monkeypatch: pytest.M
         await until(lambda: synced.count(f"{tmp_path}/jobs.db-wal") == 2)
 
     monkeypatch.setattr(store_module, "SYNC_SECONDS", 0.01)
-    monkeypatch.setattr(store_module, "_fsync", noted)
+    monkeypatch.setattr(store_module, "fsync", noted)
     run(tmp_path, test)
 
 

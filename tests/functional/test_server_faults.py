@@ -66,9 +66,9 @@ Cgroup.kill = kill_later
 # Each job needs a new block of ids, and the disk takes its time.
 SLOW_IDS = """
 import os
-from jobworker.engine import store
+from jobworker.engine import ids
 
-write = store._write_whole
+write = ids._write_whole
 
 def write_later(path, text):
     if text != "2\\n" and os.path.exists({fifo!r}):
@@ -76,8 +76,8 @@ def write_later(path, text):
             fifo.read()
     write(path, text)
 
-store.ID_BLOCK = 1
-store._write_whole = write_later
+ids.ID_BLOCK = 1
+ids._write_whole = write_later
 """
 
 
