@@ -23,6 +23,7 @@ TESTED_ELSEWHERE = {
     "__main__": "test_packaging.py",
     "daemon": "functional/test_server.py",
     "engine/jobinits": "functional/test_restart.py",  # who dies, and what then
+    "engine/looks": "functional/test_create_job.py",
     "engine/manager": "functional",  # one module an RPC
     "errors": "rpc/test_convert.py",  # the tree is tested where all of it is mapped
     "rpc/connections": "functional/test_abuse.py",

@@ -23,35 +23,25 @@ import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Sized
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jobworker import job as transition
 from jobworker._fastio import Extent, Log
 from jobworker.engine.cgroup import Cgroup, CgroupTree, remove_empty
-from jobworker.engine.command import (
-    Look,
-    base_environment,
-    check_working_directory,
-    home_of,
-    look_in_memory,
-    look_on_disk,
-    resolve,
-)
+from jobworker.engine.command import base_environment
 from jobworker.engine.isolation import NOTHING_SEEN, Confinement, Isolation
-from jobworker.engine.jobinit import Exited, Failed, Held, LimitFiles, Started, StartRequest
+from jobworker.engine.jobinit import Exited, Failed, Held, Started, StartRequest
 from jobworker.engine.jobinits import Jobinits, OrphanExited
-from jobworker.engine.mounts import Mounts
+from jobworker.engine.looks import Found, Looks
 from jobworker.engine.output import LARGEST_PACKED_BYTES, Output, Packed, Reader
 from jobworker.engine.output import Quota as LogQuota
 from jobworker.engine.quota import Ledger
 from jobworker.engine.recovery import Decision, decide
 from jobworker.engine.retention import Retention, quota_of
 from jobworker.engine.store import Page, Store
-from jobworker.engine.user import file_rights_of
 from jobworker.engine.worker import Worker
 from jobworker.errors import (
     CgroupError,
@@ -82,11 +72,9 @@ from jobworker.job import (
     Status,
 )
 from jobworker.roles import Caller
-from jobworker.turns import ALWAYS_FREE, Turn, Turns
+from jobworker.turns import ALWAYS_FREE, Turn
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # With these a job that is recorded fails to start. InvalidRequestError: what was there when
 # the request was checked is there no longer.
@@ -98,12 +86,6 @@ FAULT = JobWorkerError("a fault of the server, whose log tells of it")
 PASSING_ERRORS = (CgroupError, OSError, RuntimeError)
 
 KILLED_SECONDS = 10.0  # what a killed cgroup may take to be empty, before that is worth a line
-LOOK_THREADS = 48
-MOST_LOOKS = 12  # at once, of each client: others find a thread
-# Of the event loop's time, for a look in memory; mostly some 0.05 ms, but a path that leads through
-# many links takes 5. Then all looks are for threads, for so long.
-LONG_LOOK_SECONDS = 0.001
-LOOKS_ASIDE_SECONDS = 1.0
 STORE_RUNNING_SECONDS = 0.2
 FEW_CREATES = 4  # at once: these are stored without waiting for company
 # A job gets so many signals in that time, each of them once: jobinit, which is there for all, gives
@@ -146,15 +128,6 @@ class Stopping:
 
     over: asyncio.Future[Job]  # the job once it has ended; the end goes on where this is cancelled
     is_news: bool  # the client asked for more than was under way
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What a look at this machine's files has shown of a job that is to be."""
-
-    path: str  # of its executable
-    limit_files: LimitFiles  # that put its limits in force
-    home: str
 
 
 @dataclass(slots=True, eq=False)
@@ -212,12 +185,9 @@ class Manager:
         self._jobinits = jobinits
         self._retention = retention
         output.on_log_limit = self._on_log_limit
-        self._mounts = Mounts()
+        self._loop = asyncio.get_running_loop()
         self._remover = Worker("cgroups", remove_empty)
-        # Apart from the threads of `to_thread`, which what runs already needs for its end.
-        self._lookers = ThreadPoolExecutor(LOOK_THREADS, "look")
-        self._looks = Turns(MOST_LOOKS)
-        self._looks_aside_until = 0.0  # on the loop's clock
+        self._looks = Looks(cgroups, self._loop)
         self._live: dict[int, _LiveJob] = {}
         self._ledgers: dict[str, Ledger] = {}  # by the owner of the jobs
         self._strangers: set[int] = set()
@@ -226,7 +196,6 @@ class Manager:
         self._has_recovered = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._creates: set[asyncio.Task[Job]] = set()
-        self._loop = asyncio.get_running_loop()
         self._closing = False
         self._has_let_go = False
 
@@ -448,8 +417,7 @@ class Manager:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._retention.close()
         await self._remover.close()
-        self._lookers.shutdown(wait=False, cancel_futures=True)
-        self._mounts.close()
+        self._looks.close()
 
     async def _stop_all(self) -> None:
         if self._live:
@@ -658,7 +626,7 @@ class Manager:
         confinement = self.isolation.choose(request.profile, request.user, request.network)
         confinement = self.isolation.arrange(confinement, request)
         _check_choice(client, request, confinement)
-        found = await self._check_on_machine(request, limits, confinement, client.name)
+        found = await self._looks.find(request, limits, confinement, client.name)
         await self._store.wait_for_ids()
         # Again: it may have taken long.
         client = admit()
@@ -684,7 +652,7 @@ class Manager:
         try:
             cgroup = self.cgroups.of(live.job.id)
             if confinement.user.home != user.home:  # as of one of profile strict that has a name
-                home = await self._look_up(client.name, home_of, confinement.user, confinement.find)
+                home = await self._looks.home_of(confinement, client.name)
                 found = replace(found, home=home)
             start = self._start_request(
                 live.job, cgroup, request.command, confinement, found, stdin
@@ -767,74 +735,13 @@ class Manager:
             pids=choose(asked.pids, default.pids, "pids"),
         )
 
-    async def _check_on_machine(
-        self, request: JobSpec, limits: Limits, confinement: Confinement, client: str
-    ) -> _Found:
-        # Every look at a filesystem may block; but mostly nobody need be asked who could.
-        files = confinement.files
-        is_arranged = files is not None and files.is_arranged
-        # A PATH that the client gave may make it many looks.
-        is_simple = not (limits.io_bytes_per_second or is_arranged or "PATH" in request.environment)
-        is_simple &= self._loop.time() >= self._looks_aside_until
-        if is_simple and self._mounts.are_local():
-            began = time.thread_time()
-            try:
-                with contextlib.suppress(BlockingIOError):
-                    return self._look_on_machine(request, limits, confinement, look_in_memory)
-            finally:
-                if time.thread_time() - began > LONG_LOOK_SECONDS:
-                    self._looks_aside_until = self._loop.time() + LOOKS_ASIDE_SECONDS
-        return await self._look_up(
-            client, self._look_on_machine, request, limits, confinement, look_on_disk
-        )
-
-    async def _look_up(self, client: str, function: Callable[..., T], *arguments: Any) -> T:
-        """In a thread of those that may wait for ever, where a filesystem does not answer. Those
-        of one client that work for long leave others the processor in between."""
-        turn = self._looks.of(client)
-        await turn.acquire()
-        worked_seconds = 0.0
-
-        # Given as arguments: what it knew by itself would stay with its error until the collector
-        # comes.
-        def look(function: Callable[..., T], *arguments: Any) -> T:
-            nonlocal worked_seconds
-            began = time.thread_time()
-            try:
-                return function(*arguments)
-            finally:
-                worked_seconds = time.thread_time() - began
-
-        try:
-            return await self._loop.run_in_executor(self._lookers, look, function, *arguments)
-        finally:
-            if worked_seconds > LONG_LOOK_SECONDS:
-                self._loop.call_later(MOST_LOOKS * worked_seconds, turn.release)
-            else:
-                turn.release()
-
-    def _look_on_machine(
-        self, request: JobSpec, limits: Limits, confinement: Confinement, look: Look
-    ) -> _Found:
-        folder, find = request.working_directory, confinement.find
-        with file_rights_of(confinement.user):
-            if confinement.files and confinement.files.is_arranged:
-                confinement.files.check()
-            check_working_directory(folder, find, look)
-            path = resolve(request.command, request.environment, folder, find, look)
-        if limits.io_bytes_per_second:
-            folder = find(folder, "") or folder
-        self.cgroups.check(request.limits, folder)
-        limit_files = self.cgroups.limit_files(limits, folder)
-        return _Found(path, limit_files, home_of(confinement.user, find, look))
-
     def _start_request(
         self,
         job: Job,
         cgroup: Cgroup | None,
         argv0: str,
         confinement: Confinement,
-        found: _Found,
+        found: Found,
         stdin: bytes = b"",
     ) -> StartRequest:
         spec = job.spec
