@@ -274,18 +274,7 @@ class Gate:
             # Not when this ends, but when the answer has gone out: until then it takes memory.
             leave: Any = functools.partial(self._leave, call)
             context.add_done_callback(leave)
-            entry = Entry(
-                functools.partial(self._access, call),
-                functools.partial(self._admit_part, call),
-                functools.partial(self._note_part, call),
-                functools.partial(self._keep_asking, call),
-                lambda: _client_of(call).reading,
-                functools.partial(self._reading_as, call),
-                functools.partial(_turn_in, self._disk_turns, call),
-                lambda: _client_of(call).creating,
-                lambda: _client_of(call).ending,
-                functools.partial(_turn_in, self._large_job_turns, call),
-            )
+            entry = self._entry(call)
             request = answer = sent = None
             turn: Turn = ALWAYS_FREE
             try:
@@ -403,6 +392,20 @@ class Gate:
                 refusals.unwritten = 0
             elif now > refusals.counted_at + REFUSALS_AT_ONCE / REFUSALS_PER_SECOND:
                 del self._refusals[name]
+
+    def _entry(self, call: _Call) -> Entry:
+        return Entry(
+            access=functools.partial(self._access, call),
+            admit=functools.partial(self._admit_part, call),
+            note=functools.partial(self._note_part, call),
+            keep_asking=functools.partial(self._keep_asking, call),
+            reading=lambda: _client_of(call).reading,
+            reading_as=functools.partial(self._reading_as, call),
+            reading_disk=functools.partial(_turn_in, self._disk_turns, call),
+            creating=lambda: _client_of(call).creating,
+            large_ending=lambda: _client_of(call).ending,
+            large_job=functools.partial(_turn_in, self._large_job_turns, call),
+        )
 
     # Coming and going
 
