@@ -93,7 +93,7 @@ clean:  ## remove all that was made
 	@$(TURN) sh scripts/venv.sh $(PYTHON)
 	@touch $@
 
-.venv/built: .venv/made pyproject.toml setup.py jobinit.c jobworker/_fastio.pyx
+.venv/built: .venv/made pyproject.toml setup.py jobinit.c $(wildcard jobinit/*.h) jobworker/_fastio.pyx
 	@echo "Building jobworker"
 	@$(PIP) install --group build
 	@$(PIP) install --no-build-isolation --editable .

@@ -66,6 +66,7 @@ setup(
         Extension(
             JOBINIT,
             ["jobinit.c"],
+            depends=[str(part) for part in Path("jobinit").glob("*.h")],
             extra_compile_args=["-O2", "-Wall", "-Wextra", "-Werror"],
             extra_link_args=["-static"],
         ),

@@ -39,7 +39,7 @@ def test_the_versions_are_written_down() -> None:
 
 
 def test_jobinit_and_the_server_agree() -> None:
-    source = (ROOT / "jobinit.c").read_text()
+    source = (ROOT / "jobinit/protocol.h").read_text()
     found = re.search(r"PROTOCOL_VERSION = (\d+)", source)
     assert found
     assert int(found[1]) == jobinit.PROTOCOL_VERSION

@@ -74,6 +74,7 @@ def test_the_sources_have_what_building_and_testing_takes(dist: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"jobinit.c", "jobworker/_fastio.pyx", "proto/job_worker.proto", "Makefile"}
     needed |= {"README.md", "ARCHITECTURE.md", "LICENSE", "tests/conftest.py", "docs/cli.md"}
+    needed |= {f"jobinit/{part}.h" for part in ("become", "filter", "protocol", "view")}
     assert needed <= names
     ours = {"jobinit.c", "tests/fuzz/jobinit_messages.c"}
     ours |= {"tests/moments.c", "tests/exec_from_thread.c", "tests/kernel/registers.c"}

@@ -1,7 +1,7 @@
 """The server's end of the socket to jobinit, the parent of all jobs (jobinit.c).
 
 A packet to jobinit holds one message, a packet from it as many as fit, with the descriptors
-of all of them in order. The formats below mirror the structs of jobinit.c.
+of all of them in order. The formats below mirror the structs of jobinit/protocol.h.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class StartRequest:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What confined jobs see of the machine's files; jobinit.c tells what that is, beside this."""
+    """What confined jobs see of the machine's files: this, and what jobinit/view.h says."""
 
     number: int  # 1 to 8
     tmp_bytes: int  # of /tmp, /var/tmp and /dev/shm together, which each job has of its own
