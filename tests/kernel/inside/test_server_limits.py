@@ -465,8 +465,6 @@ def test_jobs_end_where_the_server_can_have_no_other_thread(
         most.write_text("301")  # fewer than there are
         try:
             stops = [client.stop_soon(job, grace_milliseconds=0) for job in jobs]
-            wait_until(lambda: {client.get(job).status for job in jobs} == {"STOPPED"})
-            for stop in stops:
-                stop.result()
+            assert {stop.result().status for stop in stops} == {"STOPPED"}
         finally:
             most.write_text(before)
