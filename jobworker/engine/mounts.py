@@ -4,6 +4,7 @@ machine, or for a process, and so for ever; and where the same files are in sigh
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import select
@@ -80,6 +81,14 @@ def mount_id_of(path: str, flags: int = 0) -> int:
     finally:
         os.close(descriptor)
     return int(info.partition("mnt_id:")[2].split()[0])
+
+
+def mount_of(directory: str, mounts: Mapping[int, Mount]) -> Mount:
+    """Raises OSError."""
+    mount_id = mount_id_of(directory, os.O_DIRECTORY)
+    if mount_id not in mounts:
+        raise OSError(errno.ENODEV, "Its mount is out of sight, as in some chroots", directory)
+    return mounts[mount_id]
 
 
 class Mounts:

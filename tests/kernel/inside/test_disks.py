@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobworker.engine.cgroup import CgroupTree, disks_behind
+from jobworker.engine.cgroup import CgroupTree
+from jobworker.engine.disks import disks_behind
 from jobworker.errors import LimitUnavailableError
 from jobworker.job import Limits
 from kernel.inside.conftest import DISK, Create, device_of, mounted, run, run_in
