@@ -157,6 +157,10 @@ class Job:
     ended_ns: int = 0
     # The first accepted of stop, timeout and log limit: the cause once the job has ended.
     end_requested: Cause | None = None
+    # For a server that takes it over then: the signal that it was to get, and how long it may take
+    # from then on, as was asked for last.
+    end_signal: int = 0
+    end_grace_ms: int = 0
     cause: Cause | None = None
     exit_code: int = -1
     signal: int = 0
@@ -359,13 +363,18 @@ def started(job: Job, now_ns: int) -> Job:
     return changed(job, status=Status.RUNNING, started_ns=_not_before(job, now_ns))
 
 
-def request_end(job: Job, cause: Cause, by: Principal | None = None) -> Job:
-    """Stop, timeout or log limit: the first that is accepted stays. by: the client, if any."""
+def request_end(
+    job: Job, cause: Cause, signal: int, grace_ms: int, by: Principal | None = None
+) -> Job:
+    """Stop, timeout or log limit: the first that is accepted stays, with its signal, but for the
+    time that is left. by: the client, if any."""
     if job.is_ended:
         raise JobStateError(job.id, job.status, "stop")
     if job.end_requested is not None:
-        return job
-    return changed(job, end_requested=cause, stopped_by=by)
+        return changed(job, end_grace_ms=grace_ms)
+    return changed(
+        job, end_requested=cause, end_signal=signal, end_grace_ms=grace_ms, stopped_by=by
+    )
 
 
 def found(job_id: int, spec: JobSpec, started_ns: int) -> Job:

@@ -59,6 +59,10 @@ def test_a_snapshot_never_changes() -> None:
         NEW.status = Status.RUNNING  # type: ignore[misc]
 
 
+def asked_to_end(job: Job, cause: Cause) -> Job:
+    return transition.request_end(job, cause, signal.SIGTERM, 5000)
+
+
 ENDINGS: dict[str, Callable[[Job, int], Job]] = {
     "ended": lambda job, now_ns: transition.ended(job, exited(0), NO_OOM, now_ns),
     "start_failed": lambda job, now_ns: transition.start_failed(job, "exec", 2, "", now_ns),
@@ -69,12 +73,12 @@ BY_STATUS = {
     Status.RUNNING: RUNNING,
     Status.COMPLETED: transition.ended(RUNNING, exited(0), NO_OOM, 300),
     Status.FAILED: transition.ended(RUNNING, exited(1), NO_OOM, 300),
-    Status.STOPPED: transition.lost(transition.request_end(RUNNING, Cause.STOPPED), "", 300),
+    Status.STOPPED: transition.lost(asked_to_end(RUNNING, Cause.STOPPED), "", 300),
 }
 ALL: dict[str, Callable[[Job, int], Job]] = {
     **ENDINGS,
     "started": transition.started,
-    "request_end": lambda job, _: transition.request_end(job, Cause.STOPPED),
+    "request_end": lambda job, _: asked_to_end(job, Cause.STOPPED),
 }
 ALLOWED = {
     Status.INITIALIZING: {"started", "start_failed", "lost", "request_end"},
@@ -169,13 +173,13 @@ def test_the_end_that_was_asked_for_is_the_cause_whatever_came_then(
     ending: str, cause: Cause
 ) -> None:
     job = RUNNING if ending == "ended" else NEW
-    job = ENDINGS[ending](transition.request_end(job, cause), 300)
+    job = ENDINGS[ending](asked_to_end(job, cause), 300)
     assert job.cause is cause
     assert job.status == ("STOPPED" if cause is Cause.STOPPED else "FAILED")
 
 
 def test_a_stopped_job_keeps_its_exit_code_and_is_not_out_of_memory() -> None:
-    asked = transition.request_end(RUNNING, Cause.STOPPED)
+    asked = asked_to_end(RUNNING, Cause.STOPPED)
     job = transition.ended(asked, exited(0), NO_OOM, 300)
     assert (job.status, job.exit_code) == ("STOPPED", 0)
     job = transition.ended(asked, signal.SIGKILL, OomKills(1, 1), 300)
@@ -183,8 +187,10 @@ def test_a_stopped_job_keeps_its_exit_code_and_is_not_out_of_memory() -> None:
 
 
 def test_the_first_request_stays() -> None:
-    asked = transition.request_end(RUNNING, Cause.TIMED_OUT)
-    assert transition.request_end(asked, Cause.STOPPED) == asked
+    """But for the time that is left."""
+    asked = asked_to_end(RUNNING, Cause.TIMED_OUT)
+    sooner = transition.request_end(asked, Cause.STOPPED, signal.SIGINT, 100)
+    assert sooner == replace(asked, end_grace_ms=100)
 
 
 def test_a_failed_start() -> None:

@@ -80,6 +80,8 @@ MIGRATIONS = (
     CREATE INDEX jobs_by_owner_and_name ON jobs (owner, name, status, id)
         WHERE owner != '' AND name != '';
     """,
+    # The rest of a record may say with which signal, and within which time, its job is to end.
+    "",
 )
 SCHEMA_VERSION = len(MIGRATIONS)
 

@@ -143,7 +143,7 @@ class _LiveJob:
     # Signals, until the end asked for is stored, or their pause is over.
     unsent: list[int] = field(default_factory=list)
     pausing: set[int] = field(default_factory=set)  # signals that were sent a moment ago
-    is_end_stored: bool = False  # that it was asked for
+    stored_grace_ms: int | None = None  # of the end asked for; None: that is not stored yet
     is_storing_end: bool = False
     asked: frozenset[tuple[str, int]] = frozenset()  # to end, by whom and with which signal
     kill_at: float | None = None  # on the loop's clock; None: nobody asked for the end
@@ -477,19 +477,23 @@ class Manager:
         self._open_log(live, started, extent)
         if live.job.status is Status.INITIALIZING:
             self._mark_started(live, started)
+        self._go_on_ending(live)
         if isinstance(ending, Exited):
             self.on_exit(ending)
             return
-        self._go_on_ending(live)
         if live.job.spec.timeout_ms:
             self._set_timeout(live, _run_seconds(started))
 
     def _go_on_ending(self, live: _LiveJob) -> None:
-        """Its grace begins anew: nobody knows how much of it was over."""
-        if live.job.end_requested is not None:
-            self._request_end(
-                live, live.job.end_requested, signal.SIGTERM, self.policy.stop_grace_seconds
-            )
+        """Its grace begins anew, and it gets the signal again: nobody knows how much of the one
+        was over, and whether it got the other."""
+        job = live.job
+        if job.end_requested is not None:
+            # Neither is known under a version that did not record them.
+            number, grace_ms = job.end_signal or signal.SIGTERM, job.end_grace_ms
+            if not job.end_signal:
+                grace_ms = int(self.policy.stop_grace_seconds * 1e3)
+            self._request_end(live, job.end_requested, number, grace_ms / 1e3)
 
     async def _await_start(self, live: _LiveJob) -> None:
         try:
@@ -835,11 +839,13 @@ class Manager:
     ) -> bool:
         """Whether it does more than what was asked for before: another's, with another signal, or
         with half of the time that was left. Of these one job has some hundred at the most."""
-        live.job = transition.request_end(live.job, cause, by)
         now = self._loop.time()
         deadline = now + grace_seconds
         is_first = live.kill_at is None
         is_news = live.kill_at is None or deadline - now < (live.kill_at - now) / 2
+        if is_news or live.job.is_ended:
+            grace_ms = int(grace_seconds * 1e3)
+            live.job = transition.request_end(live.job, cause, signal_number, grace_ms, by)
         asked = (by.name if by else "", signal_number)
         is_news |= asked not in live.asked
         live.asked |= {asked}
@@ -872,8 +878,8 @@ class Manager:
 
     def _send_stop(self, live: _LiveJob) -> None:
         assert live.kill_at is not None
-        is_late = live.exited is not None or live.kill_at <= self._loop.time()
-        if not is_late and not live.is_storing_end:  # which sends all signals afterwards
+        is_due = live.kill_at <= self._loop.time()  # which is stored, and then killed
+        if not is_due and not live.is_storing_end:  # which sends all signals afterwards
             self._spawn(self._store_and_signal(live))
         self._set_kill_timer(live)
 
@@ -886,14 +892,15 @@ class Manager:
     async def _store_and_signal(self, live: _LiveJob) -> None:
         """In this order: what it dies of would else look like another cause to the next
         server."""
-        if not live.is_end_stored:  # else it says nothing new, and may be large
-            live.is_storing_end = True
-            try:
-                with contextlib.suppress(JobWorkerError):
+        live.is_storing_end = True
+        try:
+            with contextlib.suppress(JobWorkerError):
+                # Else it says nothing new, and may be large.
+                while (grace_ms := live.job.end_grace_ms) != live.stored_grace_ms:
                     await self._store.put(live.job)
-                    live.is_end_stored = True
-            finally:
-                live.is_storing_end = False
+                    live.stored_grace_ms = grace_ms
+        finally:
+            live.is_storing_end = False
         # Others may have asked meanwhile: all get theirs, but for pauses in their order. SIGKILL,
         # after which none means anything, waits for no other.
         signals = [number for number in live.unsent if number not in live.pausing]

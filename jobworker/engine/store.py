@@ -563,6 +563,8 @@ def _row_from(job: Job, spec_text: str) -> tuple[object, ...]:
         _encode(
             {
                 "end_requested": job.end_requested,
+                "end_signal": job.end_signal,
+                "end_grace_ms": job.end_grace_ms,
                 "failed_step": job.failed_step,
                 "failed_errno": job.failed_errno,
                 "detail": job.detail,

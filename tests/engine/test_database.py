@@ -21,7 +21,7 @@ from engine.stores import (
 from jobworker.engine import database
 from jobworker.engine.store import EndedJob, EndedTotals, Store
 from jobworker.errors import StateFolderError, StoreError
-from jobworker.job import Accounting, Cause, JobSpec, Limits, LogPolicy
+from jobworker.job import Accounting, Cause, JobSpec, Limits, LogPolicy, Principal
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -101,6 +101,20 @@ def test_a_database_of_version_2_is_brought_up_to_date(tmp_path: Path) -> None:
         assert (await store.page(owner="alice")).jobs == [new_job(5, "nightly", "alice")]
         assert [job.id for job in (await store.page(name="nightly")).jobs] == [5, 3, 1]
         assert await store.ended_totals() == EndedTotals(2, 60)
+
+    run(tmp_path, test)
+    assert version_of(tmp_path / "jobs.db") == database.SCHEMA_VERSION
+
+
+def test_a_database_of_version_3_is_brought_up_to_date(tmp_path: Path) -> None:
+    """Of a job that is to end it does not say how."""
+    make_database(tmp_path / "jobs.db", (FIXTURES / "jobs-3.sql").read_text())
+
+    async def test(store: Store) -> None:
+        (job,) = (await store.page(owner="alice")).jobs
+        assert (job.id, job.end_requested) == (5, Cause.STOPPED)
+        assert (job.end_signal, job.end_grace_ms) == (0, 0)
+        assert job.stopped_by == Principal("root", "admin", "01")
 
     run(tmp_path, test)
     assert version_of(tmp_path / "jobs.db") == database.SCHEMA_VERSION

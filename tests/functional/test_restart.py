@@ -267,15 +267,57 @@ def test_a_stop_stays_the_cause(start_server: StartServer, tmp_path: Path) -> No
     with server.connect() as client:
         job = client.shell('trap "" TERM; echo up; while :; do sleep 0.05; done')
         next(client.stream(job.id))
-        stopper = threading.Thread(target=stop_quietly, args=[client, job.id])
+        stopper = threading.Thread(target=stop_quietly, args=[client, job.id, 1000])
         stopper.start()
         time.sleep(0.3)
         server.stop(signal.SIGKILL)
         stopper.join()
-    server = start_server(STOP_JOBS="no", STOP_GRACE="0.2")
+    server = start_server(STOP_JOBS="no")
     with server.connect() as client:
         ended = client.wait(job.id)
         assert (ended.status, ended.cause) == ("STOPPED", pb.STOPPED)
+
+
+def test_a_stop_goes_on_with_its_signal_and_its_grace(restart: Callable[[], Server]) -> None:
+    """Also that which was asked for later, and is sooner."""
+    script = 'trap "echo int" INT; trap "echo term" TERM; echo up; while :; do sleep 0.05; done'
+    server = restart()
+    with server.connect() as client:
+        patient, hasty = (client.shell(script).id for _ in range(2))
+        for job_id in (patient, hasty):
+            next(client.stream(job_id))
+        stops = [
+            client.stop_soon(job_id, signal=signal.SIGINT, grace_milliseconds=grace)
+            for job_id, grace in ((patient, 600_000), (hasty, 600_000), (hasty, 9000))
+        ]
+        wait_until(lambda: client.output(patient, no_follow=True) == b"up\nint\n")
+        wait_until(lambda: client.output(hasty, no_follow=True) == b"up\nint\n")
+        time.sleep(1)  # the last stop is stored
+    with restart().connect() as client:
+        began = time.monotonic()
+        wait_until(lambda: client.output(patient, no_follow=True) == b"up\nint\nint\n")
+        assert client.wait(hasty).cause == pb.STOPPED
+        assert time.monotonic() - began > 7  # and not the server's own 5
+        assert client.output(hasty) == b"up\nint\nint\n"
+        assert client.get(patient).status == "RUNNING"
+        client.stop(patient, grace_milliseconds=0)
+    del stops
+
+
+def test_a_stop_of_what_was_left_running_stays_the_cause(restart: Callable[[], Server]) -> None:
+    """Its main process had ended by then."""
+    with restart().connect() as client:
+        job = client.shell("sleep 60 & echo $!")
+        next(client.stream(job.id))
+        time.sleep(0.5)  # RUNNING is stored
+        stop = client.stop_soon(job.id, grace_milliseconds=4000)
+        wait_until(lambda: client.get(job.id).HasField("stopped_by"))
+        time.sleep(1)  # it is stored
+    with restart().connect() as client:
+        ended = client.wait(job.id)
+        assert (ended.status, ended.cause, ended.exitCode) == ("STOPPED", pb.STOPPED, 0)
+        assert ended.stopped_by.name == "admin"
+    del stop
 
 
 def test_a_stop_of_what_starts_is_kept(start_server: StartServer) -> None:
