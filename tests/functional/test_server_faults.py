@@ -18,10 +18,10 @@ from jobworker.pb import job_worker_pb2 as pb
 SECRET = "swordfish"
 # Each of these fails for one job, in a way of its own.
 FAULTS = f"""
-from jobworker.engine import manager
+from jobworker.engine import looks, manager
 from jobworker.engine.output import Reader
 
-get, resolve, put = manager.Manager.get, manager.resolve, manager.Store.put
+get, resolve, put = manager.Manager.get, looks.resolve, manager.Store.put
 
 async def get_or_fail(self, job_id, **options):
     if job_id == 77:
@@ -45,7 +45,7 @@ async def put_and_fail(self, job, **options):
 
 manager.Manager.get = get_or_fail
 manager.Store.put = put_and_fail
-manager.resolve = resolve_or_fail
+looks.resolve = resolve_or_fail
 Reader.next = fail
 """
 
