@@ -381,7 +381,7 @@ class Manager:
         lost = {each.job_id: each for each in held if await self._has_lost_record(each)}
         extents = await asyncio.to_thread(self._output.recover, [*records, *lost])
         for job_id, each in lost.items():
-            records[job_id] = self._found(each, extents.get(job_id))
+            records[job_id] = await self._found(each, extents.get(job_id))
         held_by_id = {each.job_id: each for each in held}
         # By id, as what is made from now on comes behind them.
         for job_id in sorted(records.keys() | held_by_id.keys()):
@@ -393,7 +393,7 @@ class Manager:
         if held:
             ended = sum(each.ending is not None for each in held)
             log.info("took over %s, of which %d ended meanwhile", _count(held), ended)
-        self._kill_leftovers()
+        await self._kill_leftovers()
         self._retention.start(self._live)
 
     async def close(self, *, stop_jobs: bool) -> None:
@@ -527,7 +527,7 @@ class Manager:
         is_known = not self._store.damaged or await self._store.get(held.job_id, brief=True)
         return held.started is not None and not is_known
 
-    def _found(self, held: Held, extent: Extent | None) -> Job:
+    async def _found(self, held: Held, extent: Extent | None) -> Job:
         """A record of what is known of a job whose own was lost: it goes on, as nobody's."""
         log.error(
             "job %d goes on, though its record was lost with the damaged database: only admins "
@@ -541,7 +541,7 @@ class Manager:
             spec = NOTHING_SEEN
             # Whose user what it left behind has is not known, so that no other job must get it.
             if cgroup := self.cgroups.find(held.job_id):
-                cgroup.kill()
+                await asyncio.to_thread(cgroup.kill)
         quota = LogQuota(self.policy.log_max_bytes, self.policy.log_policy)
         if extent and extent.segment_bytes:
             quota = quota.fitted(extent.segment_bytes)
@@ -562,14 +562,15 @@ class Manager:
         else:
             self._jobinits.acknowledge(job_id)
 
-    def _kill_leftovers(self) -> None:
-        """Cgroups of jobs that nobody holds, and of which nobody knows any more."""
+    async def _kill_leftovers(self) -> None:
+        """Cgroups of jobs that nobody holds, and of which nobody knows any more: before others
+        come, which may get the same user."""
         # Those too that jobinit is about to make.
         known = {self.cgroups.of(job_id) for job_id in self._live}
         for cgroup in self.cgroups.leftovers():
             if cgroup not in known:
                 log.warning("killing what an earlier server left in %s", cgroup.path)
-                cgroup.kill()
+                await asyncio.to_thread(cgroup.kill)
                 self._spawn(self._remove_cgroup(cgroup))
 
     # What jobinit reports
