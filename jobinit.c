@@ -718,7 +718,7 @@ static void fail_start(struct job *job, enum step step, int error)
  * descriptor open, it gives nothing away to a job, whose /proc does not show it. */
 static _Noreturn void be_first_in_namespace(void)
 {
-	static const struct timespec patience = {FIRST_PROCESS_SECONDS, 0};
+	static const struct timespec patience = {FIRST_PROCESS_SECONDS, 0}, pause = {1, 0};
 	struct pollfd job = {.events = POLLIN};
 	sigset_t all, told;
 
@@ -739,7 +739,9 @@ static _Noreturn void be_first_in_namespace(void)
 	signal(SIGCHLD, SIG_IGN);
 	while (waitpid(-1, NULL, WNOHANG) > 0)
 		;
-	job.fd = open_pidfd(2);
+	/* Whether it has ended, or only no descriptor is left on this machine. */
+	while ((job.fd = open_pidfd(2)) < 0 && errno != ESRCH && errno != EINVAL)
+		nanosleep(&pause, NULL);
 	if (job.fd >= 0)
 		poll(&job, 1, -1);
 	while (wait(NULL) >= 0 || errno == EINTR)

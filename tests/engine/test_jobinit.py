@@ -1708,6 +1708,31 @@ def test_the_first_process_of_a_namespace_waits_outside_of_the_job(
     launcher.run(scenario)
 
 
+@sees_descriptors
+def test_without_a_descriptor_the_first_process_of_a_namespace_ends_no_job(
+    launcher: Launcher,
+) -> None:
+    """It would be the end of all others in there. The machine may have none left: another job's
+    doing."""
+
+    async def scenario(server: Server) -> None:
+        started = await server.start("/bin/sleep", "60", **confined(view=0))
+        [first] = [pid for pid in jobs_of(server.pid) if pid != started.pid]
+        await _wait_descriptors(first, 0)
+        most = resource.prlimit(first, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(first, resource.RLIMIT_NOFILE, (0, most))
+        slept = _sleeps(first)
+        os.kill(first, signal.SIGCHLD)  # it looks for the job at once
+        await asyncio.to_thread(_wait_until, lambda: _sleeps(first) >= slept + 2)
+        resource.prlimit(first, resource.RLIMIT_NOFILE, (most, most))
+        await _wait_descriptors(first, 1)
+        server.jobinit.signal(started.job_id, signal.SIGTERM)
+        assert (await server.wait_exit(started.job_id)).wait_status == signal.SIGTERM
+        await _wait_gone(first)
+
+    launcher.run(scenario)
+
+
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 def test_one_that_dies_before_it_has_read_all_is_missed(run: Callable[..., None]) -> None:
     """The kernel then tells first that what was sent is lost; uvloop tells that once."""
