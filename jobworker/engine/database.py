@@ -153,6 +153,9 @@ def set_up(connection: sqlite3.Connection) -> None:
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA wal_autocheckpoint = 0")  # the syncer does
     connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+    # Not in files, which it would make where TMPDIR says: jobs with this process' user could open
+    # them, and read others' records, before it removes their names.
+    connection.execute("PRAGMA temp_store = MEMORY")
 
 
 def _check_version(path: Path, connection: sqlite3.Connection) -> None:

@@ -153,6 +153,25 @@ def test_what_programs_have_in_a_home_that_is_another_users_is_hidden(certificat
             assert client.run(f"cat {home}/data")[1] == b"data"
 
 
+def test_what_sqlite_keeps_for_a_moment_is_in_no_folder_that_jobs_see(certificates: Path) -> None:
+    """It has others' records, and is the server's user's, as jobs are."""
+    with public_folder() as other, public_folder() as place:
+        os.chown(place, USER, USER)
+        launcher = ["env", f"TMPDIR={place}"]
+        with (
+            servers(other, certificates, launcher) as start,
+            start(PROFILE="", KEEP_JOBS="1").connect() as client,
+        ):
+            made = place.stat().st_mtime_ns
+            for _ in range(3):
+                client.run("true")
+                client.call(
+                    "CreateJobs", pb.CreateJobsReq(jobs=[pb.CreateJobReq(command="true")] * 60)
+                )
+            wait_until(lambda: len(client.jobs()) == 1)
+            assert place.stat().st_mtime_ns == made
+
+
 def test_that_users_mail_is_hidden(certificates: Path) -> None:
     mail = "mount -t tmpfs -o mode=755 none /var/mail && echo secret > /var/mail/user"
     mail += f' && chown {USER} /var/mail/user && exec "$@"'
