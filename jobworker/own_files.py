@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from jobworker.certs import CA_CERT, CA_KEY, SERVER_CERT, SERVER_KEY
 from jobworker.config import Settings
 from jobworker.engine.files import MOST_LINKS, is_in_any
 from jobworker.engine.isolation import Files
@@ -41,7 +42,7 @@ ACL_USER, ACL_GROUP = 0x2, 0x8
 def files_of_jobs(settings: Settings) -> Files:
     """What confined jobs see of this machine's files."""
     users = _job_users(settings)
-    links = [*settings.cert_path.glob("*.pem"), *settings.state_dir.glob("*")]
+    links = [*_certificate_files(settings.cert_path), *settings.state_dir.glob("*")]
     code = _code()
     private = _private(settings, links, code)
     loaded = _loaded_from(code)
@@ -87,7 +88,13 @@ def _private(settings: Settings, links: Iterable[Path], code: Iterable[Path]) ->
 
 def _certificates(folder: Path) -> list[Path]:
     """All of the certificates' folder, unless jobs cannot do without."""
-    return list(folder.glob("*.pem")) if str(folder.resolve()) in SHARED_FOLDERS else [folder]
+    return _certificate_files(folder) if str(folder.resolve()) in SHARED_FOLDERS else [folder]
+
+
+def _certificate_files(folder: Path) -> list[Path]:
+    """Also the server's own where nobody can list the folder."""
+    own = (folder / name for name in (CA_CERT, CA_KEY, SERVER_CERT, SERVER_KEY))
+    return sorted({*folder.glob("*.pem"), *own})
 
 
 def _with_rotated(log_file: Path) -> list[Path]:
@@ -115,18 +122,20 @@ def _standard_files() -> list[Path]:
                 found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
     # What is a folder, or a link, is no log.
     files = (each for path in set(found) for each in _rotated(path) if not os.path.islink(each))
-    return [*found, *filter(os.path.isfile, files)]
+    # Of which nobody can say what is in it.
+    unlisted = [path.parent for path in found if not os.access(path.parent, os.R_OK)]
+    return [*found, *filter(os.path.isfile, files), *unlisted]
 
 
 def _homes(code: Iterable[Path]) -> list[Path]:
     """Of this process' user: keys are there, and what others of its programs run when they start.
     What is only called so, as /usr/sbin is daemon's, is in sight but for what programs look for
-    there; and so is the code."""
+    there; and so is the code. But not where nobody can list what is there."""
     user = own_user()
     homes = {Path(home) for home in (user.home, os.environ.get("HOME", "")) if home}
     hidden: list[Path] = []
     for home in filter(os.path.isdir, homes - {ROOT}):
-        if _may_change(home, user):
+        if _may_change(home, user) or not os.access(home, os.R_OK):
             hidden.append(home)
         else:
             parts = {each for path in code for each in _from_root(path)}

@@ -153,6 +153,27 @@ def test_what_programs_have_in_a_home_that_is_another_users_is_hidden(certificat
             assert client.run(f"cat {home}/data")[1] == b"data"
 
 
+@pytest.mark.parametrize("is_log", [False, True])
+def test_what_its_user_can_enter_and_not_list_is_hidden(certificates: Path, is_log: bool) -> None:
+    """Names are known: that of a key in a home, or of a log that was rotated."""
+    with public_folder() as place, public_folder() as other:
+        folder = place / "folder"
+        folder.mkdir()
+        file = folder / (".netrc" if not is_log else "log.1")
+        file.write_text("secret")
+        (folder / "log").touch()
+        for path in folder.iterdir():
+            os.chown(path, USER, USER)
+        folder.chmod(0o711)
+        launcher = ["sh", "-c", 'exec >> "$0/log" && exec "$@"', str(folder)] if is_log else []
+        with servers(other, certificates, launcher) as start:
+            if not is_log:
+                (other / "home").rmdir()
+                (other / "home").symlink_to(folder)
+            with start(PROFILE="").connect() as client:
+                assert b"Permission denied" in client.run(f"cat {file}")[1]
+
+
 def test_what_sqlite_keeps_for_a_moment_is_in_no_folder_that_jobs_see(certificates: Path) -> None:
     """It has others' records, and is the server's user's, as jobs are."""
     with public_folder() as other, public_folder() as place:
@@ -411,6 +432,21 @@ def test_what_links_lead_to_is_the_servers_too(certificates: Path) -> None:
             assert client.run(f"cat {kept} {key}")[0].exitCode != 0
             assert client.run(f"cat {archive}/log || exit 7")[0].exitCode == 7
             assert client.run(f"mv {archive} {other}/old")[0].exitCode != 0
+
+
+def test_also_where_its_user_cannot_list_them(certificates: Path) -> None:
+    with (
+        public_folder() as folder,
+        public_folder() as other,
+        servers(folder, certificates) as start,
+    ):
+        key = folder / "certs" / "server-key.pem"
+        kept = Path(shutil.move(key, other))
+        key.symlink_to(kept)
+        os.chown(folder / "certs", 0, 0)
+        (folder / "certs").chmod(0o711)
+        with start(PROFILE="").connect() as client:
+            assert client.run(f"cat {kept} || exit 7")[0].exitCode == 7
 
 
 # $0: a user, whose / is: all that is in it is mounted.
