@@ -167,7 +167,8 @@ static struct refused refusal;
 static uint64_t refused_job;
 
 static int epoll_fd, signal_fd, listener_fd = 3, server_fd = -1;
-static uint32_t server_interest;
+static uint32_t server_interest; /* what it is watched for */
+static const uint32_t UNWATCHED = ~0u;
 static bool was_connected, must_retry, listener_rests, has_dead;
 
 static struct rlimit original_open_files;
@@ -1212,9 +1213,13 @@ static void send_owed(void)
 	if (server_fd < 0)
 		return;
 	interest = send_all_owed();
-	if (interest != server_interest)
-		watch(EPOLL_CTL_MOD, server_fd, interest, SERVER_EVENT);
-	server_interest = interest;
+	if (interest == server_interest)
+		return;
+	if (watch(server_interest == UNWATCHED ? EPOLL_CTL_ADD : EPOLL_CTL_MOD, server_fd, interest,
+		  SERVER_EVENT))
+		server_interest = interest;
+	else
+		must_retry = true; /* for now this user has no watch left */
 }
 
 /* ==== From the server ==== */
@@ -1435,7 +1440,7 @@ static void lose_server(void)
 	owe_no_views();
 	leave_unmade_views();
 	unwatch_and_close(&server_fd);
-	watch(EPOLL_CTL_ADD, listener_fd, EPOLLIN, LISTENER_EVENT);
+	watch(EPOLL_CTL_MOD, listener_fd, EPOLLIN, LISTENER_EVENT);
 }
 
 static void receive_message(void)
@@ -1506,10 +1511,11 @@ static void accept_server(void)
 		close(fd);
 		return;
 	}
-	watch(EPOLL_CTL_DEL, listener_fd, 0, 0);
+	/* It stays watched: once it were not, jobs of this user may have taken the last watch of epoll
+	 * that it may have (fs.epoll.max_user_watches), and no server would come in any more. */
+	watch(EPOLL_CTL_MOD, listener_fd, 0, LISTENER_EVENT);
 	server_fd = fd;
-	server_interest = EPOLLIN;
-	watch(EPOLL_CTL_ADD, server_fd, server_interest, SERVER_EVENT);
+	server_interest = UNWATCHED; /* until what it is owed is sent */
 	was_connected = true;
 	owes_hello = true;
 }

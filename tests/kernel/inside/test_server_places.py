@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from socket import AF_UNIX, SOCK_SEQPACKET, socket
 from typing import Any
 
 import grpc
@@ -180,3 +182,28 @@ def test_jobs_leave_a_quarter_of_the_processes_that_their_unit_may_have(
         ):
             client.stop(bomb.id, grace_milliseconds=0)
             assert client.wait(bomb.id).cause == pb.STOPPED
+
+
+def test_the_next_server_takes_over_though_there_were_no_watches_of_epoll(
+    tmp_path: Path, certificates: Path
+) -> None:
+    """As where jobs of its user take all, with each that a server gives back as it ends."""
+    most = Path("/proc/sys/fs/epoll/max_user_watches")
+    before = most.read_text()
+    with serving(tmp_path, certificates, user=USER, STOP_JOBS="no") as server:
+        with server.connect() as client:
+            job = client.shell("trap 'exit 5' TERM; echo ready; while sleep 0.05; do :; done")
+            next(client.stream(job.id))
+        most.write_text("0")
+        server.stop(signal.SIGKILL)
+        (path,) = server.state.glob("jobinit-*.sock")
+        with socket(AF_UNIX, SOCK_SEQPACKET) as too_early:
+            too_early.connect(str(path))
+            time.sleep(0.2)
+        most.write_text(before)
+    with (
+        serving(tmp_path, certificates, user=USER) as server,
+        server.connect() as client,
+    ):
+        client.stop(job.id)
+        assert client.wait(job.id).exitCode == 5
