@@ -213,9 +213,8 @@ def stop(job_id: int | str, signal: int, grace_seconds: float | None) -> Call[No
         _check_range("signal", signal, LARGEST_INT32)
         request.signal = signal
         if grace_seconds is not None:
-            milliseconds = round(grace_seconds * 1000)
-            _check_range("grace_seconds", milliseconds, LARGEST_UINT32)
-            request.grace_milliseconds = milliseconds
+            _check_range("grace_seconds", grace_seconds, LARGEST_UINT32 // 1000)
+            request.grace_milliseconds = round(grace_seconds * 1000)
     except InvalidRequestError as error:
         raise RejectedError(rpc, "INVALID_ARGUMENT", str(error)) from error
     new = {"signal": signal != 0, "grace_seconds": grace_seconds is not None}
@@ -297,7 +296,7 @@ def _check_int32(limits: Limits) -> None:
         _check_range(name, value, LARGEST_INT32, " (0 is the server's default)")
 
 
-def _check_range(name: str, value: int, largest: int, hint: str = "") -> None:
+def _check_range(name: str, value: float, largest: int, hint: str = "") -> None:
     if not 0 <= value <= largest:
         raise InvalidRequestError(name, f"{value} is not possible; use 0 to {largest}{hint}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -237,6 +238,12 @@ def test_a_stop_may_take_as_long_as_its_grace() -> None:
     assert call.extra_seconds == 90.5
     assert isinstance(call.request, pb.StopJobReq)
     assert call.request.grace_milliseconds == 90_500
+
+
+@pytest.mark.parametrize("seconds", [-1, 2**32, math.inf, math.nan])
+def test_a_grace_that_cannot_be(seconds: float) -> None:
+    with pytest.raises(RejectedError, match=f"grace_seconds: {seconds} is not possible"):
+        calls.stop(1, 0, seconds)
 
 
 def test_a_listing_ends_at_its_limit_and_at_the_last_page() -> None:
