@@ -104,8 +104,8 @@ def _follow(client: Client, job: Job, writer: Writer) -> Job:
                 writer.write(chunk)
                 if chunk.ending:
                     return chunk.ending
-    except BrokenPipeError:
-        # As a program does that runs here and whose reader has gone.
+    except OSError:
+        # As a program does that runs here, where nobody reads it, or a disk is full.
         client.stop(job.id)
         raise
     raise AssertionError("a stream that follows has an ending")

@@ -244,3 +244,11 @@ def test_nobody_reads(jobworker: Program) -> None:
     process.stderr.close()
     job_id = jobworker.newest_id("--name", "unread")
     wait_for(lambda: jobworker.json("get", job_id)["status"] == "STOPPED")
+
+
+def test_output_that_cannot_be_written(jobworker: Program) -> None:
+    with open("/dev/full", "wb") as full:
+        process = jobworker.start("run", "--name", "unwritten", "yes", stdout=full)
+        assert process.wait(30) == 125
+    job_id = jobworker.newest_id("--name", "unwritten")
+    wait_for(lambda: jobworker.json("get", job_id)["status"] == "STOPPED")
