@@ -5,6 +5,7 @@ What scripts read, `-o json`, has exact figures instead: see `job_as_json`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -117,11 +118,13 @@ def ago(nanoseconds: int) -> str:
 def printable(text: str) -> str:
     """One line, in which nothing moves the cursor or changes the terminal's colours: names and
     arguments come from anybody."""
+    with contextlib.suppress(UnicodeEncodeError):  # JSON has surrogates that stand for no byte
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(
         character
         if character.isprintable()
         else character.encode("unicode_escape", "backslashreplace").decode("ascii")
-        for character in text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        for character in text
     )
 
 

@@ -146,6 +146,9 @@ class LazyGroup(click.Group):
             code = error.code if isinstance(error, FailedError) else error.exit_code
         except click.Abort:
             code = ExitCode.INTERRUPTED
+        except OSError as error:  # of a help that cannot be written
+            remark(os_message(error))
+            code = ExitCode.FAILED
         leave(code or ExitCode.OK)
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -93,6 +93,11 @@ def test_nothing_that_a_terminal_obeys_is_printed(text: str) -> None:
     assert shown != text
 
 
+def test_a_surrogate_that_stands_for_no_byte() -> None:
+    """As JSON may have it."""
+    assert display.printable("a\ud800") == r"a\ud800"
+
+
 def test_what_can_be_printed_stays_as_it_is() -> None:
     assert display.printable("Grüße, 世界 🙂") == "Grüße, 世界 🙂"
 

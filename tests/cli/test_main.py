@@ -315,9 +315,10 @@ def test_a_server_that_is_killed_meanwhile(
     start_server().stop()  # which ends what that one has left
 
 
-def test_standard_output_that_is_full(jobworker: Program) -> None:
+@pytest.mark.parametrize("word", ["list", "--help"])
+def test_standard_output_that_is_full(jobworker: Program, word: str) -> None:
     with open("/dev/full", "wb") as full:
-        process = jobworker.start("list", stdout=full, stderr=subprocess.PIPE)
+        process = jobworker.start(word, stdout=full, stderr=subprocess.PIPE)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert b"Traceback" not in errors
