@@ -54,6 +54,7 @@ class AsyncClient:
         self._patience_seconds = patience
         # One for each name that the server's certificate might be for; the last is in use.
         self._channels: list[grpc.aio.Channel] = []
+        self._has_answered = False  # the server
         self._knows_new_fields = False
         self._is_closed = False
 
@@ -123,7 +124,7 @@ class AsyncClient:
         follow: bool = True,
         stream: Stream = Stream.ALL,
     ) -> AsyncGenerator[Chunk, None]:
-        patience = Patience(self._patience_seconds)
+        patience = self._patience()
         return self._read(Reading(job_id, patience, from_offset, follow, stream))
 
     async def wait(
@@ -132,7 +133,7 @@ class AsyncClient:
         *,
         timeout: float | None = None,  # noqa: ASYNC109 as for `Client`
     ) -> Job:
-        patience = Patience(self._patience_seconds, timeout)
+        patience = self._patience(timeout)
         job = await self._call(calls.get(job_id), patience.left_seconds())
         if job.is_ended:
             return job
@@ -159,7 +160,7 @@ class AsyncClient:
                 await self.stop((await creating).id)
             raise
         try:
-            return await self._collect(Reading(job.id, Patience(self._patience_seconds, timeout)))
+            return await self._collect(Reading(job.id, self._patience(timeout)))
         except BaseException as error:
             with contextlib.suppress(CallError):
                 await self.stop(job.id)
@@ -190,10 +191,13 @@ class AsyncClient:
             channel = self._channel(call.rpc)
             try:
                 method: BytesCall = channel.unary_unary(PATH + call.rpc)
-                return await method(request, timeout=timeout_seconds)
+                answer = await method(request, timeout=timeout_seconds)
             except grpc.RpcError as error:
                 if not self._took_next_name(channel, error):
                     raise await self._error_from(error, call.rpc) from error
+            else:
+                self._has_answered = True
+                return answer
 
     async def _error_from(self, error: grpc.RpcError, rpc: str) -> CallError:
         return await asyncio.to_thread(failures.error_from, error, rpc, self._target)
@@ -224,6 +228,13 @@ class AsyncClient:
             await asyncio.sleep(pause_seconds)
 
     # Streams
+
+    def _patience(self, timeout_seconds: float | None = None) -> Patience:
+        """A server that has answered is waited for, though a stream is new."""
+        patience = Patience(self._patience_seconds, timeout_seconds)
+        if self._has_answered:
+            patience.connected()
+        return patience
 
     async def _read(self, reading: Reading) -> AsyncGenerator[Chunk, None]:
         await self._require(STREAM_RPC, reading.needs, reading.patience.left_seconds())

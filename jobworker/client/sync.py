@@ -74,6 +74,7 @@ class Client:
         self._lock = threading.Lock()
         # One for each name that the server's certificate might be for; the last is in use.
         self._channels = [self._new_channel(self._target.names[0])]
+        self._has_answered = False  # the server
         self._knows_new_fields = False
         self._is_closed = False
 
@@ -174,12 +175,12 @@ class Client:
         all of it.
         stream: only this one.
         """
-        patience = Patience(self._patience_seconds)
+        patience = self._patience()
         return self._read(Reading(job_id, patience, from_offset, follow, stream))
 
     def wait(self, job_id: int | str, *, timeout: float | None = None) -> Job:
         """The job once it has ended. timeout: in seconds; raises DeadlineError after it."""
-        patience = Patience(self._patience_seconds, timeout)
+        patience = self._patience(timeout)
         job = self._call(calls.get(job_id), patience.left_seconds())
         if job.is_ended:
             return job
@@ -216,7 +217,7 @@ class Client:
                 # The thread runs, then: who is interrupted while it starts, forgets it.
                 executor.submit(int).result()
                 executor.submit(create).result()
-            patience = Patience(self._patience_seconds, timeout)
+            patience = self._patience(timeout)
             return self._collect(Reading(created[0].id, patience))
         except BaseException as error:
             for job in created:
@@ -250,10 +251,13 @@ class Client:
             channel = self._channel(call.rpc)
             try:
                 method: BytesCall = channel.unary_unary(PATH + call.rpc)
-                return method(request, timeout=timeout_seconds)
+                answer = method(request, timeout=timeout_seconds)
             except grpc.RpcError as error:
                 if not self._took_next_name(channel, error):
                     raise failures.error_from(error, call.rpc, self._target) from error
+            else:
+                self._has_answered = True
+                return answer
 
     def _require(self, rpc: str, needs: tuple[str, ...], timeout_seconds: float | None) -> None:
         """Raises UnsupportedError where the server would ignore what is needed."""
@@ -279,6 +283,13 @@ class Client:
             time.sleep(pause_seconds)
 
     # Streams
+
+    def _patience(self, timeout_seconds: float | None = None) -> Patience:
+        """A server that has answered is waited for, though a stream is new."""
+        patience = Patience(self._patience_seconds, timeout_seconds)
+        if self._has_answered:
+            patience.connected()
+        return patience
 
     def _read(self, reading: Reading) -> Generator[Chunk, None, None]:
         self._require(STREAM_RPC, reading.needs, reading.patience.left_seconds())

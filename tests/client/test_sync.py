@@ -399,6 +399,23 @@ def test_a_restarted_server_is_found_again(
     assert chunks[-1].ending.exit_code == 3
 
 
+def test_a_restarted_server_is_waited_for_by_a_new_stream(
+    connect: Connect, start_server: StartServer
+) -> None:
+    """As the one of `run`, which begins once the job is created."""
+    server = start_server(STOP_JOBS="no")
+    client = connect(server.address)
+    job = client.create("sh", "-c", "echo before; exit 3")
+    server.stop()
+    options = {"ADDR": server.address, "STOP_JOBS": "no"}
+    restarting = threading.Timer(0.5, start_server, kwargs=options)
+    restarting.start()
+    chunks = list(client.stream(job.id))
+    restarting.join()
+    assert output(chunks) == b"before\n"
+    assert chunks[-1].ending
+
+
 def test_patience_has_an_end(connect: Connect, start_server: StartServer) -> None:
     server = start_server(STOP_JOBS="no")  # else the job's ending may come, and not the break
     client = connect(server.address, patience=1)
