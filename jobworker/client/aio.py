@@ -54,6 +54,7 @@ class AsyncClient:
         self._patience_seconds = patience
         # One for each name that the server's certificate might be for; the last is in use.
         self._channels: list[grpc.aio.Channel] = []
+        self._stopping: set[asyncio.Task[None]] = set()  # jobs of runs that were cancelled
         self._has_answered = False  # the server
         self._knows_new_fields = False
         self._is_closed = False
@@ -156,17 +157,27 @@ class AsyncClient:
         try:
             job = await asyncio.shield(creating)
         except asyncio.CancelledError:  # a job that the server has begun is there all the same
-            with contextlib.suppress(CallError):
-                await self.stop((await creating).id)
+            await self._stop_in_any_case(creating)
             raise
         try:
             return await self._collect(Reading(job.id, self._patience(timeout)))
         except BaseException as error:
-            with contextlib.suppress(CallError):
-                await self.stop(job.id)
+            await self._stop_in_any_case(creating)
             if isinstance(error, DeadlineError):
                 raise failures.late(error, job.id) from error
             raise
+
+    async def _stop_in_any_case(self, creating: asyncio.Future[Job]) -> None:
+        """Goes on where the caller is cancelled once more."""
+
+        async def stop() -> None:
+            with contextlib.suppress(CallError):
+                await self.stop((await creating).id)
+
+        stopping = asyncio.ensure_future(stop())
+        self._stopping.add(stopping)
+        stopping.add_done_callback(self._stopping.discard)
+        await asyncio.shield(stopping)
 
     async def info(self) -> ServerInfo:
         return await self._call(calls.info())
@@ -195,6 +206,9 @@ class AsyncClient:
             except grpc.RpcError as error:
                 if not self._took_next_name(channel, error):
                     raise await self._error_from(error, call.rpc) from error
+            except asyncio.CancelledError:
+                self._require_open(call.rpc)
+                raise
             else:
                 self._has_answered = True
                 return answer
@@ -262,6 +276,9 @@ class AsyncClient:
             if self._took_next_name(channel, error):
                 return
             raise await self._error_from(error, STREAM_RPC) from error
+        except asyncio.CancelledError:
+            self._require_open(STREAM_RPC)
+            raise
         except failures.UNREADABLE as error:
             raise failures.unreadable(error, STREAM_RPC, self._target) from error
         finally:
@@ -298,6 +315,13 @@ class AsyncClient:
         if not self._channels:
             self._channels.append(self._new_channel(self._target.names[0]))
         return self._channels[-1]
+
+    def _require_open(self, rpc: str) -> None:
+        """Raises CallError after `close`, which cancels what is under way; not in a task that
+        others have cancelled."""
+        task = asyncio.current_task()
+        if self._is_closed and not (task and task.cancelling()):
+            raise failures.closed(rpc) from None
 
     def _new_channel(self, name: str) -> grpc.aio.Channel:
         return grpc.aio.secure_channel(

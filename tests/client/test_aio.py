@@ -63,6 +63,23 @@ def test_a_run_that_is_cancelled_while_its_job_is_created_leaves_none(server: Se
     run(server, scenario)
 
 
+def test_a_run_that_is_cancelled_twice_leaves_none(server: Server) -> None:
+    async def scenario(client: AsyncClient) -> None:
+        name = "cancelled twice"
+        for milliseconds in range(0, 60, 3):
+            running = asyncio.ensure_future(client.run("sleep", "60", name=name))
+            await asyncio.sleep(milliseconds / 1000)
+            running.cancel()
+            await asyncio.sleep(0)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+        await asyncio.sleep(1)  # for what goes on without the caller
+        assert not [job.id async for job in client.list(name=name) if not job.is_ended]
+
+    run(server, scenario)
+
+
 def test_a_cancelled_reader_leaves_the_job_alone(server: Server) -> None:
     async def scenario(client: AsyncClient) -> None:
         job = await client.create("sleep", "60")
@@ -90,14 +107,18 @@ def test_a_stream_that_is_left_early(server: Server) -> None:
     run(server, scenario)
 
 
-def test_close_ends_a_stream(server: Server) -> None:
+def test_close_ends_what_is_under_way(server: Server) -> None:
+    """With an error: nobody has cancelled the tasks that wait for it."""
+
     async def scenario(client: AsyncClient) -> None:
         job = await client.create("sleep", "3")
         async with AsyncClient(server.address, certs=server.certs) as other:
-            reading = asyncio.ensure_future(anext(other.stream(job.id)))
-            await asyncio.wait([reading], timeout=0.3)
-        with pytest.raises((CallError, asyncio.CancelledError)):
-            await reading
+            calls = [anext(other.stream(job.id)), other.stop(job.id, grace_seconds=60, signal=18)]
+            waiting = [asyncio.ensure_future(call) for call in calls]
+            await asyncio.wait(waiting, timeout=0.3)
+        for each in waiting:
+            with pytest.raises(CallError, match="this client was closed; make another one"):
+                await each
         await client.stop(job.id)
 
     run(server, scenario)
