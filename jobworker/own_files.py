@@ -8,7 +8,7 @@ root its jobs have its own user, so that its homes are hidden, too.
 from __future__ import annotations
 
 import contextlib
-import glob
+import fnmatch
 import logging
 import os
 import re
@@ -23,7 +23,9 @@ from jobworker.certs import CA_CERT, CA_KEY, SERVER_CERT, SERVER_KEY
 from jobworker.config import Settings
 from jobworker.engine.files import MOST_LINKS, is_in_any
 from jobworker.engine.isolation import Files
+from jobworker.engine.mounts import SHORTAGES
 from jobworker.engine.user import User, find_user, own_user
+from jobworker.errors import StartupError
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ ACL_USER, ACL_GROUP = 0x2, 0x8
 def files_of_jobs(settings: Settings) -> Files:
     """What confined jobs see of this machine's files."""
     users = _job_users(settings)
-    links = [*_certificate_files(settings.cert_path), *settings.state_dir.glob("*")]
+    links = [*_certificate_files(settings.cert_path), *_matching(settings.state_dir, "*")]
     code = _code()
     private = _private(settings, links, code)
     loaded = _loaded_from(code)
@@ -94,7 +96,7 @@ def _certificates(folder: Path) -> list[Path]:
 def _certificate_files(folder: Path) -> list[Path]:
     """Also the server's own where nobody can list the folder."""
     own = (folder / name for name in (CA_CERT, CA_KEY, SERVER_CERT, SERVER_KEY))
-    return sorted({*folder.glob("*.pem"), *own})
+    return sorted({*_matching(folder, "*.pem"), *own})
 
 
 def _with_rotated(log_file: Path) -> list[Path]:
@@ -102,14 +104,14 @@ def _with_rotated(log_file: Path) -> list[Path]:
     for those to come."""
     folder = log_file.parent
     logs = [log_file, *_rotated(log_file)]
-    if set(folder.glob("*")) - set(logs) or str(folder.resolve()) in SHARED_FOLDERS:
+    if set(_matching(folder, "*")) - set(logs) or str(folder.resolve()) in SHARED_FOLDERS:
         return logs
     return [folder, log_file]  # which may be a link to elsewhere
 
 
 def _rotated(log_file: Path) -> list[Path]:
-    # Not pathlib's, which raises PermissionError where others started this with a log of their own.
-    return list(map(Path, glob.glob(f"{glob.escape(str(log_file))}[.-]?*")))
+    beginnings = (f"{log_file.name}.", f"{log_file.name}-")
+    return [path for path in _matching(log_file.parent, "*") if path.name.startswith(beginnings)]
 
 
 def _standard_files() -> list[Path]:
@@ -139,7 +141,7 @@ def _homes(code: Iterable[Path]) -> list[Path]:
             hidden.append(home)
         else:
             parts = {each for path in code for each in _from_root(path)}
-            hidden += [each for each in home.glob(".*") if each not in parts]
+            hidden += [each for each in _matching(home, ".*") if each not in parts]
     return hidden
 
 
@@ -183,10 +185,21 @@ def _loaded_from(code: Iterable[Path]) -> list[Path]:
     return [base, *map(Path, others)]
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """The paths of what has such a name in the folder."""
+    names = (entry.name for entry in _entries(folder))
+    return [folder / name for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Not as pathlib and glob, which take a folder for empty where nobody can look for now, as
+    where jobs have taken all descriptors. Raises StartupError then."""
     try:
-        return list(os.scandir(folder))
-    except OSError:  # not there, or an archive
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:  # not there, not within reach, or an archive
+        if error.errno in SHORTAGES:
+            raise StartupError(f"{folder} cannot be looked at: {error.strerror}") from error
         return []
 
 

@@ -4,6 +4,7 @@ functional/test_escapes.py and functional/test_isolation_without_root.py."""
 from __future__ import annotations
 
 import os
+import resource
 import site
 import struct
 import sys
@@ -15,11 +16,14 @@ import pytest
 
 import jobworker
 from jobworker.config import Settings
+from jobworker.engine.mounts import _other_places
 from jobworker.engine.user import User, find_user, own_user
+from jobworker.errors import StartupError
 from jobworker.own_files import (
     ACL_GROUP,
     ACL_USER,
     _loaded_from,
+    _matching,
     _may_change,
     _own_above,
     files_of_jobs,
@@ -54,6 +58,21 @@ def test_a_log_is_hidden_with_what_rotations_leave(settings: Settings, tmp_path:
     (logs / "audit.logs").touch()  # of which nobody knows what it is
     hidden = {path for path in files_of_jobs(settings).hidden if path.is_relative_to(logs)}
     assert hidden == {path for path in logs.iterdir() if path.name != "audit.logs"}
+
+
+def test_without_a_descriptor_no_folder_is_taken_for_empty(tmp_path: Path) -> None:
+    (tmp_path / ".netrc").touch()
+    assert _matching(tmp_path, ".*") == [tmp_path / ".netrc"]
+    assert _matching(tmp_path / ".netrc", "*") == _matching(tmp_path / "none", "*") == []
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(StartupError, match="cannot be looked at: Too many open files"):
+            _matching(tmp_path, ".*")
+        with pytest.raises(StartupError, match="cannot be looked at: Too many open files"):
+            list(_other_places(str(tmp_path), {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_what_links_among_its_files_lead_to_is_hidden(settings: Settings, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobworker.errors import StartupError
+
 # Whose files are in memory, or on disks of this machine.
 LOCAL = frozenset(
     {
@@ -22,6 +24,8 @@ LOCAL = frozenset(
 # The kernel's own, where no command is; systemd keeps an autofs in one of them.
 KERNELS = ("/proc", "/sys", "/dev")
 MOUNTINFO = "/proc/self/mountinfo"
+# With these nobody knows what is there. They pass.
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,7 @@ def other_places(paths: Iterable[str]) -> set[str]:
     each /proc that is not the usual one, as in a folder for chroot.
 
     The paths are without symbolic links. What is mounted somewhere else only in part is not meant:
-    who did that meant it to be there.
+    who did that meant it to be there. Raises StartupError where that cannot be told for now.
     """
     mounts = read_mounts()
     found = {
@@ -146,7 +150,11 @@ def other_places(paths: Iterable[str]) -> set[str]:
 def _other_places(path: str, mounts: Mapping[int, Mount]) -> Iterator[str]:
     try:
         own = mounts[mount_id_of(path)]
-    except (OSError, KeyError):  # not there; or in a chroot, where / need not be a mount
+    except OSError as error:  # not there
+        if error.errno in SHORTAGES:
+            raise StartupError(f"{path} cannot be looked at: {error.strerror}") from error
+        return
+    except KeyError:  # in a chroot, where / need not be a mount
         return
     inside = own.root.rstrip("/") + (_below(path, own.point) or "")
     for each in mounts.values():
