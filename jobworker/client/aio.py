@@ -50,7 +50,7 @@ class AsyncClient:
         address, certs = connection.server_of(address, certs, ca)
         files = connection.files_in(certs, ca, cert, key)
         self._target = Target(address, files, server_name)
-        self._timeout_seconds = timeout
+        self._timeout_seconds = min(timeout, calls.LONGEST_CALL_SECONDS)
         self._patience_seconds = patience
         # One for each name that the server's certificate might be for; the last is in use.
         self._channels: list[grpc.aio.Channel] = []

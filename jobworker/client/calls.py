@@ -39,6 +39,8 @@ LARGEST_INT32 = 2**31 - 1
 LARGEST_UINT32 = 2**32 - 1
 LARGEST_PAGE_JOBS = 1000
 MOST_EMPTY_PAGES = 1000  # one after the other
+# Of what is longer, gRPC takes some for no time at all.
+LONGEST_CALL_SECONDS = LONGEST_TIMEOUT_MS / 1000
 
 # Those that a server knows that knows only the old fields.
 OLD_OPTIONS = {"max_cpu", "max_memory", "max_iobps"}

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jobworker.client.calls import checked, job_from
+from jobworker.client.calls import LONGEST_CALL_SECONDS, checked, job_from
 from jobworker.errors import (
     CallError,
     DeadlineError,
@@ -165,7 +165,7 @@ class Patience:
     def left_seconds(self) -> float | None:
         if self._give_up_at is None:
             return None
-        return max(0.0, self._give_up_at - time.monotonic())
+        return min(max(0.0, self._give_up_at - time.monotonic()), LONGEST_CALL_SECONDS)
 
     def pause_seconds(self, rpc: str) -> float:
         """Before the next try. Raises DeadlineError where there is no time for one."""

@@ -69,7 +69,7 @@ class Client:
         address, certs = connection.server_of(address, certs, ca)
         files = connection.files_in(certs, ca, cert, key)
         self._target = Target(address, files, server_name)
-        self._timeout_seconds = timeout
+        self._timeout_seconds = min(timeout, calls.LONGEST_CALL_SECONDS)
         self._patience_seconds = patience
         self._lock = threading.Lock()
         # One for each name that the server's certificate might be for; the last is in use.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import doctest
 import errno
 import hashlib
+import math
 import os
 import random
 import re
@@ -452,6 +453,14 @@ def test_a_call_whose_connection_breaks_says_that_it_may_have_worked(
             client.stop(job.id, grace_seconds=2)
         assert caught.value.was_connected
         assert connect(server.address).wait(job.id).status is Status.STOPPED
+
+
+@pytest.mark.parametrize("seconds", [1e12, math.inf])
+def test_any_time(connect: Connect, server: Server, seconds: float) -> None:
+    client = connect(server.address, timeout=seconds)
+    assert client.run("echo", "done", timeout=seconds).output == b"done\n"
+    job = client.create("sleep", "0.5")
+    assert client.wait(job.id, timeout=seconds).status is Status.COMPLETED
 
 
 def test_no_answer_in_time(connect: Connect, start_server: StartServer) -> None:
