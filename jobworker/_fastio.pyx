@@ -31,7 +31,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc, strtoull
 from libc.string cimport memcmp, memcpy, memset, strcmp, strerror, strncmp
-from posix.stat cimport fstat, struct_stat
+from posix.stat cimport fstat, fstatat, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.types cimport off_t
 from posix.unistd cimport close, ftruncate, pread, pwrite, read, write
@@ -791,20 +791,25 @@ cdef int64_t make_room(LogState *log, uint64_t current, int64_t length) noexcept
 
 
 cdef bint drop_segment(LogState *log, uint64_t current) noexcept nogil:
-    """The oldest, unless it is `current`."""
+    """The oldest, unless it is `current`, or nobody can tell now what comes behind it."""
     cdef int directory = log.pump.directory
     cdef uint64_t first = segment_of(log, log.start)
     cdef uint64_t following = first + log.segment_bytes
     cdef uint64_t size
     cdef Header header
+    cdef int error
     if first >= current:
         return False
     size = file_bytes(directory, log.job, first)
-    if not read_header(directory, log.job, following, &header):
-        if following < current:
-            following = find_segment(directory, log.job, following)
-        if following > current or not read_header(directory, log.job, following, &header):
-            fill_header(log, current, &header)  # there is none: all so far is dropped
+    error = read_header(directory, log.job, following, &header)
+    if is_missing(error) and following < current:
+        error = find_segment(directory, log.job, following, &following)
+        if error == 0 and following <= current:
+            error = read_header(directory, log.job, following, &header)
+    if is_missing(error) or following > current:
+        fill_header(log, current, &header)  # there is none: all so far is dropped
+    elif error:
+        return False
     # Readers are told first, and then find no file.
     pthread_mutex_lock(&log.lock)
     log.start = header.stream_bytes[0] + header.stream_bytes[1]
@@ -903,19 +908,17 @@ cdef void name_file(char *name, uint64_t job, uint64_t first, const char *kind) 
 
 cdef uint64_t file_bytes(int directory, uint64_t job, uint64_t first) noexcept nogil:
     """Of a segment and its index; what does not exist has none."""
-    return (file_size(open_file(directory, job, first, b"log", O_RDONLY))
-            + file_size(open_file(directory, job, first, b"idx", O_RDONLY)))
+    return (file_size(directory, job, first, b"log")
+            + file_size(directory, job, first, b"idx"))
 
 
-cdef uint64_t file_size(int fd) noexcept nogil:
-    """Closes it."""
+cdef uint64_t file_size(int directory, uint64_t job, uint64_t first,
+                        const char *kind) noexcept nogil:
+    """Takes no descriptor: there may be none left."""
+    cdef char name[NAME_BYTES]
     cdef struct_stat info
-    if fd < 0:
-        return 0
-    if fstat(fd, &info) < 0:
-        info.st_size = 0
-    close(fd)
-    return info.st_size
+    name_file(name, job, first, kind)
+    return info.st_size if fstatat(directory, name, &info, 0) == 0 else 0
 
 
 cdef void remove_file(LogState *log, uint64_t first, const char *kind) noexcept nogil:
@@ -924,9 +927,10 @@ cdef void remove_file(LogState *log, uint64_t first, const char *kind) noexcept 
     unlinkat(log.pump.directory, name, 0)
 
 
-cdef uint64_t find_segment(int directory, uint64_t job, uint64_t offset) noexcept nogil:
-    """The first of a job's segments that starts at `offset` or later; OFFSET_MASK: none does."""
-    cdef uint64_t found = OFFSET_MASK
+cdef int find_segment(int directory, uint64_t job, uint64_t offset,
+                      uint64_t *found) noexcept nogil:
+    """The first of a job's segments that starts at `offset` or later; OFFSET_MASK: none does.
+    Returns errno, or 0."""
     cdef uint64_t first
     cdef char prefix[NAME_BYTES]
     cdef char *rest = NULL
@@ -934,7 +938,8 @@ cdef uint64_t find_segment(int directory, uint64_t job, uint64_t offset) noexcep
     cdef DIR *folder = open_folder(directory)
     cdef size_t length = snprintf(prefix, NAME_BYTES, "%llu.", <unsigned long long> job)
     if folder == NULL:
-        return found
+        return errno
+    found[0] = OFFSET_MASK
     while True:
         entry = readdir(folder)
         if entry == NULL:
@@ -942,10 +947,10 @@ cdef uint64_t find_segment(int directory, uint64_t job, uint64_t offset) noexcep
         if strncmp(entry.d_name, prefix, length) != 0:
             continue
         first = strtoull(entry.d_name + length, &rest, 10)
-        if strcmp(rest, b".log") == 0 and offset <= first < found:
-            found = first
+        if strcmp(rest, b".log") == 0 and offset <= first < found[0]:
+            found[0] = first
     closedir(folder)
-    return found
+    return 0
 
 
 cdef DIR *open_folder(int directory) noexcept nogil:
@@ -960,15 +965,21 @@ cdef DIR *open_folder(int directory) noexcept nogil:
     return folder
 
 
-cdef bint read_header(int directory, uint64_t job, uint64_t first,
-                      Header *header) noexcept nogil:
+cdef int read_header(int directory, uint64_t job, uint64_t first,
+                     Header *header) noexcept nogil:
+    """Returns errno, or 0."""
     cdef int index = open_file(directory, job, first, b"idx", O_RDONLY)
     cdef bint found
     if index < 0:
-        return False
+        return errno
     found = load_header(index, first, header)
     close(index)
-    return found
+    return 0 if found else EBADMSG
+
+
+cdef bint is_missing(int error) noexcept nogil:
+    """Of `read_header`: there is none. Else it cannot be looked at, as without a descriptor."""
+    return error == ENOENT or error == EBADMSG
 
 
 cdef bint load_header(int index, uint64_t first, Header *header) noexcept nogil:
@@ -1793,6 +1804,7 @@ cdef struct Source:
 def read_message(int directory, uint64_t job, uint64_t end, uint64_t offset,
                  uint64_t max_bytes, int stream=0, uint64_t segment_bytes=SEGMENT_BYTES):
     cdef uint64_t first = offset - offset % segment_bytes
+    cdef uint64_t following
     cdef int error
     if offset >= end:
         return None, offset
@@ -1804,8 +1816,10 @@ def read_message(int directory, uint64_t job, uint64_t end, uint64_t offset,
     if error != ENOENT:
         raise_damage(error, f"{job}.{first}")
     with nogil:
-        end = min(end, find_segment(directory, job, first + segment_bytes))
-    return lost_message(offset, end)  # its segment was dropped
+        error = find_segment(directory, job, first + segment_bytes, &following)
+    if error:
+        raise_damage(error, f"{job}.{first}")
+    return lost_message(offset, min(end, following))  # its segment was dropped
 
 
 def read_cached(int directory, uint64_t job, uint64_t end, uint64_t offset,
@@ -2061,16 +2075,15 @@ def read_extent(int directory, uint64_t job, firsts):
     cdef Extent extent = Extent()
     cdef Header header, newest
     cdef uint64_t first
-    cdef bint has_index
     cdef bint is_oldest = True
     cdef int error
     for first in sorted(firsts):
         with nogil:
             extent.disk_bytes += file_bytes(directory, job, first)
-            has_index = read_header(directory, job, first, &header)
-        if not has_index:
-            if file_size(open_file(directory, job, first, b"idx", O_RDONLY)) >= HEADER_BYTES:
-                raise_damage(EBADMSG, f"{job}.{first}")
+            error = read_header(directory, job, first, &header)
+        if error:
+            if not is_missing(error) or file_size(directory, job, first, b"idx") >= HEADER_BYTES:
+                raise_damage(error, f"{job}.{first}")
             continue  # begun, and no byte of it was written
         if is_oldest:
             extent.start = header.stream_bytes[0] + header.stream_bytes[1]

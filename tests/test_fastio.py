@@ -77,6 +77,17 @@ def full_disk() -> Iterator[Callable[[], None]]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process can open no file. The machine may have none left: a job's doing."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 @pytest.fixture
 def pump(folder: int) -> Iterator[Pump]:
     pump = Pump(folder, 8 << 20)
@@ -716,6 +727,34 @@ def test_a_ring_keeps_the_newest_segments(pump: Pump, folder: int) -> None:
     extent = read_extent(folder, 1, segments(folder))
     assert (extent.stdout_bytes, extent.stderr_bytes) == job.log.stream_bytes
     assert (extent.lost_bytes, extent.disk_bytes) == (job.log.lost_bytes, disk_bytes(folder))
+
+
+def test_a_ring_that_can_open_no_file_drops_nothing_for_now(pump: Pump, folder: int) -> None:
+    quota = 20 * SMALL_SEGMENT
+    job = Job(pump, folder, segment_bytes=SMALL_SEGMENT, max_bytes=quota, is_ring=True)
+    while job.log.lost_bytes == 0 or job.size % SMALL_SEGMENT > 100:
+        job.write(STDOUT, b"x" * 99)
+    lost = job.log.lost_bytes
+    # With the rest of this segment it is one too many.
+    assert job.log.disk_bytes + SMALL_SEGMENT - 200 > quota
+    with no_descriptors():
+        os.write(job.their_fds[STDOUT], b"y" * SMALL_SEGMENT)
+        wait_until(lambda: job.log.error == errno.EMFILE)
+    job.written.append((STDOUT, b"y" * SMALL_SEGMENT))
+    wait_until(lambda: job.log.end == job.size)
+    assert job.log.lost_bytes <= lost + 2 * SMALL_SEGMENT
+    assert job.log.disk_bytes == disk_bytes(folder) <= quota
+    assert payload(job.read(job.log.lost_bytes)) == job.expected()[job.log.lost_bytes :]
+
+
+def test_what_cannot_be_opened_is_not_taken_for_empty(pump: Pump, folder: int) -> None:
+    """The log would begin anew, over what is there."""
+    job = Job(pump, folder)
+    job.write(STDOUT, b"kept")
+    with no_descriptors(), pytest.raises(OSError, match="cannot read") as caught:
+        read_extent(folder, 1, [0])
+    assert caught.value.errno == errno.EMFILE
+    assert read_extent(folder, 1, [0]).stdout_bytes == 4
 
 
 def test_without_a_ring_the_first_bytes_stay(pump: Pump, folder: int) -> None:
