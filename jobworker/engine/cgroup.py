@@ -44,6 +44,7 @@ REMOVE_SECONDS = 10.0
 KILLED_AT_ONCE = 64  # each takes a descriptor
 LOOK_SECONDS = 0.05  # between looks at a cgroup, where the kernel cannot tell of its changes
 NEXT_CHANGE = select.EPOLLPRI | select.EPOLLONESHOT
+SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 POPULATED = "populated 1"  # in cgroup.events: a process is alive in it, or below
 # Their controllers may be off, and some are newer than others.
 OPTIONAL_FILES = ("memory.swap.max", "memory.peak", "memory.events", "io.stat")
@@ -591,7 +592,9 @@ def _processes(path: str) -> list[int]:
     """0 is one of another PID namespace."""
     try:
         return [int(pid) for pid in Path(path, "cgroup.procs").read_text().split()]
-    except OSError:
+    except OSError as error:
+        if error.errno in SHORTAGES:  # it passes: that there are none is not known
+            raise
         return []
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -188,6 +189,28 @@ def test_kill_reaches_who_has_lost_the_first_thread(cgroup: Cgroup, start: Start
 
     assert process.wait(10) == -signal.SIGKILL
     assert not cgroup.is_populated()
+
+
+def test_a_kill_that_cannot_see_who_is_left_fails(
+    cgroup: Cgroup, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is then tried again. The machine may have no descriptor left: a job's doing."""
+    process = start_leaderless(start, cgroup)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def without_descriptors(path: str) -> list[str]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        return [path]
+
+    monkeypatch.setattr(module, "_with_descendants", without_descriptors)
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            cgroup.kill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        monkeypatch.undo()
+    cgroup.kill()
+    assert process.wait(10) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("number", [errno.ESRCH, errno.EINVAL])
