@@ -28,7 +28,7 @@ from pathlib import Path
 
 from jobworker import _fastio
 from jobworker.engine.disks import disks_behind, sum_io
-from jobworker.engine.mounts import Mount, mount_of, read_mounts
+from jobworker.engine.mounts import SHORTAGES, Mount, mount_of, read_mounts
 from jobworker.errors import CgroupError, LimitUnavailableError
 from jobworker.job import Accounting, Limits, OomKills
 
@@ -44,7 +44,6 @@ REMOVE_SECONDS = 10.0
 KILLED_AT_ONCE = 64  # each takes a descriptor
 LOOK_SECONDS = 0.05  # between looks at a cgroup, where the kernel cannot tell of its changes
 NEXT_CHANGE = select.EPOLLPRI | select.EPOLLONESHOT
-SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 POPULATED = "populated 1"  # in cgroup.events: a process is alive in it, or below
 # Their controllers may be off, and some are newer than others.
 OPTIONAL_FILES = ("memory.swap.max", "memory.peak", "memory.events", "io.stat")
