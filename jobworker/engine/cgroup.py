@@ -29,7 +29,7 @@ from pathlib import Path
 from jobworker import _fastio
 from jobworker.engine.disks import disks_behind, sum_io
 from jobworker.engine.mounts import SHORTAGES, Mount, mount_of, read_mounts
-from jobworker.errors import CgroupError, LimitUnavailableError
+from jobworker.errors import CgroupError, LimitUnavailableError, StartupError
 from jobworker.job import Accounting, Limits, OomKills
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ class CgroupTree:
     def open(cls, base: Path, instance: str) -> CgroupTree:
         """Makes the tree in the cgroup v2 at `base`, or `base`/unified (a hybrid mount).
 
-        What is missing raises nothing: `problem` and `controllers` tell it.
+        What is missing raises nothing: `problem` and `controllers` tell it. What passes, as where
+        jobs have taken all descriptors, is no reason to go without: raises StartupError.
         """
         try:
             mount, directory = _find_v2(base)
@@ -84,6 +85,9 @@ class CgroupTree:
             if not controllers["pids"]:
                 _leave_room(mount.point, path)
         except (CgroupError, OSError) as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and cause.errno in SHORTAGES:
+                raise StartupError(f"cannot look at the cgroups: {error}; start again") from error
             return cls(None, str(error), dict.fromkeys(CONTROLLERS, str(error)))
         _watch()  # jobs of the same user may leave it no thread later
         return cls(Path(path), "", controllers)
@@ -353,6 +357,8 @@ def _find_v2(base: Path) -> tuple[Mount, str]:
         try:
             mount = mount_of(str(directory), mounts)
         except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
             found = found or (error.strerror or str(error))
             continue
         if mount.filesystem == "cgroup2":
@@ -468,6 +474,8 @@ def _enable(level: str, name: str) -> str:
     try:
         _write(path, f"+{name}")
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         return f"cannot write {path}: {_why_not_writable(error)}"
     return ""
 

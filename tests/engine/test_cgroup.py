@@ -24,7 +24,7 @@ from engine.cgroups import make_cgroup
 from epolls import EPOLL, nested_epolls
 from jobworker.engine import cgroup as module
 from jobworker.engine.cgroup import Cgroup, CgroupTree
-from jobworker.errors import CgroupError, LimitUnavailableError
+from jobworker.errors import CgroupError, LimitUnavailableError, StartupError
 from jobworker.job import Limits, OomKills
 
 BASE = Path("/sys/fs/cgroup")
@@ -511,6 +511,16 @@ def test_explicit_limits_without_a_controller_are_refused(tree: CgroupTree) -> N
             tree.check(limits, "/")
         assert (caught.value.limit, caught.value.controller) == (limit, controller)
         assert caught.value.problem == tree.controllers[controller]
+
+
+def test_without_a_descriptor_no_cgroup_is_taken_for_missing() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(StartupError, match=r"Too many open files.*; start again"):
+            CgroupTree.open(BASE, "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize(
