@@ -944,6 +944,10 @@ class Manager:
         else:
             await self._empty_session(live, log_)
         await self._output.finish(log_)
+        # Who syncs the disk waits for what the job has left to be written there.
+        if live.cgroup and live.job.spec.limits.io_bytes_per_second:
+            await asyncio.to_thread(live.cgroup.lift_io_limits)
+        # From here on nothing is waited for: the cause is that of all that was accepted before.
         accounting, oom = self._account(live, exited)
         if exited.wait_status is None:
             detail = "jobinit died, and the kernel could not tell how the job ended"
@@ -1009,9 +1013,6 @@ class Manager:
         self, live: _LiveJob, job: Job, accounting: Accounting | None = None
     ) -> None:
         """The ending is certain: store it, then let go of everything."""
-        # Who syncs the disk waits for what the job has left to be written there.
-        if live.cgroup and job.spec.limits.io_bytes_per_second:
-            await asyncio.to_thread(live.cgroup.lift_io_limits)
         live.job = job
         live.job = job = live.snapshot(accounting=accounting, output_problem="")
         await self._store_certainly(job)

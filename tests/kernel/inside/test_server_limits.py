@@ -314,6 +314,35 @@ def test_nobody_waits_for_what_an_ended_job_has_left_to_be_written(client: Clien
     assert time.monotonic() - before < 8
 
 
+def test_a_stop_that_is_accepted_while_a_limited_job_ends_is_its_cause(client: Client) -> None:
+    """Its disk is let go of by threads, which have many cgroups to go through here."""
+    folder = Path(tempfile.mkdtemp(dir=DISK))
+    folder.chmod(0o777)
+    fifo = folder / "end"
+    os.mkfifo(fifo)
+    fifo.chmod(0o666)
+    others = [client.create("sleep", "1000") for _ in range(6)]
+    for job in others:
+        for number in range(200):
+            (cgroup_of(client, job) / str(number)).mkdir()
+    limits = {"maxIOBPS": MIB, "working_directory": str(folder)}
+    limited = [client.shell("echo ready; read _ <end; exit 0", **limits) for _ in range(6)]
+    for job in limited:
+        next(client.stream(job.id))
+    time.sleep(0.5)  # until all have opened it
+    ends = [client.stop_soon(job.id, grace_milliseconds=0) for job in others]
+    time.sleep(0.05)  # until these keep the threads
+    os.close(os.open(fifo, os.O_WRONLY))
+    stops = []
+    for _ in range(50):
+        stops += [client.stop_soon(job.id) for job in limited]
+        time.sleep(0.004)
+    accepted = [stop.result() for stop in stops if not stop.exception()]
+    assert {answer.status for answer in accepted} <= {"STOPPED"}
+    for end in ends:
+        end.result()
+
+
 MANY = """
 import os, time
 for _ in range(25):
