@@ -479,6 +479,8 @@ class Manager:
             self._mark_started(live, started)
         self._go_on_ending(live)
         if isinstance(ending, Exited):
+            # It bounds the grace of a stop for what was left behind.
+            self._set_timeout(live, _seconds_since(started.started_ns))
             self.on_exit(ending)
             return
         if live.job.spec.timeout_ms:

@@ -320,6 +320,22 @@ def test_a_stop_of_what_was_left_running_stays_the_cause(restart: Callable[[], S
     del stop
 
 
+def test_a_time_limit_bounds_the_grace_of_what_was_left_running(
+    restart: Callable[[], Server],
+) -> None:
+    script = '(trap "" TERM; exec sleep 30) & trap "exit 0" TERM; echo; while :; do sleep 0.1; done'
+    with restart().connect() as client:
+        job = client.shell(script, timeout_milliseconds=4000)
+        next(client.stream(job.id))
+        stop = client.stop_soon(job.id, grace_milliseconds=600_000)
+        time.sleep(1)  # its main process has ended
+    with restart().connect() as client:
+        began = time.monotonic()
+        assert client.wait(job.id).cause == pb.STOPPED
+        assert time.monotonic() - began < 20
+    del stop
+
+
 def test_a_stop_of_what_starts_is_kept(start_server: StartServer) -> None:
     """Its start hangs, and goes on under the next server."""
     server = start_server(STOP_JOBS="no")
