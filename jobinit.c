@@ -740,8 +740,9 @@ static _Noreturn void be_first_in_namespace(void)
 	signal(SIGCHLD, SIG_IGN);
 	while (waitpid(-1, NULL, WNOHANG) > 0)
 		;
-	/* Whether it has ended, or only no descriptor is left on this machine. */
-	while ((job.fd = open_pidfd(2)) < 0 && errno != ESRCH && errno != EINVAL)
+	/* It need not have ended where there is no pidfd: no descriptor may be left on this machine, or
+	 * what the server runs in refuses the call. */
+	while ((job.fd = open_pidfd(2)) < 0 && kill(2, 0) == 0)
 		nanosleep(&pause, NULL);
 	if (job.fd >= 0)
 		poll(&job, 1, -1);

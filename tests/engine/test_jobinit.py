@@ -1733,6 +1733,48 @@ def test_without_a_descriptor_the_first_process_of_a_namespace_ends_no_job(
     launcher.run(scenario)
 
 
+# As the filter of system calls does in which some containers and units run.
+NO_PIDFDS = """
+#include <errno.h>
+
+long __real_syscall(long call, ...);
+
+long __wrap_syscall(long call, long a, long b, long c, long d, long e, long f)
+{
+	if (call == 434 /* pidfd_open */) {
+		errno = %s;
+		return -1;
+	}
+	return __real_syscall(call, a, b, c, d, e, f);
+}
+"""
+
+
+@as_root
+@pytest.mark.parametrize("error", ["ENOSYS", "EPERM"])
+def test_without_pidfds_the_first_process_of_a_namespace_ends_with_its_job(
+    launcher: Launcher, tmp_path: Path, error: str
+) -> None:
+    """And not before."""
+    around, binary = tmp_path / "around.c", tmp_path / "jobinit"
+    around.write_text(NO_PIDFDS % error)
+    options = ["-static", "-Wl,--wrap=syscall"]
+    subprocess.run(["gcc", *options, SOURCE, around, "-o", binary], check=True)
+
+    async def scenario(server: Server) -> None:
+        started = await server.start("/bin/sleep", "60", **confined(view=0))
+        [first] = [pid for pid in jobs_of(server.pid) if pid != started.pid]
+        await _wait_descriptors(first, 0)
+        slept = _sleeps(first)
+        os.kill(first, signal.SIGCHLD)  # it looks for the job at once
+        await asyncio.to_thread(_wait_until, lambda: _sleeps(first) >= slept + 2)
+        server.jobinit.signal(started.job_id, signal.SIGTERM)
+        assert (await server.wait_exit(started.job_id)).wait_status == signal.SIGTERM
+        await _wait_gone(first)
+
+    launcher.run(scenario, binary)
+
+
 @pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
 def test_one_that_dies_before_it_has_read_all_is_missed(run: Callable[..., None]) -> None:
     """The kernel then tells first that what was sent is lost; uvloop tells that once."""
