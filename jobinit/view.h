@@ -214,13 +214,17 @@ static const struct { const char *path; unsigned major, minor; } nodes[] = {
 
 enum { NODES = sizeof nodes / sizeof *nodes };
 
-/* found: mounts of the machine's own, for where nobody may make any, as in a user namespace. */
+/* found: a mount of the machine's own, for where nobody may make any, as in a user namespace; or a
+ * negative errno. What passes, as where jobs have left no namespace of mounts, which each takes, is
+ * told, and not the refusal to make one. */
 static void make_node(size_t i, int found)
 {
 	if (mknod(nodes[i].path, S_IFCHR | 0666, makedev(nodes[i].major, nodes[i].minor)) == 0) {
 		close(found);
 		return;
 	}
+	if (found < 0 && found != -ENOENT)
+		errno = -found;
 	need(found >= 0, "make", nodes[i].path);
 	make_file(nodes[i].path, 0666);
 	put_mount(found, nodes[i].path);
@@ -424,8 +428,11 @@ static _Noreturn void build_view(const struct view_request *request, bool has_us
 	/* While all is there. */
 	look_for_user_namespace();
 	read_mounts();
-	for (i = 0; i < NODES; i++)
+	for (i = 0; i < NODES; i++) {
 		found[i] = keep_mount(nodes[i].path);
+		if (found[i] < 0)
+			found[i] = -errno;
+	}
 	/* After these, and before any is made. */
 	need(set_attributes(AT_FDCWD, "/", WHOLE_TREE, NO_SUID | NO_DEVICES),
 	     "no set-user-ID and devices (Linux 5.12 and later):", "/");

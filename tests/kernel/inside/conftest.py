@@ -158,7 +158,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(
     folder: Path, certificates: Path, cgroup: Path = ROOT, user: int = 0, **settings: Any
 ) -> Iterator[Server]:
-    """A server in this cgroup, as this user; its files are in the folder."""
+    """A server in this cgroup, as this user; its files are in the folder. PROFILE="": no such
+    setting."""
     shutil.copytree(certificates, folder / "certs", dirs_exist_ok=True)
     if user:
         give_to(folder, user)
@@ -166,6 +167,8 @@ def serving(
     launcher = ["sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"', str(cgroup)]
     if user:
         launcher += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    if settings.get("PROFILE") == "":
+        launcher += ["env", "--unset=JOB_WORKER_PROFILE"]
     server = Server(folder, folder / "certs", launcher=launcher, **settings)
     try:
         yield server

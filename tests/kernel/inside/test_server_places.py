@@ -207,3 +207,21 @@ def test_the_next_server_takes_over_though_there_were_no_watches_of_epoll(
     ):
         client.stop(job.id)
         assert client.wait(job.id).exitCode == 5
+
+
+@pytest.mark.parametrize("left", [1, 6])
+def test_mounts_that_jobs_leave_no_namespaces_for_are_no_reason_to_confine_none(
+    tmp_path: Path, certificates: Path, left: int
+) -> None:
+    """As where jobs that have ended gave theirs to a service, which has not taken them."""
+    most = Path("/proc/sys/user/max_mnt_namespaces")
+    before = most.read_text()
+    most.write_text(str(left))
+    try:
+        with (
+            pytest.raises(AssertionError, match=r"is not known: make /dev/.*: No space left"),
+            serving(tmp_path, certificates, user=USER, PROFILE=""),
+        ):
+            pass
+    finally:
+        most.write_text(before)
