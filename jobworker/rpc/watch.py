@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jobworker.engine.mounts import SHORTAGES
 from jobworker.errors import StartupError
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ Signature = tuple[tuple[int, ...] | None, ...]
 class WatchedFiles:
     """Files that belong together, and what was read from them last.
 
-    What cannot be used is said once, and changes nothing: what was read before stays.
+    What cannot be used is said once, and changes nothing: what was read before stays. It is read
+    again once it changes; or at the next look, where only descriptors or memory were short.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class WatchedFiles:
         self._in_force = loaded if unite else None
         self._is_more_in_force = False  # than was read
         self._is_broken = False  # what was read last, so that the old stays in force
+        self._is_short_said = False
         apply(loaded)
 
     def look(self, *, at_once: bool = False) -> Callable[[], None] | None:
@@ -96,13 +99,17 @@ class WatchedFiles:
         return self._settling is not None
 
     def _read(self, found: Signature, *, is_quiet: bool) -> Callable[[], None] | None:
-        problem, loaded = "", None
+        problem, loaded, is_short = "", None, False
         try:
             loaded = self._load_files()
         except StartupError as error:
-            problem = str(error)
+            problem, is_short = str(error), _is_shortage(error.__cause__)
         except Exception as error:  # noqa: BLE001 nothing in a file may end the watch of all
-            problem = repr(error)
+            problem, is_short = repr(error), _is_shortage(error)
+        was_said, self._is_short_said = self._is_short_said, is_short
+        if is_short:
+            self._settling = found  # for the next look, as no change would tell when that is over
+            return None if was_said else partial(self._tell, problem, None, False, True)
         if self._signature() != found:  # written to meanwhile: the next look sees it
             self._torn_looks += 1
             if problem or self._torn_looks < MOST_SETTLING:
@@ -143,6 +150,11 @@ class WatchedFiles:
 
     def _signature(self) -> Signature:
         return tuple(map(_signature_of, self._paths))
+
+
+def _is_shortage(error: BaseException | None) -> bool:
+    """Of what there may be enough a moment later."""
+    return isinstance(error, OSError) and error.errno in SHORTAGES
 
 
 def _signature_of(path: Path) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import threading
@@ -75,6 +76,28 @@ def test_who_writes_all_the_time_is_not_waited_for(reading: Reading) -> None:
         os.utime(reading.paths[0], ns=(number, number))
         reading.look()
     assert len(reading.read) == 2
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_what_cannot_be_read_for_now_is_read_again(reading: Reading, *, is_wrapped: bool) -> None:
+    """As where a job has taken all descriptors: a revoked client would stay in for good."""
+
+    def fail() -> str:
+        shortage = OSError(errno.ENFILE, "none left")
+        if is_wrapped:
+            raise StartupError("cannot be read") from shortage
+        raise shortage
+
+    load, reading.files._load = reading.files._load, fail
+    reading.write("22", "22")
+    for _ in range(2 * MOST_SETTLING):
+        reading.look()
+    assert reading.read == ["1"]
+    assert len(reading.outcomes) == 1
+    reading.files._load = load
+    reading.look()
+    assert reading.read == ["1", "22"]
+    assert reading.outcomes[1:] == [""]
 
 
 def test_no_error_ends_the_watch(reading: Reading) -> None:
