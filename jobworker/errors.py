@@ -7,7 +7,12 @@ place, and `jobworker.client.failures` maps those to the errors of a call.
 
 from __future__ import annotations
 
+import errno
 import os
+
+# What the kernel says where descriptors or memory are short for now, as jobs have taken all: what
+# was asked for may be there all the same.
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class JobWorkerError(Exception):

@@ -23,9 +23,8 @@ from jobworker.certs import CA_CERT, CA_KEY, SERVER_CERT, SERVER_KEY
 from jobworker.config import Settings
 from jobworker.engine.files import MOST_LINKS, is_in_any
 from jobworker.engine.isolation import Files
-from jobworker.engine.mounts import SHORTAGES
 from jobworker.engine.user import User, find_user, own_user
-from jobworker.errors import StartupError
+from jobworker.errors import SHORTAGES, StartupError
 
 log = logging.getLogger(__name__)
 

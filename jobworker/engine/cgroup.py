@@ -28,8 +28,8 @@ from pathlib import Path
 
 from jobworker import _fastio
 from jobworker.engine.disks import disks_behind, sum_io
-from jobworker.engine.mounts import SHORTAGES, Mount, mount_of, read_mounts
-from jobworker.errors import CgroupError, LimitUnavailableError, StartupError
+from jobworker.engine.mounts import Mount, mount_of, read_mounts
+from jobworker.errors import SHORTAGES, CgroupError, LimitUnavailableError, StartupError
 from jobworker.job import Accounting, Limits, OomKills
 
 log = logging.getLogger(__name__)

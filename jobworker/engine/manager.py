@@ -511,6 +511,7 @@ class Manager:
         log.warning("job %d is lost: nobody is left to tell how it ended", live.job.id)
         if live.cgroup:
             await self._kill_cgroup(live, live.cgroup)
+        await self._lift_io_limits(live)
         if self.cgroups.path is None and live.job.created_ns >= _boot_ns():
             live.job = transition.changed(live.job, cleanup_uncertain=True)
         if extent:
@@ -946,9 +947,7 @@ class Manager:
         else:
             await self._empty_session(live, log_)
         await self._output.finish(log_)
-        # Who syncs the disk waits for what the job has left to be written there.
-        if live.cgroup and live.job.spec.limits.io_bytes_per_second:
-            await asyncio.to_thread(live.cgroup.lift_io_limits)
+        await self._lift_io_limits(live)
         # From here on nothing is waited for: the cause is that of all that was accepted before.
         accounting, oom = self._account(live, exited)
         if exited.wait_status is None:
@@ -978,6 +977,11 @@ class Manager:
             pass
         self._jobinits.signal(live.job.id, signal.SIGKILL)
         live.job = transition.changed(live.job, cleanup_uncertain=True)
+
+    async def _lift_io_limits(self, live: _LiveJob) -> None:
+        """Who syncs the disk waits for what the job has left to be written there."""
+        if live.cgroup and live.job.spec.limits.io_bytes_per_second:
+            await asyncio.to_thread(live.cgroup.lift_io_limits)
 
     def _linger_seconds(self, live: _LiveJob) -> float:
         if live.kill_at is None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobworker.errors import StartupError
+from jobworker.errors import SHORTAGES, StartupError
 
 # Whose files are in memory, or on disks of this machine.
 LOCAL = frozenset(
@@ -24,8 +24,6 @@ LOCAL = frozenset(
 # The kernel's own, where no command is; systemd keeps an autofs in one of them.
 KERNELS = ("/proc", "/sys", "/dev")
 MOUNTINFO = "/proc/self/mountinfo"
-# With these nobody knows what is there. They pass.
-SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True)

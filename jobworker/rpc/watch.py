@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobworker.engine.mounts import SHORTAGES
-from jobworker.errors import StartupError
+from jobworker.errors import SHORTAGES, StartupError
 
 log = logging.getLogger(__name__)
 
