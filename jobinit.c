@@ -742,7 +742,7 @@ static _Noreturn void be_first_in_namespace(void)
 		;
 	/* It need not have ended where there is no pidfd: no descriptor may be left on this machine, or
 	 * what the server runs in refuses the call. */
-	while ((job.fd = open_pidfd(2)) < 0 && kill(2, 0) == 0)
+	while ((job.fd = open_pidfd(2)) < 0 && (kill(2, 0) == 0 || errno == EPERM))
 		nanosleep(&pause, NULL);
 	if (job.fd >= 0)
 		poll(&job, 1, -1);

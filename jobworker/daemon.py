@@ -30,7 +30,7 @@ from jobworker.engine.manager import Manager, Policy
 from jobworker.engine.output import Output
 from jobworker.engine.retention import Keep, Retention
 from jobworker.engine.store import Store
-from jobworker.errors import JobinitError, SettingError, StartupError, StateFolderError
+from jobworker.errors import JobinitError, SettingError, StartupError, StateFolderError, is_shortage
 from jobworker.job import Limits, LogPolicy
 from jobworker.own_files import files_of_jobs
 from jobworker.roles import Clients
@@ -85,6 +85,11 @@ def main(settings: Settings, when_ready: Callable[[], None] = lambda: None) -> i
         uvloop.run(_serve(settings, jobinits, isolation, clients, when_ready))
     except (StartupError, JobinitError) as error:
         log.error("cannot start: %s", error)
+        return 1
+    except OSError as error:
+        if not is_shortage(error):
+            raise
+        log.error("cannot start: %s; start again", error)
         return 1
     os.close(lock)
     log.info("ended")

@@ -10,9 +10,14 @@ from __future__ import annotations
 import errno
 import os
 
-# What the kernel says where descriptors or memory are short for now, as jobs have taken all: what
-# was asked for may be there all the same.
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether the kernel has said, perhaps to who raised this, that descriptors or memory are short
+    for now, as where jobs have taken all: what was asked for may be there all the same."""
+    cause = error.__cause__ or error
+    return isinstance(cause, OSError) and cause.errno in SHORTAGES
 
 
 class JobWorkerError(Exception):

@@ -24,7 +24,7 @@ from jobworker.config import Settings
 from jobworker.engine.files import MOST_LINKS, is_in_any
 from jobworker.engine.isolation import Files
 from jobworker.engine.user import User, find_user, own_user
-from jobworker.errors import SHORTAGES, StartupError
+from jobworker.errors import StartupError, is_shortage
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:  # not there, not within reach, or an archive
-        if error.errno in SHORTAGES:
+        if is_shortage(error):
             raise StartupError(f"{folder} cannot be looked at: {error.strerror}") from error
         return []
 

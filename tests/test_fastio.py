@@ -29,6 +29,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from descriptors import no_descriptors
 from jobworker import _fastio
 from jobworker._fastio import (
     ARRIVED,
@@ -75,17 +76,6 @@ def full_disk() -> Iterator[Callable[[], None]]:
     yield make_room
     make_room()
     signal.signal(signal.SIGXFSZ, handler)
-
-
-@contextlib.contextmanager
-def no_descriptors() -> Iterator[None]:
-    """This process can open no file. The machine may have none left: a job's doing."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ functional/test_escapes.py and functional/test_isolation_without_root.py."""
 from __future__ import annotations
 
 import os
-import resource
 import site
 import struct
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 import jobworker
+from descriptors import no_descriptors
 from jobworker.config import Settings
 from jobworker.engine.mounts import _other_places
 from jobworker.engine.user import User, find_user, own_user
@@ -64,15 +64,11 @@ def test_without_a_descriptor_no_folder_is_taken_for_empty(tmp_path: Path) -> No
     (tmp_path / ".netrc").touch()
     assert _matching(tmp_path, ".*") == [tmp_path / ".netrc"]
     assert _matching(tmp_path / ".netrc", "*") == _matching(tmp_path / "none", "*") == []
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
-    try:
+    with no_descriptors():
         with pytest.raises(StartupError, match="cannot be looked at: Too many open files"):
             _matching(tmp_path, ".*")
         with pytest.raises(StartupError, match="cannot be looked at: Too many open files"):
             list(_other_places(str(tmp_path), {}))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_what_links_among_its_files_lead_to_is_hidden(settings: Settings, tmp_path: Path) -> None:

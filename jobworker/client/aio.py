@@ -71,7 +71,10 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the calls and streams that are under way, with CallError, as any later call."""
+        """Ends the calls and streams that are under way, with CallError, as any later call; but
+        first the jobs of runs that were cancelled are stopped."""
+        if self._stopping:
+            await asyncio.wait(self._stopping, timeout=self._timeout_seconds)
         self._is_closed = True
         for channel in self._channels:
             await channel.close()

@@ -29,7 +29,7 @@ from pathlib import Path
 from jobworker import _fastio
 from jobworker.engine.disks import disks_behind, sum_io
 from jobworker.engine.mounts import Mount, mount_of, read_mounts
-from jobworker.errors import SHORTAGES, CgroupError, LimitUnavailableError, StartupError
+from jobworker.errors import CgroupError, LimitUnavailableError, StartupError, is_shortage
 from jobworker.job import Accounting, Limits, OomKills
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ class CgroupTree:
             if not controllers["pids"]:
                 _leave_room(mount.point, path)
         except (CgroupError, OSError) as error:
-            cause = error.__cause__ or error
-            if isinstance(cause, OSError) and cause.errno in SHORTAGES:
+            if is_shortage(error):
                 raise StartupError(f"cannot look at the cgroups: {error}; start again") from error
             return cls(None, str(error), dict.fromkeys(CONTROLLERS, str(error)))
         _watch()  # jobs of the same user may leave it no thread later
@@ -209,8 +208,11 @@ class Cgroup:
         on after the cgroup is removed, when nobody can lift them any more."""
         for line in (self._read("io.max") or "").splitlines():
             disk = line.split()[0]
-            with contextlib.suppress(OSError):  # gone
+            try:
                 _write(f"{self.path}/io.max", f"{disk} rbps=max wbps=max")
+            except OSError as error:
+                if is_shortage(error):
+                    raise
 
     def is_populated(self) -> bool:
         """Whether a process is alive in it or below."""
@@ -357,7 +359,7 @@ def _find_v2(base: Path) -> tuple[Mount, str]:
         try:
             mount = mount_of(str(directory), mounts)
         except OSError as error:
-            if error.errno in SHORTAGES:
+            if is_shortage(error):
                 raise
             found = found or (error.strerror or str(error))
             continue
@@ -474,7 +476,7 @@ def _enable(level: str, name: str) -> str:
     try:
         _write(path, f"+{name}")
     except OSError as error:
-        if error.errno in SHORTAGES:
+        if is_shortage(error):
             raise
         return f"cannot write {path}: {_why_not_writable(error)}"
     return ""
@@ -600,7 +602,7 @@ def _processes(path: str) -> list[int]:
     try:
         return [int(pid) for pid in Path(path, "cgroup.procs").read_text().split()]
     except OSError as error:
-        if error.errno in SHORTAGES:  # it passes: that there are none is not known
+        if is_shortage(error):
             raise
         return []
 
@@ -642,7 +644,9 @@ def _parent(pid: int) -> int:
     """0 where it has ended, has none in sight, or nothing may be known of it."""
     try:
         stat = _read(f"/proc/{pid}/stat")
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return 0
     # The name stands in brackets, and may have any character in it.
     return int(stat.rpartition(")")[2].split()[1])

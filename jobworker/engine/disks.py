@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from jobworker.engine.mounts import Mount, mount_of, read_mounts
-from jobworker.errors import CgroupError
+from jobworker.errors import CgroupError, ResourceExhaustedError, is_shortage
 
 # Filesystems that are on no disk. Others without a block device are served by processes or
 # machines for which the job's limit does not count.
@@ -25,7 +25,8 @@ MOST_OVERLAYS = 2
 
 def disks_behind(directories: Iterable[str]) -> tuple[list[str], list[str]]:
     """The disks (major:minor, as io.max takes them) that hold these directories, each once;
-    and why those of some directories cannot be limited. What is no directory has none."""
+    and why those of some directories cannot be limited. What is no directory has none.
+    Raises ResourceExhaustedError where that cannot be told for now."""
     mounts = read_mounts()
     disks: list[str] = []
     problems: list[str] = []
@@ -36,6 +37,9 @@ def disks_behind(directories: Iterable[str]) -> tuple[list[str], list[str]]:
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             continue
         except (CgroupError, OSError) as error:
+            if is_shortage(error):
+                problem = f"the disk of {directory} cannot be told for now: {error}; try again"
+                raise ResourceExhaustedError(problem) from error
             problems.append(str(error))
     return list(dict.fromkeys(disks)), list(dict.fromkeys(problems))
 
@@ -65,7 +69,9 @@ def _writable_layer(mount: Mount, mounts: Mapping[int, Mount]) -> Mount:
         upper = layer.options.get("upperdir", "")
         try:
             layer = mount_of(upper, mounts)
-        except OSError:
+        except OSError as error:
+            if is_shortage(error):
+                raise
             break
     # In a container the directory is often out of sight, or another of the same name is there.
     if layer.filesystem == "overlay":
@@ -89,6 +95,8 @@ def _btrfs_devices(mount: Mount) -> list[str]:
             if one in devices:
                 return devices
     except OSError as error:
+        if is_shortage(error):
+            raise
         problem = f"{error.filename}: {error.strerror}"
     else:
         problem = f"{mount.source} is not in /sys/fs/btrfs"
@@ -134,5 +142,7 @@ def _is_stacked(device: str) -> bool:
     """Whether it is made of other devices."""
     try:
         return bool(os.listdir(f"/sys/dev/block/{device}/slaves"))
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return False

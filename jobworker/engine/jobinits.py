@@ -138,7 +138,12 @@ class Jobinits:
         """Finds those that are there, and spawns ours where it is missing. Raises StartupError
         or JobinitError."""
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-        for path in self._folder.glob("jobinit-*.sock"):
+        # Not pathlib's: it may take a folder for empty that cannot be read for now, and with it all
+        # that jobinits hold.
+        for name in os.listdir(self._folder):
+            if not (name.startswith("jobinit-") and name.endswith(".sock")):
+                continue
+            path = self._folder / name
             try:
                 self._dialled[path] = dial(path)
             except JobinitError:  # it has ended

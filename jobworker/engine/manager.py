@@ -56,6 +56,7 @@ from jobworker.errors import (
     ResourceExhaustedError,
     ShuttingDownError,
     StartFailedError,
+    StartupError,
     StoreError,
 )
 from jobworker.job import (
@@ -376,7 +377,8 @@ class Manager:
     # From the start of the server to its end
 
     async def recover(self, held: list[Held]) -> None:
-        """Takes over what an earlier server left. held: of `Jobinits.connect`."""
+        """Takes over what an earlier server left. held: of `Jobinits.connect`. Raises
+        StartupError."""
         records = {job.id: job for job in await self._store.unended()}
         lost = {each.job_id: each for each in held if await self._has_lost_record(each)}
         extents = await asyncio.to_thread(self._output.recover, [*records, *lost])
@@ -544,7 +546,7 @@ class Manager:
             spec = NOTHING_SEEN
             # Whose user what it left behind has is not known, so that no other job must get it.
             if cgroup := self.cgroups.find(held.job_id):
-                await asyncio.to_thread(cgroup.kill)
+                await _kill_for_start(cgroup)
         quota = LogQuota(self.policy.log_max_bytes, self.policy.log_policy)
         if extent and extent.segment_bytes:
             quota = quota.fitted(extent.segment_bytes)
@@ -573,7 +575,7 @@ class Manager:
         for cgroup in self.cgroups.leftovers():
             if cgroup not in known:
                 log.warning("killing what an earlier server left in %s", cgroup.path)
-                await asyncio.to_thread(cgroup.kill)
+                await _kill_for_start(cgroup)
                 self._spawn(self._remove_cgroup(cgroup))
 
     # What jobinit reports
@@ -1087,6 +1089,15 @@ def _check_choice(client: Caller, request: JobSpec, confinement: Confinement) ->
             raise PermissionDeniedError(
                 f"{client.name!r} may not have the {what} {str(name)!r}; ask for one of: {others}"
             )
+
+
+async def _kill_for_start(cgroup: Cgroup) -> None:
+    """Raises StartupError."""
+    try:
+        await asyncio.to_thread(cgroup.kill)
+    except PASSING_ERRORS as error:
+        problem = f"what an earlier server left in {cgroup.path} cannot be killed"
+        raise StartupError(f"{problem}: {error}; start again") from error
 
 
 def _count(jobs: Sized) -> str:

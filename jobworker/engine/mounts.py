@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobworker.errors import SHORTAGES, StartupError
+from jobworker.errors import StartupError, is_shortage
 
 # Whose files are in memory, or on disks of this machine.
 LOCAL = frozenset(
@@ -149,7 +149,7 @@ def _other_places(path: str, mounts: Mapping[int, Mount]) -> Iterator[str]:
     try:
         own = mounts[mount_id_of(path)]
     except OSError as error:  # not there
-        if error.errno in SHORTAGES:
+        if is_shortage(error):
             raise StartupError(f"{path} cannot be looked at: {error.strerror}") from error
         return
     except KeyError:  # in a chroot, where / need not be a mount

@@ -148,10 +148,15 @@ class Store:
     """Of one state folder; belongs to the running event loop."""
 
     def __init__(
-        self, path: Path, connections: list[sqlite3.Connection], last_run: LastRun, ids: Ids
+        self,
+        path: Path,
+        connections: list[sqlite3.Connection],
+        last_run: LastRun,
+        ids: Ids,
+        damaged: list[str],
     ) -> None:
         """Use `open`."""
-        self.damaged = set_aside(path)
+        self.damaged = damaged
         self._loop = asyncio.get_running_loop()
         self._last_run = last_run
         self._ids = ids
@@ -181,6 +186,7 @@ class Store:
                     undo.callback(connection.close)
                     set_up(connection)
                 ids = Ids(path.with_name("next-id"), last_run, newest_id)
+                damaged = set_aside(path)
                 undo.pop_all()
         except (sqlite3.Error, OSError) as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
@@ -191,7 +197,7 @@ class Store:
                     "JOB_WORKER_STATE_DIR"
                 )
             raise StateFolderError(f"{path} cannot be used: {error}; {advice}") from error
-        return cls(path, connections, last_run, ids)
+        return cls(path, connections, last_run, ids, damaged)
 
     async def wait_for_ids(self) -> None:
         """Returns once `reserve_id` does not block. Raises StoreError."""
@@ -538,9 +544,6 @@ class _Syncer:
         if os.stat(self._wal).st_size > LONG_WAL_BYTES:
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             self.is_wal_long = True
-
-
-# Opening
 
 
 # Rows

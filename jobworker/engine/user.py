@@ -32,7 +32,11 @@ def find_user(name: str) -> User:
     LookupError."""
     if name.isascii() and name.isdigit():
         return _user_of(int(name))
-    return _known_user(pwd.getpwnam(name))
+    try:
+        return _known_user(pwd.getpwnam(name))
+    except KeyError:
+        _require_descriptor()
+        raise
 
 
 def own_user() -> User:
@@ -46,7 +50,13 @@ def _user_of(uid: int) -> User:
     except (KeyError, OverflowError):
         if uid >= (1 << 32) - 1:
             raise LookupError(f"{uid} is no user's number") from None
+        _require_descriptor()
         return User(str(uid), uid, uid, (uid,), "/")
+
+
+def _require_descriptor() -> None:
+    """Without, the C library knows nobody. Raises OSError."""
+    os.close(os.open("/", os.O_PATH | os.O_CLOEXEC))
 
 
 def _known_user(entry: pwd.struct_passwd) -> User:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobworker.errors import SHORTAGES, StartupError
+from jobworker.errors import StartupError, is_shortage
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +81,16 @@ class WatchedFiles:
         if found != self._found:
             self._found, self._found_at = found, time.monotonic()
         is_quiet = time.monotonic() >= self._found_at + QUIET_SECONDS
-        if found == self._seen:
+        if found == self._seen and not self._is_short_said:
             self._settled(found)
             if self._is_more_in_force and is_quiet:
                 return self._read(found, is_quiet=True)
-        elif found == self._settling or at_once or self._settling_looks >= MOST_SETTLING:
+        elif (
+            found == self._settling
+            or at_once
+            or self._is_short_said
+            or self._settling_looks >= MOST_SETTLING
+        ):
             return self._read(found, is_quiet=is_quiet)
         else:
             self._settling = found
@@ -102,9 +107,9 @@ class WatchedFiles:
         try:
             loaded = self._load_files()
         except StartupError as error:
-            problem, is_short = str(error), _is_shortage(error.__cause__)
+            problem, is_short = str(error), is_shortage(error)
         except Exception as error:  # noqa: BLE001 nothing in a file may end the watch of all
-            problem, is_short = repr(error), _is_shortage(error)
+            problem, is_short = repr(error), is_shortage(error)
         was_said, self._is_short_said = self._is_short_said, is_short
         if is_short:
             self._settling = found  # for the next look, as no change would tell when that is over
@@ -114,7 +119,7 @@ class WatchedFiles:
             if problem or self._torn_looks < MOST_SETTLING:
                 return None
             is_quiet = False
-        is_news = found[:1] != self._seen[:1] or self._unite is None or self._is_broken
+        is_news = found[:1] != self._seen[:1] or self._unite is None or self._is_broken or was_said
         before, self._is_broken = self._in_force, bool(problem)
         self._settled(found)
         if self._unite is None or problem:
@@ -149,11 +154,6 @@ class WatchedFiles:
 
     def _signature(self) -> Signature:
         return tuple(map(_signature_of, self._paths))
-
-
-def _is_shortage(error: BaseException | None) -> bool:
-    """Of what there may be enough a moment later."""
-    return isinstance(error, OSError) and error.errno in SHORTAGES
 
 
 def _signature_of(path: Path) -> tuple[int, ...] | None:

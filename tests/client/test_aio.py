@@ -80,6 +80,26 @@ def test_a_run_that_is_cancelled_twice_leaves_none(server: Server) -> None:
     run(server, scenario)
 
 
+def test_close_waits_for_the_stop_of_what_was_cancelled(server: Server) -> None:
+    name = "cancelled at last"
+
+    async def scenario(client: AsyncClient) -> None:
+        running = asyncio.ensure_future(client.run("sleep", "60", name=name))
+        while not [job async for job in client.list(name=name)]:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        await asyncio.sleep(0)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    async def look(client: AsyncClient) -> None:
+        assert [job.status async for job in client.list(name=name)] == [Status.STOPPED]
+
+    run(server, scenario)
+    run(server, look)
+
+
 def test_a_cancelled_reader_leaves_the_job_alone(server: Server) -> None:
     async def scenario(client: AsyncClient) -> None:
         job = await client.create("sleep", "60")

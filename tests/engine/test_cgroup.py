@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 import uvloop
 
 import leaderless
+from descriptors import no_descriptors
 from engine.cgroups import make_cgroup
 from epolls import EPOLL, nested_epolls
 from jobworker.engine import cgroup as module
@@ -196,19 +196,16 @@ def test_a_kill_that_cannot_see_who_is_left_fails(
 ) -> None:
     """It is then tried again. The machine may have no descriptor left: a job's doing."""
     process = start_leaderless(start, cgroup)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as shortage:
 
-    def without_descriptors(path: str) -> list[str]:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
-        return [path]
+        def without_descriptors(path: str) -> list[str]:
+            shortage.enter_context(no_descriptors())
+            return [path]
 
-    monkeypatch.setattr(module, "_with_descendants", without_descriptors)
-    try:
+        monkeypatch.setattr(module, "_with_descendants", without_descriptors)
         with pytest.raises(OSError, match="Too many open files"):
             cgroup.kill()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        monkeypatch.undo()
+    monkeypatch.undo()
     cgroup.kill()
     assert process.wait(10) == -signal.SIGKILL
 
@@ -514,13 +511,8 @@ def test_explicit_limits_without_a_controller_are_refused(tree: CgroupTree) -> N
 
 
 def test_without_a_descriptor_no_cgroup_is_taken_for_missing() -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
-    try:
-        with pytest.raises(StartupError, match=r"Too many open files.*; start again"):
-            CgroupTree.open(BASE, "x")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with no_descriptors(), pytest.raises(StartupError, match=r"Too many open files.*; start again"):
+        CgroupTree.open(BASE, "x")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from descriptors import no_descriptors
 from engine.stores import (
     copy_of_a_running_store,
     every_job,
@@ -191,6 +192,12 @@ def test_garbage_is_moved_aside(
     assert damaged(tmp_path) == [aside.name]
     aside.unlink()
     assert damaged(tmp_path) == []
+
+
+def test_without_a_descriptor_nothing_damaged_is_passed_over(tmp_path: Path) -> None:
+    """Output that may have its records there would be removed."""
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        database.set_aside(tmp_path / "jobs.db")
 
 
 def damaged(folder: Path) -> list[str]:

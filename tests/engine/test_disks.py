@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from descriptors import no_descriptors
 from jobworker.engine import disks
 from jobworker.engine.disks import disks_behind, sum_io
 from jobworker.engine.mounts import parse_mountinfo
@@ -61,6 +62,16 @@ def test_the_disks_of_this_machine(tmp_path: Path) -> None:
     assert disks_behind(("/proc", "/no/such/directory", "/etc/passwd")) == ([], [])
     for disk in once[0]:
         assert not Path(f"/sys/dev/block/{disk}/partition").exists()
+
+
+def test_without_a_descriptor_no_disk_is_passed_over() -> None:
+    """Its limit would be left out."""
+    mounts = parse_mountinfo(MOUNTINFO)
+    with no_descriptors():
+        with pytest.raises(OSError, match="Too many open files"):
+            disks._writable_layer(mounts[70], mounts)
+        with pytest.raises(OSError, match="Too many open files"):
+            disks._is_stacked("254:0")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from descriptors import no_descriptors
 from jobworker.daemon import JOBINIT, _has_confined, _try_isolation
 from jobworker.engine import jobinit
 from jobworker.engine import jobinits as module
@@ -108,6 +109,15 @@ def test_what_a_job_has_left_behind_lives_on(
             await store.close()
 
     assert asyncio.run(main()) == counts
+
+
+def test_without_a_descriptor_none_is_taken_for_gone(tmp_path: Path) -> None:
+    """Its jobs would be lost."""
+    path = tmp_path / "jobinit-2-other.sock"
+    path.touch()
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        Jobinits(tmp_path, JOBINIT).prepare()
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_another_program_starts_what_comes(tmp_path: Path) -> None:

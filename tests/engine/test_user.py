@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from descriptors import no_descriptors
 from jobworker.engine.user import file_rights_of, find_user, own_user
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to see files as another")
@@ -32,6 +33,12 @@ def test_a_number_need_not_be_known() -> None:
 @pytest.mark.parametrize("name", ["no-such-user", "", "-1", "4294967295", str(1 << 40), "٣"])
 def test_no_user(name: str) -> None:
     with pytest.raises(LookupError):
+        find_user(name)
+
+
+@pytest.mark.parametrize("name", ["no-such-user", "123456789"])
+def test_without_a_descriptor_it_is_not_known_whether_there_is_a_user(name: str) -> None:
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
         find_user(name)
 
 

@@ -293,8 +293,8 @@ def test_a_stop_goes_on_with_its_signal_and_its_grace(restart: Callable[[], Serv
         wait_until(lambda: client.output(patient, no_follow=True) == b"up\nint\n")
         wait_until(lambda: client.output(hasty, no_follow=True) == b"up\nint\n")
         time.sleep(1)  # the last stop is stored
+    began = time.monotonic()
     with restart().connect() as client:
-        began = time.monotonic()
         wait_until(lambda: client.output(patient, no_follow=True) == b"up\nint\nint\n")
         assert client.wait(hasty).cause == pb.STOPPED
         assert time.monotonic() - began > 7  # and not the server's own 5
