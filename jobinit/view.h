@@ -96,10 +96,12 @@ static void make_read_only(const char *path)
 	need(set_attributes(AT_FDCWD, path, WHOLE_TREE, READ_ONLY), "make read-only:", path);
 }
 
-/* A mount of what is there now, that belongs nowhere yet. -1 where there is nothing. */
+/* A mount of what is there now, that belongs nowhere yet; or a negative errno. */
 static int keep_mount(const char *path)
 {
-	return syscall(CALL_OPEN_TREE, AT_FDCWD, path, CLONED_TREE | O_CLOEXEC);
+	int fd = syscall(CALL_OPEN_TREE, AT_FDCWD, path, CLONED_TREE | O_CLOEXEC);
+
+	return fd < 0 ? -errno : fd;
 }
 
 static void put_mount(int fd, const char *path)
@@ -428,11 +430,8 @@ static _Noreturn void build_view(const struct view_request *request, bool has_us
 	/* While all is there. */
 	look_for_user_namespace();
 	read_mounts();
-	for (i = 0; i < NODES; i++) {
+	for (i = 0; i < NODES; i++)
 		found[i] = keep_mount(nodes[i].path);
-		if (found[i] < 0)
-			found[i] = -errno;
-	}
 	/* After these, and before any is made. */
 	need(set_attributes(AT_FDCWD, "/", WHOLE_TREE, NO_SUID | NO_DEVICES),
 	     "no set-user-ID and devices (Linux 5.12 and later):", "/");

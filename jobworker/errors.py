@@ -10,14 +10,12 @@ from __future__ import annotations
 import errno
 import os
 
-SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-
 
 def is_shortage(error: BaseException) -> bool:
     """Whether the kernel has said, perhaps to who raised this, that descriptors or memory are short
     for now, as where jobs have taken all: what was asked for may be there all the same."""
     cause = error.__cause__ or error
-    return isinstance(cause, OSError) and cause.errno in SHORTAGES
+    return isinstance(cause, OSError) and cause.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class JobWorkerError(Exception):

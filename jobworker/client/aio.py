@@ -247,11 +247,7 @@ class AsyncClient:
     # Streams
 
     def _patience(self, timeout_seconds: float | None = None) -> Patience:
-        """A server that has answered is waited for, though a stream is new."""
-        patience = Patience(self._patience_seconds, timeout_seconds)
-        if self._has_answered:
-            patience.connected()
-        return patience
+        return Patience(self._patience_seconds, timeout_seconds, has_answered=self._has_answered)
 
     async def _read(self, reading: Reading) -> AsyncGenerator[Chunk, None]:
         await self._require(STREAM_RPC, reading.needs, reading.patience.left_seconds())

@@ -152,13 +152,20 @@ class Patience:
     try, longer each time until something comes.
     """
 
-    def __init__(self, patience_seconds: float, timeout_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        patience_seconds: float,
+        timeout_seconds: float | None = None,
+        *,
+        has_answered: bool = False,
+    ) -> None:
         """patience_seconds: for getting a broken connection back; a server that was never
-        there is not waited for. timeout_seconds: for everything; None: no limit.
+        there is not waited for. timeout_seconds: for everything; None: no limit. has_answered:
+        the server, other calls before.
         """
         self._patience_seconds = patience_seconds
         self._give_up_at = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        self._was_connected = False
+        self._was_connected = has_answered
         self._broken_at: float | None = None
         self._pause_seconds = FIRST_PAUSE_SECONDS
 

@@ -285,11 +285,7 @@ class Client:
     # Streams
 
     def _patience(self, timeout_seconds: float | None = None) -> Patience:
-        """A server that has answered is waited for, though a stream is new."""
-        patience = Patience(self._patience_seconds, timeout_seconds)
-        if self._has_answered:
-            patience.connected()
-        return patience
+        return Patience(self._patience_seconds, timeout_seconds, has_answered=self._has_answered)
 
     def _read(self, reading: Reading) -> Generator[Chunk, None, None]:
         self._require(STREAM_RPC, reading.needs, reading.patience.left_seconds())

@@ -51,11 +51,11 @@ class Found:
 
 
 class Looks:
-    """All that are under way."""
+    """All that are under way; belongs to the running event loop."""
 
-    def __init__(self, cgroups: CgroupTree, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, cgroups: CgroupTree) -> None:
         self._cgroups = cgroups
-        self._loop = loop
+        self._loop = asyncio.get_running_loop()
         self._mounts = Mounts()
         # Apart from the threads of `to_thread`, which what runs already needs for its end.
         self._threads = ThreadPoolExecutor(THREADS, "look")

@@ -186,9 +186,8 @@ class Manager:
         self._jobinits = jobinits
         self._retention = retention
         output.on_log_limit = self._on_log_limit
-        self._loop = asyncio.get_running_loop()
         self._remover = Worker("cgroups", remove_empty)
-        self._looks = Looks(cgroups, self._loop)
+        self._looks = Looks(cgroups)
         self._live: dict[int, _LiveJob] = {}
         self._ledgers: dict[str, Ledger] = {}  # by the owner of the jobs
         self._strangers: set[int] = set()
@@ -197,6 +196,7 @@ class Manager:
         self._has_recovered = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._creates: set[asyncio.Task[Job]] = set()
+        self._loop = asyncio.get_running_loop()
         self._closing = False
         self._has_let_go = False
 
@@ -492,12 +492,12 @@ class Manager:
         """Its grace begins anew, and it gets the signal again: nobody knows how much of the one
         was over, and whether it got the other."""
         job = live.job
-        if job.end_requested is not None:
-            # Neither is known under a version that did not record them.
-            number, grace_ms = job.end_signal or signal.SIGTERM, job.end_grace_ms
-            if not job.end_signal:
-                grace_ms = int(self.policy.stop_grace_seconds * 1e3)
-            self._request_end(live, job.end_requested, number, grace_ms / 1e3)
+        if job.end_requested is None:
+            return
+        number, grace_seconds = job.end_signal, job.end_grace_ms / 1e3
+        if not number:  # under a version that recorded neither
+            number, grace_seconds = signal.SIGTERM, self.policy.stop_grace_seconds
+        self._request_end(live, job.end_requested, number, grace_seconds)
 
     async def _await_start(self, live: _LiveJob) -> None:
         try:
@@ -849,7 +849,7 @@ class Manager:
         deadline = now + grace_seconds
         is_first = live.kill_at is None
         is_news = live.kill_at is None or deadline - now < (live.kill_at - now) / 2
-        if is_news or live.job.is_ended:
+        if is_news or live.job.is_ended:  # which raises
             grace_ms = int(grace_seconds * 1e3)
             live.job = transition.request_end(live.job, cause, signal_number, grace_ms, by)
         asked = (by.name if by else "", signal_number)

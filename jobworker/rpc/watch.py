@@ -112,7 +112,6 @@ class WatchedFiles:
             problem, is_short = repr(error), is_shortage(error)
         was_said, self._is_short_said = self._is_short_said, is_short
         if is_short:
-            self._settling = found  # for the next look, as no change would tell when that is over
             return None if was_said else partial(self._tell, problem, None, False, True)
         if self._signature() != found:  # written to meanwhile: the next look sees it
             self._torn_looks += 1
