@@ -1,4 +1,4 @@
-"""Making certificates by hand, and looking at them. What is in them is tested in test_certs."""
+"""Making certificates by hand, and looking at them. What is in them is tested in tests/certs."""
 
 from __future__ import annotations
 

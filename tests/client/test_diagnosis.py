@@ -19,6 +19,7 @@ import pytest
 from client.conftest import Connect
 from functional.server import Server
 from jobworker import certs
+from jobworker.certs import making
 from jobworker.errors import CertificateError, UnreachableError
 
 
@@ -122,7 +123,7 @@ def test_an_expired_client(
 ) -> None:
     folder = tmp_path / "certs"
     shutil.copytree(server.certs, folder)
-    monkeypatch.setattr(certs, "LIFETIME", -timedelta(seconds=10))
+    monkeypatch.setattr(making, "LIFETIME", -timedelta(seconds=10))
     certs.make_client(folder, "late", "admin")
     with pytest.raises(UnreachableError, match=r"late-cert\.pem expired on 20"):
         connect(server.address, cert=folder / "late-cert.pem", key=folder / "late-key.pem").info()
@@ -131,7 +132,7 @@ def test_an_expired_client(
 def test_an_expired_server(
     connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(certs, "LIFETIME", -timedelta(seconds=10))
+    monkeypatch.setattr(making, "LIFETIME", -timedelta(seconds=10))
     certs.make_all(tmp_path)
     with (
         listening(with_tls(tmp_path, ssl.TLSVersion.TLSv1_3)) as address,

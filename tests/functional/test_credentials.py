@@ -33,6 +33,7 @@ from functional.http2 import (
 )
 from functional.server import DEADLINE_SECONDS, Client, Server, channel, slow_path, wait_until
 from jobworker import certs
+from jobworker.certs import making
 from jobworker.pb import job_worker_pb2 as pb
 from jobworker.rpc.watch import LOOK_SECONDS
 
@@ -116,7 +117,7 @@ def test_a_renewed_certificate_is_shown_and_no_stream_breaks(
 def test_the_servers_is_renewed_by_hand_and_its_end_told_before(
     start: StartServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(certs, "LIFETIME", datetime.timedelta(days=5))
+    monkeypatch.setattr(making, "LIFETIME", datetime.timedelta(days=5))
     certs.make_server(folder)
     server = start()
     assert "server-cert.pem expires on" in server.log
@@ -132,7 +133,7 @@ def test_the_end_of_the_servers_is_told_while_it_runs(
     start: StartServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soon = certs.SERVER_NOTICE + datetime.timedelta(seconds=5)
-    monkeypatch.setattr(certs, "LIFETIME", soon)
+    monkeypatch.setattr(making, "LIFETIME", soon)
     certs.make_server(folder)
     server = start()
     wait_until(lambda: "server-cert.pem expires on" in server.log)
