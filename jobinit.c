@@ -169,7 +169,7 @@ static uint64_t refused_job;
 static int epoll_fd, signal_fd, listener_fd = 3, server_fd = -1;
 static uint32_t server_interest; /* what it is watched for */
 static const uint32_t UNWATCHED = ~0u;
-static bool was_connected, must_retry, listener_rests, has_dead;
+static bool was_connected, must_retry, must_prove, listener_rests, has_dead;
 
 static struct rlimit original_open_files;
 static int descriptor_ceiling;
@@ -597,8 +597,10 @@ static int has_execed(pid_t pid, const char *newborn_name)
 	if (fd < 0)
 		return -1;
 	size = read(fd, text, sizeof text - 1);
-	close(fd);
-	text[size > 0 ? size : 0] = '\0';
+	close(fd); /* and leaves errno as it is */
+	if (size < 0)
+		return -1;
+	text[size] = '\0';
 	name = strchr(text, '(');
 	place = strrchr(text, ')'); /* the name before it may hold anything */
 	/* proc_pid_stat(5): state ppid pgrp session tty_nr tpgid flags */
@@ -609,6 +611,12 @@ static int has_execed(pid_t pid, const char *newborn_name)
 	}
 	*place = '\0';
 	return !(state == 'Z' || state == 'X' || flags & IS_EXITING) || strcmp(name + 1, newborn_name);
+}
+
+/* What passes, as where jobs have taken all descriptors of the machine. */
+static bool is_shortage(void)
+{
+	return errno == EMFILE || errno == ENFILE || errno == ENOMEM;
 }
 
 /* is_dead: it is not reaped yet, and writes nothing any more. That the pipe has not ended says
@@ -627,6 +635,11 @@ static enum proof prove_exec(int status_fd, pid_t pid, const char *newborn_name,
 	answer = has_execed(pid, newborn_name);
 	if (answer > 0)
 		return PROVED;
+	/* It may have run, and written what must not be lost. */
+	if (answer < 0 && is_shortage()) {
+		must_prove = true;
+		return NOT_YET;
+	}
 	*failure = (struct step_failure){STEP_EXEC, answer < 0 ? errno : 0, 0};
 	if (answer < 0)
 		kill(pid, SIGKILL); /* what cannot be proved to run must not run */
@@ -847,8 +860,9 @@ static void start_job(struct job *job, const struct request *request)
 	struct ends theirs;
 	pid_t pid = -1;
 
+	/* Once for each change, as its end may have to wait for its proof. */
 	if (make_pipes(&pipes, request->merge_output)
-	    && watch(EPOLL_CTL_ADD, pipes.status[0], EPOLLIN, (uintptr_t)job)) {
+	    && watch(EPOLL_CTL_ADD, pipes.status[0], EPOLLIN | EPOLLET, (uintptr_t)job)) {
 		name_newborn(job->newborn_name);
 		pid = request->is_confined ? fork_confined(request, &job->first, &step) : fork();
 		if (pid != 0)
@@ -901,6 +915,22 @@ static void resolve_start(struct job *job, bool is_dead)
 		job->error = failure.error;
 		job->item = failure.item;
 	}
+}
+
+static void resolve_again(struct job *job)
+{
+	if (job->state == STARTING)
+		resolve_start(job, false);
+}
+
+/* The starts whose proof had to wait, and what is dead, which is reaped after it. */
+static void prove_again(void)
+{
+	if (!must_prove)
+		return;
+	must_prove = false;
+	has_dead = true;
+	for_each_job(resolve_again);
 }
 
 /* ==== Ending ==== */
@@ -957,6 +987,10 @@ static void reap(pid_t pid)
 	 * process with the reap: so first the start, then the end. */
 	if (job && job->state == STARTING)
 		resolve_start(job, true);
+	if (job && job->state == STARTING) { /* for now nothing proves it */
+		has_dead = false;
+		return;
+	}
 	/* Where there is a cgroup, that is killed. */
 	if (job && job->state == RUNNING && !job->has_cgroup)
 		job->group_fd = open_pidfd(pid);
@@ -1675,7 +1709,7 @@ static int patience_ms(void)
 {
 	if (has_dead)
 		return 0;
-	if (must_retry || listener_rests)
+	if (must_retry || must_prove || listener_rests)
 		return RETRY_MS;
 	if (job_count || server_fd >= 0)
 		return -1;
@@ -1700,8 +1734,9 @@ static void handle_events(void)
 	int count;
 
 	while ((count = epoll_wait(epoll_fd, &event, 1, patience_ms())) != 0 || must_retry
-	       || listener_rests || has_dead) {
+	       || must_prove || listener_rests || has_dead) {
 		rouse_listener();
+		prove_again();
 		if (count > 0)
 			handle_in_company(&event);
 		reap_some();
@@ -1767,9 +1802,13 @@ static int wait_by_hand(pid_t pid, const sigset_t *signals)
 
 static int report_by_hand(int status_fd, pid_t pid, const char *newborn_name, const char *command)
 {
+	static const struct timespec pause = {0, RETRY_MS * 1000 * 1000};
 	struct step_failure failure;
+	enum proof proof;
 
-	if (prove_exec(status_fd, pid, newborn_name, false, &failure) == PROVED)
+	while ((proof = prove_exec(status_fd, pid, newborn_name, false, &failure)) == NOT_YET)
+		nanosleep(&pause, NULL);
+	if (proof == PROVED)
 		return 0;
 	if (failure.error == 0)
 		say("%s: killed before its exec", command);

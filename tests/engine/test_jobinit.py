@@ -548,6 +548,34 @@ def test_where_no_descriptor_is_left_one_start_fails(launcher: Launcher, tmp_pat
     launcher.run(scenario, limited)
 
 
+@pytest.mark.parametrize("script", ["echo ran; exit 3", "echo ran; exec sleep 1000"])
+def test_where_no_descriptor_is_left_a_proof_waits_for_one(
+    launcher: Launcher, cgroup: Path, script: str
+) -> None:
+    """As where a job has all of the machine's. What has run is not told as never started."""
+
+    async def scenario(server: Server) -> None:
+        (cgroup / "cgroup.freeze").write_text("1")
+        request = server.start("/bin/sh", "-c", script, job_id=100, cgroup=str(cgroup))
+        starting = asyncio.create_task(request)
+        await asyncio.to_thread(_wait_until, lambda: (cgroup / "cgroup.procs").read_text() != "")
+        most = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (0, most))
+        (cgroup / "cgroup.freeze").write_text("0")
+        # It sleeps between its attempts.
+        slept = _sleeps(server.pid)
+        await asyncio.to_thread(_wait_until, lambda: _sleeps(server.pid) >= slept + 5)
+        assert not starting.done()
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (most, most))
+        started = await starting
+        (cgroup / "cgroup.kill").write_text("1")
+        status = signal.SIGKILL if "sleep" in script else 3 << 8
+        assert (await server.wait_exit(100)).wait_status == status
+        assert _read_all(started.stdout_fd) == b"ran\n"
+
+    launcher.run(scenario)
+
+
 # What a job finds
 
 
