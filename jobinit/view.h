@@ -435,8 +435,11 @@ static _Noreturn void build_view(const struct view_request *request, bool has_us
 	/* After these, and before any is made. */
 	need(set_attributes(AT_FDCWD, "/", WHOLE_TREE, NO_SUID | NO_DEVICES),
 	     "no set-user-ID and devices (Linux 5.12 and later):", "/");
-	if (realpath("/etc/resolv.conf", resolver) && is_in(resolver, "/run"))
+	if (realpath("/etc/resolv.conf", resolver) && is_in(resolver, "/run")) {
 		resolver_fd = keep_mount(resolver);
+		errno = -resolver_fd; /* where it failed */
+		need(resolver_fd >= 0 || is_out_of_reach(), "mount", resolver);
+	}
 	drop_mounts(request);
 	make_dev(found);
 	make_run(resolver, resolver_fd);
