@@ -309,8 +309,11 @@ static bool change_root(const struct request *request)
 	root = copy_tree(open_in(old, request->root, O_DIRECTORY), attributes);
 	if (root < 0)
 		return false;
-	for (i = 0; i < COUNT; i++)
+	for (i = 0; i < COUNT; i++) {
 		trees[i] = copy_tree(open_in(old, own[i], O_DIRECTORY), 0);
+		if (trees[i] < 0 && !is_absent())
+			return false;
+	}
 	/* It has to be somewhere, and this one is done with. */
 	place = open_in(old, "/proc", O_DIRECTORY);
 	if (place < 0 || !put_tree(root, place))

@@ -34,6 +34,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import jobworker
+from functional.test_files import make_root
 from jobinit_processes import jobs_of
 from jobworker.engine import jobinit
 from jobworker.engine.jobinit import (
@@ -1645,6 +1646,33 @@ def test_files_that_cannot_be_arranged(
 
         launcher.run(scenario)
     assert Path("/proc/self/mountinfo").read_text() == before
+
+
+@as_root
+def test_a_root_without_what_a_job_has_of_its_own_is_none(
+    launcher: Launcher, binary: Path, tmp_path: Path
+) -> None:
+    """As where there are too few descriptors, or jobs of others have left few namespaces of mounts:
+    the job would find the folders of the root itself, which others share."""
+    outcomes: list[object] = []
+
+    async def scenario(server: Server) -> None:
+        await server.jobinit.make_view(SMALL)
+        try:
+            outcomes.append(await server.output("/bin/ls", "/tmp", **confined(root=root)))
+        except StartFailedError as error:
+            outcomes.append((error.step, error.error_number))
+
+    wrapper = tmp_path / "with few descriptors"
+    with tempfile.TemporaryDirectory(dir="/srv") as root:
+        Path(root).chmod(0o755)
+        make_root(Path(root))
+        Path(root, "tmp", "of all who have that root").touch()
+        for most in range(6, 12):
+            wrapper.write_text(f'#!/bin/sh\nulimit -Sn {most}\nexec {binary} "$@"\n')
+            wrapper.chmod(0o700)
+            launcher.run(scenario, wrapper)
+    assert set(outcomes) == {("root", errno.EMFILE), ""}
 
 
 @as_root
