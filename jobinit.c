@@ -211,6 +211,12 @@ static void close_fd(int *fd)
 	*fd = -1;
 }
 
+/* What passes, as where jobs have taken all descriptors of the machine. */
+static bool is_shortage(void)
+{
+	return errno == EMFILE || errno == ENFILE || errno == ENOMEM;
+}
+
 static int open_pidfd(pid_t pid)
 {
 	return syscall(CALL_PIDFD_OPEN, pid, 0);
@@ -611,12 +617,6 @@ static int has_execed(pid_t pid, const char *newborn_name)
 	}
 	*place = '\0';
 	return !(state == 'Z' || state == 'X' || flags & IS_EXITING) || strcmp(name + 1, newborn_name);
-}
-
-/* What passes, as where jobs have taken all descriptors of the machine. */
-static bool is_shortage(void)
-{
-	return errno == EMFILE || errno == ENFILE || errno == ENOMEM;
 }
 
 /* is_dead: it is not reaped yet, and writes nothing any more. That the pipe has not ended says
@@ -1062,7 +1062,7 @@ static bool append_started(struct packet *packet, const struct job *job)
 	/* Until it is reaped, the number is certainly its own. */
 	int pidfd = job->is_reaped ? -1 : open_pidfd(job->pid);
 
-	if (pidfd < 0 && !job->is_reaped && (errno == EMFILE || errno == ENFILE || errno == ENOMEM))
+	if (pidfd < 0 && !job->is_reaped && is_shortage())
 		return false;
 	if (pidfd >= 0) {
 		packet->pidfds[packet->pidfd_count++] = pidfd;
