@@ -328,16 +328,23 @@ class Gate:
         """A handler for gRPC of what no honest client sends: ends the connection."""
         peer = context.peer()
         if peer not in self._shutting:
-            self._shutting.add(peer)
             self._turned_away.append(connections.address_of(peer))
-            self._spawn(self._turn_away(peer))
+            self._shutting.add(peer)
+            if len(self._shutting) == 1:
+                self._spawn(self._turn_away())
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the headers are too large")
 
-    async def _turn_away(self, peer: str) -> None:
+    async def _turn_away(self) -> None:
+        """All that have come meanwhile at once, and with pauses: each time all descriptors are
+        looked through, in a thread of those that jobs need for their end."""
         try:
-            await self._shut({peer})
+            while peers := set(self._shutting):
+                began = time.monotonic()
+                await self._shut(peers)
+                await asyncio.sleep(OTHERS_SHARE * (time.monotonic() - began))
+                self._shutting -= peers
         finally:
-            self._shutting.discard(peer)
+            self._shutting.clear()
 
     def revoke(self, revoked: certs.Revoked) -> None:
         """From now on these are refused; what they have under way is ended."""

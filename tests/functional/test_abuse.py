@@ -985,6 +985,26 @@ def test_large_headers_are_hardly_said(start_server: StartServer, mallory: str) 
     assert server.log.count("too large headers") < 10
 
 
+def test_large_headers_of_many_connections(start_server: StartServer, mallory: str) -> None:
+    """To find each, the server goes through all that it has open, in threads which stops need."""
+    server = start_server()
+    large = headers_of("GetServerInfo") + field("x", "y" * 100) * 150
+    request = frame(HEADERS, END_STREAM, 1, large[:16_000])
+    request += frame(CONTINUATION, END_HEADERS, 1, large[16_000:])
+    sleeper = pb.CreateJobReq(command="sleep", args=["60"])
+    with contextlib.ExitStack() as closing, server.connect() as client:
+        client.call("CreateJobs", pb.CreateJobsReq(jobs=[sleeper] * 500))
+        job = client.create("sleep", "60")
+        hostile = [closing.enter_context(connect(server, mallory)) for _ in range(400)]
+        for each in hostile:
+            each.sendall(request)
+        asked = time.monotonic()
+        client.stop(job.id, grace_milliseconds=0)
+        assert time.monotonic() - asked < 1
+        wait_until(lambda: server.connections() <= 1)
+        others_work(server)
+
+
 def test_what_a_flood_of_calls_took_is_given_back(start_server: StartServer, mallory: str) -> None:
     """Given up at once, each with headers of 8 KiB: they wait until the server comes to them."""
     server = start_server()
