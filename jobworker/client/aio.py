@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-from collections.abc import AsyncGenerator, Collection, Iterable
+from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar, Unpack
@@ -54,6 +54,7 @@ class AsyncClient:
         self._patience_seconds = patience
         # One for each name that the server's certificate might be for; the last is in use.
         self._channels: list[grpc.aio.Channel] = []
+        self._runs: dict[asyncio.Future[None], asyncio.Task[Any] | None] = {}  # until each is over
         self._stopping: set[asyncio.Task[None]] = set()  # jobs of runs that were cancelled
         self._has_answered = False  # the server
         self._knows_new_fields = False
@@ -73,8 +74,11 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends the calls and streams that are under way, with CallError, as any later call; but
         first the jobs of runs that were cancelled are stopped."""
-        if self._stopping:
-            await asyncio.wait(self._stopping, timeout=self._timeout_seconds)
+        # What was cancelled just now does not know it yet.
+        cancelled = [over for over, task in self._runs.items() if task and task.cancelling()]
+        for ending in (cancelled, self._stopping):
+            if ending:
+                await asyncio.wait(ending, timeout=self._timeout_seconds)
         self._is_closed = True
         for channel in self._channels:
             await channel.close()
@@ -156,14 +160,23 @@ class AsyncClient:
         timeout: float | None = None,  # noqa: ASYNC109 as for `Client`
         **options: Unpack[CreateOptions],
     ) -> Result:
-        creating = asyncio.ensure_future(self.create(command, *args, **options))
+        over = asyncio.get_running_loop().create_future()
+        self._runs[over] = asyncio.current_task()
+        try:
+            return await self._run(self.create(command, *args, **options), timeout)
+        finally:
+            del self._runs[over]
+            over.set_result(None)
+
+    async def _run(self, create: Coroutine[Any, Any, Job], timeout_seconds: float | None) -> Result:
+        creating = asyncio.ensure_future(create)
         try:
             job = await asyncio.shield(creating)
         except asyncio.CancelledError:  # a job that the server has begun is there all the same
             await self._stop_in_any_case(creating)
             raise
         try:
-            return await self._collect(Reading(job.id, self._patience(timeout)))
+            return await self._collect(Reading(job.id, self._patience(timeout_seconds)))
         except BaseException as error:
             await self._stop_in_any_case(creating)
             if isinstance(error, DeadlineError):

@@ -100,6 +100,23 @@ def test_close_waits_for_the_stop_of_what_was_cancelled(server: Server) -> None:
     run(server, look)
 
 
+def test_close_waits_for_what_was_cancelled_just_before(server: Server) -> None:
+    name = "cancelled just now"
+
+    async def scenario(client: AsyncClient) -> None:
+        for milliseconds in range(0, 60, 3):
+            async with AsyncClient(server.address, certs=server.certs) as other:
+                await other.info()
+                running = asyncio.ensure_future(other.run("sleep", "60", name=name))
+                await asyncio.sleep(milliseconds / 1000)
+                running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+        assert not [job.id async for job in client.list(name=name) if not job.is_ended]
+
+    run(server, scenario)
+
+
 def test_a_cancelled_reader_leaves_the_job_alone(server: Server) -> None:
     async def scenario(client: AsyncClient) -> None:
         job = await client.create("sleep", "60")
