@@ -10,7 +10,8 @@ from __future__ import annotations
 import calendar
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypedDict, TypeVar
 
@@ -152,6 +153,7 @@ TEXT = "a str", lambda value: isinstance(value, str)
 NUMBER = "a number", lambda value: hasattr(value, "__float__")
 WHOLE_NUMBER = "an int", lambda value: hasattr(value, "__index__")
 BYTES = "bytes", lambda value: isinstance(value, bytes | bytearray | memoryview)
+BIND = "a Bind", lambda value: isinstance(value, Bind)
 KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
     **dict.fromkeys(("max_cpu", "max_memory", "max_iobps"), WHOLE_NUMBER),
     **dict.fromkeys(("working_directory", "name", "user", "profile", "network", "root"), TEXT),
@@ -168,19 +170,27 @@ def create(command: str, args: Iterable[str], options: CreateOptions) -> Call[Jo
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
     args = tuple(args)
     _check_kinds(command, args, options)
-    try:
+    with rejecting(rpc):
         spec = _spec_of(command, args, options)
         _check_int32(spec.limits)
         validate(spec)
-        validate_stdin(options.get("stdin", b""))
-        request = _create_request(spec, options.get("stdin", b""))
+        stdin = bytes(options.get("stdin") or b"")
+        validate_stdin(stdin)
+        request = _create_request(spec, stdin)
+    asked = {name for name, value in options.items() if value}
+    return Call(rpc, request, _read_job, tuple(sorted(asked - OLD_OPTIONS)))
+
+
+@contextmanager
+def rejecting(rpc: str) -> Iterator[None]:
+    """What no server could accept is a RejectedError."""
+    try:
+        yield
     except InvalidRequestError as error:
         raise RejectedError(rpc, "INVALID_ARGUMENT", str(error)) from error
     except UnicodeEncodeError as error:
         problem = f"{error.object!r} is not text; arguments must be UTF-8"
         raise RejectedError(rpc, "INVALID_ARGUMENT", problem) from error
-    asked = {name for name, value in options.items() if value}
-    return Call(rpc, request, _read_job, tuple(sorted(asked - OLD_OPTIONS)))
 
 
 def _check_kinds(command: object, args: Collection[object], options: CreateOptions) -> None:
@@ -194,6 +204,8 @@ def _check_kinds(command: object, args: Collection[object], options: CreateOptio
     for name, value in (options.get("environment") or {}).items():
         _check_kind("each name in environment", name, *TEXT)
         _check_kind(f"environment[{name!r}]", value, *TEXT)
+    for bind in options.get("binds") or ():
+        _check_kind("each of binds", bind, *BIND)
 
 
 def _check_kind(name: str, value: object, kind: str, has: Callable[[object], bool]) -> None:
@@ -205,27 +217,27 @@ def get(job_id: int | str) -> Call[Job]:
     def read(answer: bytes) -> Job:
         return checked(_read_job(answer), job_id)
 
-    return Call("GetJob", pb.GetJobReq(id=str(job_id)), read)
+    with rejecting("GetJob"):
+        return Call("GetJob", pb.GetJobReq(id=str(job_id)), read)
 
 
 def stop(job_id: int | str, signal: int, grace_seconds: float | None) -> Call[None]:
     rpc = "StopJob"
-    request = pb.StopJobReq(id=str(job_id))
-    try:
+    with rejecting(rpc):
+        request = pb.StopJobReq(id=str(job_id))
         _check_range("signal", signal, LARGEST_INT32)
         request.signal = signal
         if grace_seconds is not None:
             _check_range("grace_seconds", grace_seconds, LARGEST_UINT32 // 1000)
             request.grace_milliseconds = round(grace_seconds * 1000)
-    except InvalidRequestError as error:
-        raise RejectedError(rpc, "INVALID_ARGUMENT", str(error)) from error
     new = {"signal": signal != 0, "grace_seconds": grace_seconds is not None}
     needs = tuple(option for option, used in new.items() if used)
     return Call(rpc, request, _read_nothing, needs, extra_seconds=grace_seconds or 0)
 
 
 def delete(job_id: int | str) -> Call[None]:
-    return Call("DeleteJob", pb.DeleteJobReq(id=str(job_id)), _read_nothing)
+    with rejecting("DeleteJob"):
+        return Call("DeleteJob", pb.DeleteJobReq(id=str(job_id)), _read_nothing)
 
 
 def info() -> Call[ServerInfo]:
@@ -319,13 +331,14 @@ class Listing:
         self.is_over = limit is not None and limit <= 0
 
     def request(self) -> Call[Page]:
-        request = pb.ListJobsReq(
-            statuses=sorted(self._statuses),
-            name=self._name,
-            owner=self._owner,
-            page_size=min(self._left or LARGEST_PAGE_JOBS, LARGEST_PAGE_JOBS),
-            page_token=self._token,
-        )
+        with rejecting("ListJobs"):
+            request = pb.ListJobsReq(
+                statuses=sorted(self._statuses),
+                name=self._name,
+                owner=self._owner,
+                page_size=min(self._left or LARGEST_PAGE_JOBS, LARGEST_PAGE_JOBS),
+                page_token=self._token,
+            )
         return Call("ListJobs", request, self._read_page)
 
     def old_request(self, error: UnsupportedError) -> Call[Page]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jobworker.client.calls import LONGEST_CALL_SECONDS, checked, job_from
+from jobworker.client.calls import LONGEST_CALL_SECONDS, checked, job_from, rejecting
 from jobworker.errors import (
     CallError,
     DeadlineError,
@@ -245,12 +245,13 @@ class Reading:
     def request(self) -> pb.GetJobsStreamReq:
         self._skip = self._offset  # one that ignores from_offset starts at 0
         self.pause_seconds = 0.0
-        return pb.GetJobsStreamReq(
-            id=self.job_id,
-            from_offset=self._offset,
-            no_follow=not self.follow,
-            stream=pb.Stream.Name(self._stream),
-        )
+        with rejecting(RPC):
+            return pb.GetJobsStreamReq(
+                id=self.job_id,
+                from_offset=self._offset,
+                no_follow=not self.follow,
+                stream=pb.Stream.Name(self._stream),
+            )
 
     def take(self, message: bytes) -> Chunk | None:
         """None: nothing in it that the reader has not had. Raises ValueError or DecodeError

@@ -232,6 +232,7 @@ def test_ids_names_and_limits_over_the_top_are_the_callers_mistake(client: Clien
         (("ls",), {"time_limit": "5m"}, "time_limit must be a number, not of the type str"),
         (("ls",), {"environment": {"A": 1}}, r"environment\['A'\] must be a str"),
         (("ls",), {"name": b"x"}, "name must be a str, not of the type bytes"),
+        (("ls",), {"binds": ["/a:/b"]}, "each of binds must be a Bind, not of the type str"),
     ],
 )
 def test_arguments_of_a_wrong_type(
@@ -239,6 +240,27 @@ def test_arguments_of_a_wrong_type(
 ) -> None:
     with pytest.raises(TypeError, match=told):
         client.create(*command, **options)
+
+
+def test_ids_and_names_that_are_no_text(client: Client) -> None:
+    lone = "\ud800"
+    calls: list[Callable[[], object]] = [
+        lambda: client.get(lone),
+        lambda: client.stop(lone),
+        lambda: client.delete(lone),
+        lambda: client.wait(lone),
+        lambda: list(client.stream(lone)),
+        lambda: list(client.list(name=lone)),
+        lambda: list(client.list(owner=lone)),
+    ]
+    for call in calls:
+        with pytest.raises(RejectedError, match="is not text"):
+            call()
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_what_a_job_reads_in_any_kind_of_bytes(client: Client, kind: Any) -> None:
+    assert client.run("cat", stdin=kind(b"input")).stdout == b"input"
 
 
 def test_errors_say_what_the_caller_can_do(client: Client) -> None:
