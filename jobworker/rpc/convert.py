@@ -7,7 +7,7 @@ import errno
 import functools
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -37,6 +37,8 @@ from jobworker.pb import job_worker_pb2 as pb
 # Existing clients receive at most this much in one message.
 LARGEST_ANSWER_BYTES = 4 << 20
 LARGEST_TOKEN_BYTES = 64  # of the next page, and more
+# In a request: thousands, as it may hold, take the loop some milliseconds.
+MOST_STATUSES = 100
 
 # More than any valid CreateJob has: its strings cost less on the wire than POINTER_BYTES and a NUL
 # each, and what is not named here is short.
@@ -224,7 +226,10 @@ def spec_from(request: pb.CreateJobReq) -> JobSpec:
     )
 
 
-def statuses_from(names: Iterable[str]) -> frozenset[Status]:
+def statuses_from(names: Sequence[str]) -> frozenset[Status]:
+    if len(names) > MOST_STATUSES:
+        problem = f"are {len(names)}, and there are {len(Status)}; give each once"
+        raise InvalidRequestError("statuses", problem)
     try:
         return frozenset(Status(name.upper()) for name in names)
     except ValueError as error:

@@ -87,7 +87,13 @@ def test_filters(client: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"page_size": 1001}, {"page_token": "x"}, {"statuses": ["ENDED"]}]
+    "fields",
+    [
+        {"page_size": 1001},
+        {"page_token": "x"},
+        {"statuses": ["ENDED"]},
+        {"statuses": ["RUNNING"] * 101},
+    ],
 )
 def test_invalid(client: Client, fields: dict[str, Any]) -> None:
     with pytest.raises(grpc.RpcError) as caught:
