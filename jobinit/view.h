@@ -281,7 +281,8 @@ static void make_run(const char *resolver, int resolver_fd)
 	}
 	if (lstat("/var/run", &info) == 0 && S_ISDIR(info.st_mode))
 		need(bind_mount("/run", "/var/run"), "mount", "/var/run");
-	set_attributes(AT_FDCWD, "/run", WHOLE_TREE, READ_ONLY);
+	need(set_attributes(AT_FDCWD, "/run", WHOLE_TREE, READ_ONLY) || is_absent(),
+	     "make read-only:", "/run");
 }
 
 /* What its user cannot reach, a job in a user namespace cannot either. */
@@ -349,11 +350,15 @@ static void hide_cgroups(void)
 	struct statfs info;
 	size_t i;
 
-	for (i = 0; i < mount_line_count; i++)
-		if (is_of_cgroups(&mount_lines[i]) && statfs(mount_lines[i].point, &info) == 0
-		    && (info.f_type == CGROUP_SUPER_MAGIC || info.f_type == CGROUP2_SUPER_MAGIC))
+	for (i = 0; i < mount_line_count; i++) {
+		if (!is_of_cgroups(&mount_lines[i]))
+			continue;
+		if (statfs(mount_lines[i].point, &info) < 0)
+			need(!is_shortage(), "look at", mount_lines[i].point);
+		else if (info.f_type == CGROUP_SUPER_MAGIC || info.f_type == CGROUP2_SUPER_MAGIC)
 			need(bind_mount(HIDDEN_FOLDER, mount_lines[i].point), "hide",
 			     mount_lines[i].point);
+	}
 }
 
 static void protect_kernel_files(void)
@@ -410,6 +415,7 @@ static _Noreturn void build_view(const struct view_request *request, bool has_us
 {
 	char resolver[PATH_MAX];
 	int namespaces[VIEW_NAMESPACES] = {-1, -1}, resolver_fd = -1, found[NODES];
+	bool has_resolver;
 	size_t i;
 
 	umask(0);
@@ -435,7 +441,9 @@ static _Noreturn void build_view(const struct view_request *request, bool has_us
 	/* After these, and before any is made. */
 	need(set_attributes(AT_FDCWD, "/", WHOLE_TREE, NO_SUID | NO_DEVICES),
 	     "no set-user-ID and devices (Linux 5.12 and later):", "/");
-	if (realpath("/etc/resolv.conf", resolver) && is_in(resolver, "/run")) {
+	has_resolver = realpath("/etc/resolv.conf", resolver);
+	need(has_resolver || !is_shortage(), "look at", "/etc/resolv.conf");
+	if (has_resolver && is_in(resolver, "/run")) {
 		resolver_fd = keep_mount(resolver);
 		errno = -resolver_fd; /* where it failed */
 		need(resolver_fd >= 0 || is_out_of_reach(), "mount", resolver);
