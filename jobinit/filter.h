@@ -20,7 +20,7 @@ enum { LAST_REVIEWED_CALL = 469 };
 enum verdict {
 	ALLOW, FORBID, UNKNOWN, UNSUPPORTED, PLAIN_CLONES, KNOWN_SOCKETS, NO_LATE_ENDS, PLAIN_FCNTLS,
 	PLAIN_IOCTLS, OWN_CORE, NO_CORES_1, NO_CORES_2, FEW_PAGES, FEW_MOVES, FEW_MESSAGES, FEW_OPERATIONS,
-	PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2, PLAIN_MODE_ELSEWHERE,
+	PLAIN_MODE_1, PLAIN_MODE_2, PLAIN_OPEN_1, PLAIN_OPEN_2,
 	VERDICTS,
 };
 
@@ -95,12 +95,13 @@ static struct rule rules[] = {
 	 * kernel go through these anew for each that goes on, under one spin lock. */
 	{SYS_mincore, FEW_PAGES}, {SYS_move_pages, FEW_MOVES}, {SYS_recvmmsg, FEW_MESSAGES},
 	{SYS_semop, FEW_OPERATIONS}, {SYS_semtimedop, FEW_OPERATIONS},
-	/* The set-user-ID bit, where jobs have jobinit's user: another user of the machine who ran
-	 * such a program, outside of any job, would have that user too. The numbers are those of the
-	 * argument that is the mode, from 0 on, or the flags before it; openat2 has both in memory. */
+	/* The set-user-ID bit: another user of the machine who ran such a program, outside of any job,
+	 * would have the job's user, and so reach all its jobs, or those that get that number later. The
+	 * numbers are those of the argument that is the mode, from 0 on, or the flags before it; openat2
+	 * has both in memory. */
 	{SYS_fchmod, PLAIN_MODE_1}, {SYS_fchmodat, PLAIN_MODE_2}, {SYS_mknodat, PLAIN_MODE_2},
 	{452 /* fchmodat2 */, PLAIN_MODE_2}, {SYS_openat, PLAIN_OPEN_2},
-	{437 /* openat2 */, PLAIN_MODE_ELSEWHERE},
+	{437 /* openat2 */, UNKNOWN},
 	/* Keys, which no namespace separates */
 	{SYS_keyctl, FORBID}, {SYS_add_key, FORBID}, {SYS_request_key, FORBID},
 	/* The machine as a whole */
@@ -135,7 +136,7 @@ static unsigned filter_size;
 
 static unsigned emit(unsigned code, unsigned operand, unsigned if_true, unsigned if_false)
 {
-	if (filter_size == LONGEST_FILTER) /* its length differs by architecture and user */
+	if (filter_size == LONGEST_FILTER) /* its length differs by architecture */
 		abort();
 	filter[filter_size] = (struct sock_filter){code, if_true, if_false, operand};
 	return filter_size++;
@@ -435,15 +436,10 @@ static void make_filter(void)
 	targets[FEW_MOVES] = make_count_filter(1, 1 << 16);
 	targets[FEW_MESSAGES] = make_count_filter(2, 1024 /* as the kernel's own of sendmmsg */);
 	targets[FEW_OPERATIONS] = make_count_filter(2, 8);
-	for (i = PLAIN_MODE_1; i <= PLAIN_MODE_ELSEWHERE; i++)
-		targets[i] = targets[ALLOW];
-	if (geteuid() != 0) {
-		targets[PLAIN_MODE_1] = make_mode_filter(1, 0);
-		targets[PLAIN_MODE_2] = make_mode_filter(2, 0);
-		targets[PLAIN_OPEN_1] = make_mode_filter(2, 1);
-		targets[PLAIN_OPEN_2] = make_mode_filter(3, 2);
-		targets[PLAIN_MODE_ELSEWHERE] = targets[UNKNOWN];
-	}
+	targets[PLAIN_MODE_1] = make_mode_filter(1, 0);
+	targets[PLAIN_MODE_2] = make_mode_filter(2, 0);
+	targets[PLAIN_OPEN_1] = make_mode_filter(2, 1);
+	targets[PLAIN_OPEN_2] = make_mode_filter(3, 2);
 	for (i = tree; i < tree_end; i++) {
 		filter[i].jt = jump_to(filter[i].jt, targets, i);
 		filter[i].jf = jump_to(filter[i].jf, targets, i);

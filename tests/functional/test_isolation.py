@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 import jobworker
-from escapes.stage import public_folder
+from escapes.stage import PYTHON, public_folder
 from functional.server import Client, Server, wait_until
 from jobworker.engine.files import REPLACED, is_in_any
 from jobworker.pb import job_worker_pb2 as pb
@@ -87,6 +87,60 @@ def test_a_setuid_program_gives_it_nothing(client: Client, tmp_path: Path) -> No
     _, output = client.run("su -c id root </dev/null; newgrp root -c id; id -u")
     assert output.splitlines()[-1] == b"65534"
     assert b"uid=0" not in output
+
+
+SET_USER_ID = """
+import ctypes, errno, os, platform, struct
+os.umask(0)
+libc = ctypes.CDLL(None, use_errno=True)
+def file(mode=0o755):
+    return os.open("made", os.O_CREAT | os.O_WRONLY, mode)
+def open_without_a_mode():
+    openat = 257 if platform.machine() == "x86_64" else 56
+    libc.syscall(openat, -100, b"/", os.O_RDONLY | os.O_DIRECTORY, 0o4755)
+def openat2():
+    how = struct.pack("QQQ", os.O_CREAT | os.O_WRONLY, 0o4755, 0)
+    if libc.syscall(437, -100, b"made", how, len(how)) < 0:
+        raise OSError(ctypes.get_errno(), "")
+def unnamed():
+    os.fstat(os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o4755))
+attempts = {
+    "chmod": lambda: os.chmod("made", 0o4755),
+    "fchmod": lambda: os.fchmod(file(), 0o4755),
+    "fchmodat": lambda: os.chmod("made", 0o4755, dir_fd=os.open(".", os.O_RDONLY)),
+    "create": lambda: file(0o4755),
+    "unnamed": unnamed,
+    "mknod": lambda: os.mknod("node", 0o104755),
+    "openat2": openat2,
+    "plain": lambda: os.chmod("made", 0o2755),
+    "without": open_without_a_mode,
+}
+file()
+for name, attempt in attempts.items():
+    try:
+        attempt()
+    except OSError as error:
+        print(name, errno.errorcode[error.errno])
+    else:
+        print(name, "worked")
+"""
+
+
+@pytest.mark.parametrize("profile", ["none", "default", "strict"])
+def test_it_leaves_no_program_by_which_others_have_its_user(
+    client: Client, tmp_path: Path, profile: str
+) -> None:
+    """Who could then reach all jobs of that user, from outside of any."""
+    place = str(tmp_path) if profile == "none" else "/tmp"
+    job = client.create(
+        *PYTHON, stdin=SET_USER_ID.encode(), working_directory=place, profile=profile
+    )
+    lines = client.output(job.id).decode().splitlines()
+    answers = dict(line.split() for line in lines)
+    refused = dict.fromkeys(answers, "EPERM") | {"openat2": "ENOSYS"}
+    allowed = {"plain": "worked", "without": "worked"}
+    assert len(answers) == 9
+    assert answers == (dict.fromkeys(answers, "worked") if profile == "none" else refused | allowed)
 
 
 def test_its_limits(client: Client) -> None:

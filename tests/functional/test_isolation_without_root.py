@@ -27,7 +27,7 @@ from escapes.stage import (
     public_folder,
 )
 from functional.server import Client, Server, wait_until
-from functional.test_isolation import first_processes, mounts_of, status_of
+from functional.test_isolation import SET_USER_ID, first_processes, mounts_of, status_of
 from functional.unprivileged import GROUP, USER, StartServer, servers
 from jobworker.pb import job_worker_pb2 as pb
 
@@ -474,43 +474,6 @@ def test_a_root_folder_that_is_its_users(certificates: Path) -> None:
         assert client.run("touch /file || exit 7")[0].exitCode == 7
         assert client.run(f"ls {folder}/state || exit 7")[0].exitCode == 7
         assert client.run(f"cat {folder}/certs/server-key.pem || exit 7")[0].exitCode == 7
-
-
-SET_USER_ID = """
-import ctypes, errno, os, platform, struct
-os.umask(0)
-libc = ctypes.CDLL(None, use_errno=True)
-def file(mode=0o755):
-    return os.open("made", os.O_CREAT | os.O_WRONLY, mode)
-def open_without_a_mode():
-    openat = 257 if platform.machine() == "x86_64" else 56
-    libc.syscall(openat, -100, b"/", os.O_RDONLY | os.O_DIRECTORY, 0o4755)
-def openat2():
-    how = struct.pack("QQQ", os.O_CREAT | os.O_WRONLY, 0o4755, 0)
-    if libc.syscall(437, -100, b"made", how, len(how)) < 0:
-        raise OSError(ctypes.get_errno(), "")
-def unnamed():
-    os.fstat(os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o4755))
-attempts = {
-    "chmod": lambda: os.chmod("made", 0o4755),
-    "fchmod": lambda: os.fchmod(file(), 0o4755),
-    "fchmodat": lambda: os.chmod("made", 0o4755, dir_fd=os.open(".", os.O_RDONLY)),
-    "create": lambda: file(0o4755),
-    "unnamed": unnamed,
-    "mknod": lambda: os.mknod("node", 0o104755),
-    "openat2": openat2,
-    "plain": lambda: os.chmod("made", 0o2755),
-    "without": open_without_a_mode,
-}
-file()
-for name, attempt in attempts.items():
-    try:
-        attempt()
-    except OSError as error:
-        print(name, errno.errorcode[error.errno])
-    else:
-        print(name, "worked")
-"""
 
 
 def test_it_leaves_no_program_by_which_others_have_its_user(certificates: Path) -> None:
