@@ -23,6 +23,7 @@ from jobworker.certs import CA_CERT, CA_KEY, SERVER_CERT, SERVER_KEY
 from jobworker.config import Settings
 from jobworker.engine.files import MOST_LINKS, is_in_any
 from jobworker.engine.isolation import Files
+from jobworker.engine.mounts import read_mounts
 from jobworker.engine.user import User, find_user, own_user
 from jobworker.errors import StartupError, is_shortage
 
@@ -55,7 +56,7 @@ def files_of_jobs(settings: Settings) -> Files:
         for folder in sorted(path for path in around if around.isdisjoint(path.parents)):
             log.warning("%s is read-only for jobs: they could change what the server uses", folder)
     hidden = (*private, *settings.hidden)
-    read_only = (*code, *changeable, *around)
+    read_only = (*code, *_mounted_in(_modules()), *changeable, *around)
     return Files(settings.tmp_size_bytes, settings.tmp_files, hidden, read_only)
 
 
@@ -78,6 +79,7 @@ def _job_users(settings: Settings) -> list[User]:
 def _private(settings: Settings, links: Iterable[Path], code: Iterable[Path]) -> list[Path]:
     """Keys, records, settings. links: that the server follows; code: what jobs must see."""
     private = [settings.state_dir, *_certificates(settings.cert_path)]
+    private += _mounted_in(private)
     private += [file for file in (settings.file, settings.clients, settings.revoked) if file]
     private += _with_rotated(settings.audit_log) if settings.audit_log else []
     private += _standard_files()
@@ -128,6 +130,13 @@ def _standard_files() -> list[Path]:
     return [*found, *filter(os.path.isfile, files), *unlisted]
 
 
+def _mounted_in(folders: Iterable[Path]) -> list[Path]:
+    """As a disk for output, or a key, that is bound there: where it is from it is in sight, too."""
+    real_paths = [os.path.realpath(folder) for folder in folders]
+    points = [mount.point for mount in read_mounts().values()]
+    return [Path(point) for point in points if is_in_any(point, real_paths)]
+
+
 def _homes(code: Iterable[Path]) -> list[Path]:
     """Of this process' user: keys are there, and what others of its programs run when they start.
     What is only called so, as /usr/sbin is daemon's, is in sight but for what programs look for
@@ -135,8 +144,8 @@ def _homes(code: Iterable[Path]) -> list[Path]:
     user = own_user()
     homes = {Path(home) for home in (user.home, os.environ.get("HOME", "")) if home}
     hidden: list[Path] = []
-    for home in filter(os.path.isdir, homes - {ROOT}):
-        if _may_change(home, user) or not os.access(home, os.R_OK):
+    for home in filter(os.path.isdir, homes):
+        if home != ROOT and (_may_change(home, user) or not os.access(home, os.R_OK)):
             hidden.append(home)
         else:
             parts = {each for path in code for each in _from_root(path)}
@@ -164,6 +173,12 @@ def _code() -> list[Path]:
         if not any(place.is_relative_to(folder) for folder in installed)
     ]
     return code
+
+
+def _modules() -> list[Path]:
+    """The folders of modules, and this program's, which an editable install has elsewhere."""
+    folders = {Path(place) for place in sys.path if os.path.isabs(place)}
+    return [Path(__file__).parent, *sorted(folders - {ROOT})]
 
 
 def _loaded_from(code: Iterable[Path]) -> list[Path]:

@@ -15,6 +15,7 @@ import pytest
 
 import jobworker
 from descriptors import no_descriptors
+from jobworker import own_files
 from jobworker.config import Settings
 from jobworker.engine.mounts import _other_places
 from jobworker.engine.user import User, find_user, own_user
@@ -22,6 +23,7 @@ from jobworker.errors import StartupError
 from jobworker.own_files import (
     ACL_GROUP,
     ACL_USER,
+    _homes,
     _loaded_from,
     _matching,
     _may_change,
@@ -79,6 +81,16 @@ def test_what_links_among_its_files_lead_to_is_hidden(settings: Settings, tmp_pa
         (folder / "broken.pem").symlink_to(tmp_path / "none")
         assert elsewhere in files_of_jobs(settings).hidden
     assert tmp_path / "none" not in files_of_jobs(settings).hidden
+
+
+def test_where_the_root_is_a_home_names_with_a_dot_are_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of users of containers, also where it is theirs."""
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.setattr(own_files, "_matching", lambda folder, _: [folder / ".netrc"])
+    assert Path("/.netrc") in _homes([])
+    assert Path("/") not in _homes([])
 
 
 def test_a_folder_that_jobs_cannot_do_without_is_not(settings: Settings) -> None:

@@ -292,6 +292,36 @@ def test_neither_is_it_in_sight_where_it_is_mounted_once_more(
                 assert output.count(b"Read-only file system") == 1, output
 
 
+# $0: a folder of the server, $1: one that is in sight, $2: a user. As a disk for output is bound,
+# and a key, and modules.
+BOUND = """
+set -e
+mkdir -p "$0/state/output" "$0/modules/bound" "$1/output" "$1/modules"
+mv "$0/certs/server-key.pem" "$1/key"
+touch "$0/certs/server-key.pem"
+chown -R "$2" "$0" "$1"
+mount --bind "$1/output" "$0/state/output"
+mount --bind "$1/key" "$0/certs/server-key.pem"
+mount --bind "$1/modules" "$0/modules/bound"
+shift 2
+exec "$@"
+"""
+
+
+def test_neither_is_what_is_mounted_in_its_folders_in_sight_where_it_is_from(
+    certificates: Path,
+) -> None:
+    with public_folder() as other, public_folder() as disk:
+        modules = ["env", f"PYTHONPATH={other}/modules"]
+        launcher = ["sh", "-c", BOUND, str(other), str(disk), str(USER), *modules]
+        with servers(other, certificates, launcher) as start:
+            with start(PROFILE="").connect() as client:
+                script = f"cat {disk}/key; ls {disk}/output; touch {disk}/modules/x"
+                _, output = client.run(script)
+            assert output.count(b"Permission denied") == 2, output
+            assert output.count(b"Read-only file system") == 1, output
+
+
 def test_neither_are_cgroups_that_are_mounted_once_more(certificates: Path) -> None:
     mount = 'mount -t cgroup2 none /mnt && test -e /mnt/cgroup.procs && exec "$@"'
     with (
