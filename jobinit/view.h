@@ -279,10 +279,11 @@ static void make_run(const char *resolver, int resolver_fd)
 		make_file(resolver, 0444);
 		put_mount(resolver_fd, resolver);
 	}
-	if (lstat("/var/run", &info) == 0 && S_ISDIR(info.st_mode))
-		need(bind_mount("/run", "/var/run"), "mount", "/var/run");
 	need(set_attributes(AT_FDCWD, "/run", WHOLE_TREE, READ_ONLY) || is_absent(),
 	     "make read-only:", "/run");
+	/* After that, as it is read-only by what it is bound from. */
+	if (lstat("/var/run", &info) == 0 && S_ISDIR(info.st_mode))
+		need(bind_mount("/run", "/var/run"), "mount", "/var/run");
 }
 
 /* What its user cannot reach, a job in a user namespace cannot either. */

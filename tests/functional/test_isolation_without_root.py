@@ -292,6 +292,20 @@ def test_neither_is_it_in_sight_where_it_is_mounted_once_more(
                 assert output.count(b"Read-only file system") == 1, output
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_no_job_leaves_anything_for_others_in_run(certificates: Path, is_folder: bool) -> None:
+    """As a socket that C libraries ask for users."""
+    make = "mount -t tmpfs -o mode=755 none /var; mkdir -p /var/tmp /var/log; "
+    make += "mkdir /var/run" if is_folder else "ln -s /run /var/run"
+    with (
+        public_folder() as other,
+        servers(other, certificates, ["sh", "-c", f'{make} && exec "$@"', "sh"]) as start,
+        start(PROFILE="").connect() as client,
+    ):
+        _, output = client.run("mkdir /run/nscd; mkdir /var/run/nscd")
+        assert output.count(b"Read-only file system") == 2, output
+
+
 # $0: a folder of the server, $1: one that is in sight, $2: a user. As a disk for output is bound,
 # and a key, and modules.
 BOUND = """
