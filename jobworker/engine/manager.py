@@ -524,6 +524,7 @@ class Manager:
                 lost_bytes=extent.lost_bytes,
                 log_bytes=extent.disk_bytes,
             )
+        await self._store_request(live)
         accounting = self._account(live, None)
         job = transition.lost(live.job, _why_lost(live.job), time.time_ns())
         await self._record_end(live, job, accounting[0])
@@ -830,6 +831,7 @@ class Manager:
             _, oom = self._account(live, None)
             detail = "; ".join(filter(None, [detail, transition.out_of_memory(live.job, oom)]))
         log.warning("job %d did not start: %s", live.job.id, detail)
+        await self._store_request(live)
         job = transition.start_failed(live.job, step, number, detail, time.time_ns())
         await self._record_end(live, job)
 
@@ -900,11 +902,7 @@ class Manager:
         server."""
         live.is_storing_end = True
         try:
-            with contextlib.suppress(JobWorkerError):
-                # Else it says nothing new, and may be large.
-                while (grace_ms := live.job.end_grace_ms) != live.stored_grace_ms:
-                    await self._store.put(live.job)
-                    live.stored_grace_ms = grace_ms
+            await self._store_request(live)
         finally:
             live.is_storing_end = False
         # Others may have asked meanwhile: all get theirs, but for pauses in their order. SIGKILL,
@@ -920,6 +918,16 @@ class Manager:
             live.pausing.add(number)
             self._loop.call_later(SIGNAL_PAUSE_SECONDS, self._end_pause, live, number)
 
+    async def _store_request(self, live: _LiveJob) -> None:
+        """To end it, where there is one: also before an ending is shown, as the next server would
+        tell another cause. Where the disk refuses, it goes on without."""
+        with contextlib.suppress(JobWorkerError):
+            # Else it says nothing new, and may be large.
+            while live.job.end_requested and live.job.end_grace_ms != live.stored_grace_ms:
+                grace_ms = live.job.end_grace_ms
+                await self._store.put(live.job)
+                live.stored_grace_ms = grace_ms
+
     def _end_pause(self, live: _LiveJob, number: int) -> None:
         live.pausing.remove(number)
         if live.unsent and live.exited is None and not live.is_storing_end:
@@ -930,8 +938,7 @@ class Manager:
 
     async def _kill(self, live: _LiveJob) -> None:
         """All of the job, at once; recorded first, as in `_store_and_signal`."""
-        with contextlib.suppress(JobWorkerError):
-            await self._store_unended(live)
+        await self._store_request(live)
         if live.job.is_ended:
             return
         if not live.cgroup or live.job.status is not Status.RUNNING:
@@ -950,6 +957,7 @@ class Manager:
             await self._empty_session(live, log_)
         await self._output.finish(log_)
         await self._lift_io_limits(live)
+        await self._store_request(live)
         # From here on nothing is waited for: the cause is that of all that was accepted before.
         accounting, oom = self._account(live, exited)
         if exited.wait_status is None:

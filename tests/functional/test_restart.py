@@ -796,6 +796,29 @@ def test_a_stop_without_grace_stays_the_cause(start_server: StartServer) -> None
         assert client.get(job.id).cause == pb.STOPPED
 
 
+def test_a_cause_is_shown_once_the_next_server_knows_it(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    """Of a job that ends by itself just after a stop was accepted."""
+    server = start_server(STOP_JOBS="no")
+    go = tmp_path / "go"
+    with server.connect() as client:
+        job = client.shell(f"until [ -e {go} ]; do sleep 0.02; done")
+        time.sleep(0.5)  # RUNNING is stored
+        with contextlib.closing(sqlite3.connect(server.state / "jobs.db")) as database:
+            database.execute("BEGIN IMMEDIATE")  # and nothing more is
+            stop = client.stop_soon(job.id)
+            time.sleep(0.2)
+            go.touch()
+            time.sleep(0.8)
+            shown = client.get(job.id)
+            server.stop(signal.SIGKILL)
+        assert stop.code() is grpc.StatusCode.UNAVAILABLE
+    with start_server().connect() as client:
+        ended = client.wait(job.id)
+    assert shown.status in {"RUNNING", ended.status}
+
+
 # A server whose store takes until there is a file `go` to close.
 SLOW_TO_CLOSE = """
 import pathlib, time
