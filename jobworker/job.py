@@ -321,7 +321,7 @@ def _check_path(field_name: str, path: str) -> None:
     if "\0" in path or _size(path) > LONGEST_PATH_BYTES:
         problem = f"has a NUL byte, or more than {LONGEST_PATH_BYTES - 1} bytes"
         raise InvalidRequestError(field_name, problem)
-    if any(part in {"", ".", ".."} for part in path.rstrip("/").split("/")[1:]):
+    if not {"", ".", ".."}.isdisjoint(path.rstrip("/").split("/")[1:]):
         problem = f"{path!r} has an empty part, `.` or `..`; give the path without"
         raise InvalidRequestError(field_name, problem)
 

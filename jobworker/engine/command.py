@@ -42,6 +42,7 @@ LONGEST_SEARCH_SECONDS = 0.05
 # Above a path that is not there; each look may take as long, and a path can have 2,000 parts.
 MOST_LOOKS_ABOVE = 4
 LONGEST_PATH_BYTES = 4095
+TOO_LONG = f"{os.strerror(errno.ENAMETOOLONG)}; use at most {LONGEST_PATH_BYTES} bytes"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -108,6 +109,8 @@ def check_working_directory(path: str, find: Find = as_here, look: Look = look_o
     enter, and that is there for the job."""
     if path == "/":  # the usual one
         return
+    if _is_too_long(path):
+        raise InvalidRequestError("working_directory", TOO_LONG)
     seen = _see(path, find, look)
     if seen is None:
         raise InvalidRequestError("working_directory", f"{path!r} is not there: {NOT_SEEN}")
@@ -134,6 +137,8 @@ def resolve(
 
     Raises InvalidRequestError where there is none.
     """
+    if _is_too_long(command):  # to tell of each folder that it is so would take long
+        raise InvalidRequestError("command", TOO_LONG, errno.ENAMETOOLONG)
     if "/" in command:
         path = os.path.normpath(os.path.join(working_directory, command))
         number, problem = _problem_with(path, find, look)
@@ -173,7 +178,7 @@ def _see(
 ) -> Seen | OSError | None:
     """What there is, or why it cannot be looked at; None: the job does not see it. Raises
     BlockingIOError."""
-    if len(os.fsencode(path)) > LONGEST_PATH_BYTES:  # nowhere is there anything by that name
+    if _is_too_long(path):  # nowhere is there anything by that name
         return OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     if look is look_on_disk:
         found = find(path, "")
@@ -184,6 +189,10 @@ def _see(
         return seen
     place = seen.place if isinstance(seen, Seen) else _place_of_missing(path, look)
     return None if find(path, place) is None else seen
+
+
+def _is_too_long(path: str) -> bool:
+    return len(os.fsencode(path)) > LONGEST_PATH_BYTES
 
 
 def _place_of_missing(path: str, look: Look) -> str:

@@ -153,6 +153,18 @@ def test_what_is_too_long_for_a_path_is_not_followed() -> None:
         resolve("x", {"PATH": longest}, "/", follow)
 
 
+def test_what_is_too_long_for_a_path_is_not_quoted() -> None:
+    """Once for each folder of a PATH: milliseconds of the event loop."""
+    with pytest.raises(InvalidRequestError) as caught:
+        resolve("\x01" * 65_000, {}, "/")
+    assert len(str(caught.value)) < 100
+    assert caught.value.error_number == errno.ENAMETOOLONG
+    with pytest.raises(InvalidRequestError) as caught:
+        check_working_directory("/" + "\x01" * 65_000)
+    assert len(str(caught.value)) < 100
+    assert caught.value.error_number == 0
+
+
 @pytest.mark.parametrize("path", ["/no/such", "/etc/passwd"])
 def test_no_working_directory(path: str) -> None:
     with pytest.raises(InvalidRequestError, match="working_directory"):
