@@ -267,7 +267,8 @@ def validate(spec: JobSpec) -> None:
             # What stands behind it may be a secret, as all values.
             shown = name.partition("=")[0] + "=…" if name else name
             raise InvalidRequestError("environment", f"{shown!r} is not a variable's name")
-        _check_string(f"environment[{name!r}]", f"{name}={value}")
+        if problem := _problem_of_string(f"{name}={value}"):  # else its name need not be quoted
+            raise InvalidRequestError(f"environment[{name!r}]", problem)
     _check_total(spec)
     if not 0 <= spec.timeout_ms <= LONGEST_TIMEOUT_MS:
         problem = f"{spec.timeout_ms} is not from 0, for none, to {LONGEST_TIMEOUT_MS} (ten years)"
@@ -321,17 +322,25 @@ def _check_path(field_name: str, path: str) -> None:
     if "\0" in path or _size(path) > LONGEST_PATH_BYTES:
         problem = f"has a NUL byte, or more than {LONGEST_PATH_BYTES - 1} bytes"
         raise InvalidRequestError(field_name, problem)
-    if not {"", ".", ".."}.isdisjoint(path.rstrip("/").split("/")[1:]):
+    ended = path.rstrip("/") + "/"
+    if "//" in ended or "/./" in ended or "/../" in ended:
         problem = f"{path!r} has an empty part, `.` or `..`; give the path without"
         raise InvalidRequestError(field_name, problem)
 
 
 def _check_string(field_name: str, value: str) -> None:
+    if problem := _problem_of_string(value):
+        raise InvalidRequestError(field_name, problem)
+
+
+def _problem_of_string(value: str) -> str:
+    """Empty where there is none."""
     if "\0" in value:
-        raise InvalidRequestError(field_name, "has a NUL byte, which no process can be given")
+        return "has a NUL byte, which no process can be given"
     if _size(value) > LONGEST_STRING_BYTES:
         problem = f"is {_size(value) - 1} bytes long; the kernel takes {LONGEST_STRING_BYTES - 1}"
-        raise InvalidRequestError(field_name, f"{problem}, so pass it in a file")
+        return f"{problem}, so pass it in a file"
+    return ""
 
 
 def _check_total(spec: JobSpec) -> None:

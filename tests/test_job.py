@@ -305,6 +305,18 @@ def test_paths_of_many_parts_are_soon_looked_at() -> None:
     assert looks < 4 * min(seconds_of(split) for _ in range(20))
 
 
+class Unquotable(str):
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        raise AssertionError(str(self))
+
+
+def test_names_of_variables_that_are_valid_are_not_quoted() -> None:
+    """Of many long ones that takes milliseconds, in which all other calls wait."""
+    validate(JobSpec("true", environment={Unquotable("A"): ""}))
+
+
 def test_values_of_the_environment_are_in_no_error() -> None:
     for name, value in (("A", "secret\0"), ("A=", "secret"), ("A", "secret" * 50_000)):
         with pytest.raises(InvalidRequestError) as caught:
