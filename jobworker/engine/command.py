@@ -140,7 +140,9 @@ def resolve(
     if _is_too_long(command):  # to tell of each folder that it is so would take long
         raise InvalidRequestError("command", TOO_LONG, errno.ENAMETOOLONG)
     if "/" in command:
-        path = os.path.normpath(os.path.join(working_directory, command))
+        path = os.path.join(working_directory, command)
+        if ".." not in path.split("/"):  # above a link that is another folder than where it leads
+            path = os.path.normpath(path)
         number, problem = _problem_with(path, find, look)
         if problem:
             raise InvalidRequestError("command", f"{command!r} {problem}", number)

@@ -51,6 +51,17 @@ def test_relative_to_the_working_directory(program: Path, tmp_path: Path) -> Non
     assert resolve("./program", {}, str(program.parent)) == str(program)
 
 
+def test_what_is_above_where_a_link_leads(program: Path, tmp_path: Path) -> None:
+    """Not what is above the link: that may be another one."""
+    other = tmp_path / "other"
+    (other / "inner").mkdir(parents=True)
+    os.link(program, other / "program")
+    (tmp_path / "bin/link").symlink_to(other / "inner")
+    found = resolve("link/../program", {}, str(program.parent))
+    program.unlink()
+    assert os.path.exists(found)
+
+
 def test_in_the_jobs_own_path(program: Path) -> None:
     assert resolve("program", {"PATH": f"/no/such:{program.parent}"}, "/") == str(program)
 
