@@ -64,7 +64,8 @@
 enum {
 	CALL_PIDFD_SEND_SIGNAL = 424, CALL_OPEN_TREE = 428, CALL_MOVE_MOUNT = 429,
 	CALL_PIDFD_OPEN = 434, CALL_CLOSE_RANGE = 436, CALL_OPENAT2 = 437,
-	CALL_MOUNT_SETATTR = 442,
+	CALL_MOUNT_SETATTR = 442, CALL_LANDLOCK_CREATE_RULESET = 444,
+	CALL_LANDLOCK_RESTRICT_SELF = 446,
 };
 enum { CLOSE_UNSHARED = 2 };         /* CLOSE_RANGE_UNSHARE */
 enum { CLONED_TREE = 1 };            /* OPEN_TREE_CLONE */
@@ -72,6 +73,7 @@ enum { FROM_EMPTY_PATH = 4, TO_EMPTY_PATH = 0x40 }; /* MOVE_MOUNT_{F,T}_EMPTY_PA
 enum { NO_MAGIC_LINKS = 2, NO_LINKS = 4, IN_ROOT = 0x10 }; /* RESOLVE_... of openat2 */
 enum { WHOLE_TREE = 0x8000 };        /* AT_RECURSIVE */
 enum { READ_ONLY = 1, NO_SUID = 2, NO_DEVICES = 4 }; /* MOUNT_ATTR_... */
+enum { KEEP_SIGNALS_IN = 2 };      /* LANDLOCK_SCOPE_SIGNAL, since Linux 6.12 */
 enum { SIGNAL_PROCESS_GROUP = 4 }; /* of pidfd_send_signal, since Linux 6.9 */
 enum { SET_DELEGATION = 1040 };    /* F_SETDELEG, since Linux 6.19 */
 enum { IS_EXITING = 4 };           /* PF_EXITING of include/linux/sched.h */

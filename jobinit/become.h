@@ -468,6 +468,24 @@ static bool renounce_privileges(void)
 	return true;
 }
 
+/* Who has a descriptor of the machine's /proc, and anybody can hand one to a job, finds there the
+ * processes of all jobs, and of those of its own user the environment, and all open files. But not
+ * from within a domain of Landlock's. This one refuses nothing else, but signals to the first
+ * process of the job's namespace, where that has the same user: others are out of reach anyhow.
+ * Older kernels have none that does so little, and some have none at all. */
+static bool enter_domain(void)
+{
+	struct { uint64_t files, network, scoped; } domain = {.scoped = KEEP_SIGNALS_IN};
+	int fd = syscall(CALL_LANDLOCK_CREATE_RULESET, &domain, sizeof domain, 0);
+	bool done;
+
+	if (fd < 0)
+		return !is_shortage();
+	done = syscall(CALL_LANDLOCK_RESTRICT_SELF, fd, 0) == 0;
+	close(fd);
+	return done;
+}
+
 /* In a user namespace that a server made which is not root, a job has all capabilities, and
  * would keep them up to its exec. */
 static bool drop_capabilities(void)
@@ -528,6 +546,8 @@ static _Noreturn void become_job(const struct request *request, const struct end
 	/* Before the uid changes: afterwards nothing can be dropped. */
 	if (request->is_confined && !has_renounced)
 		must(renounce_privileges(), STEP_PRIVILEGES);
+	if (request->is_confined)
+		must(enter_domain(), STEP_PRIVILEGES);
 	/* Before the uid changes, too: the machine's memory for compiled filters is limited
 	 * (net.core.bpf_jit_limit), and jobs can use up what of it is for those without rights. */
 	if (request->is_confined)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import grpc
 import pytest
 
 import jobworker
-from escapes.stage import PYTHON, public_folder
+from escapes.stage import PYTHON, marked, public_folder
 from functional.server import Client, Server, wait_until
 from jobworker.engine.files import REPLACED, is_in_any
 from jobworker.pb import job_worker_pb2 as pb
@@ -141,6 +143,45 @@ def test_it_leaves_no_program_by_which_others_have_its_user(
     allowed = {"plain": "worked", "without": "worked"}
     assert len(answers) == 9
     assert answers == (dict.fromkeys(answers, "worked") if profile == "none" else refused | allowed)
+
+
+# To where it is handed a descriptor of the machine's /proc, and of whom it is to look.
+LOOK_AT_ANOTHER = """
+import os, socket, sys
+giver = socket.socket(socket.AF_UNIX)
+giver.connect("\\0" + sys.argv[1])
+proc = socket.recv_fds(giver, 1, 1)[1][0]
+for name, flags in {"environ": os.O_RDONLY, "root/tmp": os.O_RDONLY, "fd/1": os.O_WRONLY}.items():
+    try:
+        os.open(f"{sys.argv[2]}/{name}", flags, dir_fd=proc)
+    except OSError as error:
+        print(name, error.strerror)
+    else:
+        print(name, "worked")
+"""
+
+
+def test_it_reaches_no_other_job_by_the_machines_proc(client: Client) -> None:
+    """Whoever can reach a job may hand it a descriptor of that."""
+    libc = ctypes.CDLL(None)
+    if libc.syscall(444, None, 0, 1) < 6:  # landlock_create_ruleset
+        pytest.skip("NOT TESTED: domains of Landlock that keep signals in, new in Linux 6.12")
+    mark = uuid.uuid4().hex
+    other = client.create("sleep", "60", environment={"MARK": mark})
+    pid = marked(mark)[0]
+    with socket.socket(socket.AF_UNIX) as giver:
+        giver.bind(f"\0{mark}")
+        giver.listen()
+        giver.settimeout(30)
+        job = client.create(*PYTHON, mark, str(pid), stdin=LOOK_AT_ANOTHER.encode())
+        proc = os.open("/proc", os.O_RDONLY)
+        with giver.accept()[0] as taker:
+            socket.send_fds(taker, [b"x"], [proc])
+            os.close(proc)
+            lines = client.output(job.id).decode().splitlines()
+    assert len(lines) == 3
+    assert all(line.endswith("Permission denied") for line in lines), lines
+    client.stop(other.id, grace_milliseconds=1)
 
 
 def test_its_limits(client: Client) -> None:
