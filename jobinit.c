@@ -428,7 +428,7 @@ static bool start_closer(void)
 
 static bool give_to_closer(const int outputs[2])
 {
-	union { char room[CMSG_SPACE(2 * sizeof(int))]; struct cmsghdr align; } control;
+	union { char room[CMSG_SPACE(2 * sizeof(int))]; struct cmsghdr align; } control = {0};
 	struct iovec part = {"", 1};
 	size_t size = (outputs[1] < 0 ? 1 : 2) * sizeof(int);
 	struct msghdr message = {

@@ -26,12 +26,17 @@ JOBINIT_TESTS = "tests/engine/test_jobinit.py"
 # By the parts of their names. Those of kills take long where the extension is slow.
 SLOW = "killed"
 # A job's own limits and descriptors are not those that valgrind gives jobinit; and valgrind
-# knows no pidfds, so jobinit does without.
+# knows no pidfds, so jobinit does without, nor forks into namespaces, or attributes of mounts: so
+# no confined jobs, and no views.
 NOT_UNDER_VALGRIND = (
     "descriptor or limit or hold or announced or senseless_memfd or ask_again or 500 or 200"
-    " or left_of_the_group or leaves_nothing or no_packet or by_hand"
+    " or left_of_the_group or leaves_nothing or no_packet or by_hand or kept_locked"
+    " or view or arranged or gain_no_rights or hand_down or own_is_none or groups_of_the_jobs_user"
+    " or waits_outside"
 )
-QUICK_UNDER_VALGRIND = "failed or argv or memfd or adopt or makes_no_sense or reads_its_input"
+QUICK_UNDER_VALGRIND = (
+    "failed or merged or argv or memfd or adopt or makes_no_sense or reads_its_input"
+)
 # TSan's runtime does not live through unshare and fork.
 NOT_UNDER_TSAN = "killed or never_had_room"
 
