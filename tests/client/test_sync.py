@@ -723,17 +723,21 @@ def test_a_run_that_is_interrupted_while_its_job_is_created_leaves_none(
     server: Server, tmp_path: Path
 ) -> None:
     environment = {"PATH": slow_path(tmp_path / "links")}
+
+    def run_and_interrupt(client: Client) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        client.run("sleep", "60", name="interrupted", environment=environment)
+
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         with Client(server.address, certs=server.certs) as client:
             client.info()
             for _ in range(5):
-                signal.setitimer(signal.ITIMER_REAL, 0.01)
                 with pytest.raises(KeyboardInterrupt):
-                    client.run("sleep", "60", name="interrupted", environment=environment)
+                    run_and_interrupt(client)
             time.sleep(0.5)  # for what the server has begun without the client
-            jobs = list(client.list(name="interrupted"))
-            assert [job.status for job in jobs] == [Status.STOPPED] * 5
+            # On a busy machine one may be interrupted before it has asked for its job.
+            assert {job.status for job in client.list(name="interrupted")} == {Status.STOPPED}
     finally:
         signal.signal(signal.SIGALRM, before)
 
